@@ -1,0 +1,47 @@
+"""MoEBERT: a fine-tuned BERT's feed-forward layers turned into importance-guided experts.
+
+Shapes are written in one alphabet: ``B`` batch, ``T`` tokens, ``D`` hidden size, ``F`` neurons
+of a dense FFN, ``E`` experts, ``K`` neurons of an expert, ``L`` layers.
+
+Importing this package registers MoEBERT with transformers' ``AutoConfig`` and
+``AutoModelForSequenceClassification``.
+"""
+
+import importlib
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+try:
+    __version__ = version("moebert")
+except PackageNotFoundError:  # run from a checkout that is not installed
+    __version__ = "0+unknown"
+
+_PUBLIC = {
+    "Importance": "importance", "ffn_importance": "importance",
+    "deal_neurons": "experts", "to_moebert": "convert",
+    "MoEBertConfig": "modeling", "MoEBertForSequenceClassification": "modeling",
+    "parameter_counts": "moe_layer", "record_routes": "moe_layer",
+    "DistillationTrainer": "train", "Settings": "settings",
+}  # fmt: skip
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"moebert_lib.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'moebert_lib' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+def _is_command() -> bool:
+    """Whether this process is the ``moebert`` command, which answers ``--help`` at once."""
+    by_script = Path(sys.argv[0]).name in ("moebert", "moebert.exe") if sys.argv else False
+    return by_script or sys.orig_argv[1:3] == ["-m", "moebert_lib"]
+
+
+if not _is_command():  # the command imports torch and transformers only where it needs them
+    importlib.import_module("moebert_lib.modeling")  # registers with AutoConfig and AutoModel

@@ -1,0 +1,162 @@
+"""Equalities that must hold, for a reader to run in a notebook and for pytest to run.
+
+Each takes the reader's own objects, computes both sides in float64, and returns a
+:class:`Check` that prints in one line; a failing one raises ``AssertionError`` with the same
+line. They use nothing of this library, so they can contradict it.
+"""
+
+import copy
+import tempfile
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Check(NamedTuple):
+    """An equality, the largest difference found, and the tolerance it was held to."""
+
+    claim: str
+    difference: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        verdict = "holds" if self.difference <= self.tolerance else "FAILS"
+        found = f"largest difference {self.difference:.1e}, tolerance {self.tolerance:.0e}"
+        return f"{verdict}: {self.claim} ({found})"
+
+    __repr__ = __str__
+
+
+def _check(claim: str, left: Tensor, right: Tensor, tolerance: float) -> Check:
+    """Compare; NaN and shapes that differ count as infinitely far apart."""
+    if left.shape != right.shape:
+        difference = float("inf")
+    else:
+        gap = (left.double() - right.double()).abs()
+        difference = float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
+    check = Check(claim, difference, tolerance)
+    if difference > tolerance:
+        raise AssertionError(str(check))
+    return check
+
+
+def _double(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).double().eval()
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "index")}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def one_expert_is_dense(dense: nn.Module, moebert: nn.Module, batch: dict) -> Check:
+    """One expert as wide as the FFN gives the dense model's logits.
+
+    Args:
+        dense: The model that was converted.
+        moebert: Its conversion with ``n_experts=1``.
+        batch: Model inputs.
+    """
+    left, right = _logits(_double(dense), batch), _logits(_double(moebert), batch)
+    return _check("one full-width expert = the dense model", left, right, 1e-12)
+
+
+def permuting_neurons_changes_nothing(dense: nn.Module, batch: dict, *, seed: int = 0) -> Check:
+    """The order of a layer's neurons is a matter of bookkeeping: logits stay the same."""
+    model, shuffled = _double(dense), _double(dense)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in shuffled.base_model.encoder.layer:
+        up, down = layer.intermediate.dense, layer.output.dense
+        order = torch.randperm(up.out_features, generator=generator).to(up.weight.device)
+        up.weight.data, up.bias.data = up.weight.data[order], up.bias.data[order]
+        down.weight.data = down.weight.data[:, order]
+    claim = "permuting neurons changes nothing"
+    return _check(claim, _logits(model, batch), _logits(shuffled, batch), 1e-12)
+
+
+def tokens_return_to_their_place(experts: nn.Module, hidden: Tensor, expert_of: Tensor) -> Check:
+    """Served in groups or one at a time, every token's output lands where its input was.
+
+    Args:
+        experts: A layer's stacked experts.
+        hidden: ``(N, D)`` token states.
+        expert_of: ``(N, 1)`` int64.
+    """
+    experts, hidden = copy.deepcopy(experts).double(), hidden.detach().double()
+    ones = torch.ones_like(hidden[:, :1])
+    with torch.no_grad():
+        together = experts(hidden, expert_of, ones)
+        alone = [
+            experts(hidden[i : i + 1], expert_of[i : i + 1], ones[i : i + 1])
+            for i in range(len(hidden))
+        ]
+    return _check("every token returns to its place", together, torch.cat(alone), 1e-12)
+
+
+def importance_equals_slow_loop(score, dense: nn.Module, batch: dict) -> Check:
+    """Scores of a batch equal Eq. 4 computed example by example from weight gradients.
+
+    Args:
+        score: Function of (model, list of batches) with ``.scores`` in its result, such as
+            ``ffn_importance``.
+        dense: A fine-tuned BERT.
+        batch: Inputs with ``labels``; a few examples, since the loop is slow.
+    """
+    model = _double(dense)
+    fast = score(model, [batch]).scores
+    slow = torch.zeros_like(fast)
+    for i in range(len(batch["labels"])):
+        example = {name: value[i : i + 1] for name, value in batch.items() if name != "index"}
+        model.zero_grad()
+        model(**example).loss.backward()
+        for row, layer in zip(slow, model.base_model.encoder.layer, strict=True):
+            w1, w2 = layer.intermediate.dense.weight, layer.output.dense.weight
+            term = (w1.detach() * w1.grad).sum(1) + (w2.detach() * w2.grad).sum(0)
+            row += term.abs().cpu()
+    return _check("importance = the per-example loop over Eq. 4", fast, slow, 1e-10)
+
+
+def saving_changes_nothing(moebert: nn.Module, batch: dict) -> Check:
+    """Saved and loaded again, the model routes and answers bit for bit as before."""
+    with tempfile.TemporaryDirectory() as folder:
+        moebert.save_pretrained(folder)
+        back = type(moebert).from_pretrained(folder, dtype=moebert.dtype).to(moebert.device)
+    moebert.eval()
+    for name, tensor in moebert.state_dict().items():
+        if not torch.equal(tensor, back.state_dict()[name]):
+            raise AssertionError(f"FAILS: {name} changed in saving")
+    claim = "save_pretrained and from_pretrained keep tables and weights bit for bit"
+    return _check(claim, _logits(moebert, batch), _logits(back.eval(), batch), 1e-6)
+
+
+def deal_is_fair(experts: Tensor, ranking: Tensor, n_shared: int) -> Check:
+    """The most important neurons sit in every expert; no other neuron sits in two.
+
+    Args:
+        experts: One layer's assignment, ``(E, K)``.
+        ranking: The layer's neurons, most important first, ``(F,)``.
+        n_shared: Neurons that every expert should hold.
+    """
+    top = set(ranking[:n_shared].tolist())
+    hands = [set(row.tolist()) for row in experts]
+    missing = sum(len(top - hand) for hand in hands)
+    own = [neuron for hand in hands for neuron in hand - top]
+    # identical hands (n_shared = K) or a single hand have nothing to double
+    twice = len(own) - len(set(own))
+    claim = "the top neurons are in every expert, each other neuron in at most one"
+    return _check(claim, torch.tensor([missing + twice]), torch.tensor([0]), 0.0)
+
+
+def teacher_is_its_own_best_student(loss, states: list[Tensor], logits: Tensor) -> Check:
+    """Distillation costs nothing where student and teacher agree.
+
+    Args:
+        loss: Function of (student states, teacher states, student logits, teacher logits).
+        states: Hidden states, each ``(B, T, D)``.
+        logits: ``(B, C)``.
+    """
+    value = torch.as_tensor(loss(states, states, logits, logits)).reshape(1)
+    claim = "the distillation loss of a model against itself is zero"
+    return _check(claim, value, torch.zeros_like(value), 1e-6)

@@ -1,0 +1,220 @@
+"""How much the loss would change without a neuron (Eq. 4), for all neurons in one backward.
+
+Eq. 4 sums ``|w1_j . dL/dw1_j + w2_j . dL/dw2_j|`` over examples, where ``w1_j`` is column ``j``
+of W1 and ``w2_j`` row ``j`` of W2. Both products are sums over tokens of what flows through the
+neuron: with pre-activation ``a`` and activation ``h``,
+
+    w1_j . dL/dw1_j = sum_t (a_tj - b1_j) dL/da_tj        w2_j . dL/dw2_j = sum_t h_tj dL/dh_tj
+
+so a batch gives exact per-example scores in one backward through activations, with the
+parameters frozen. Biases are not scored (Sec. 3.1, footnotes).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+N_BLOCKS = 20  # examples are spread over this many block sums, for intervals
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Scores of every feed-forward neuron, with what is needed to doubt them.
+
+    Attributes:
+        scores: Eq. 4, summed over examples. Shape ``(L, F)``, float64.
+        blocks: The same sum over disjoint sets of examples, ``(M, L, F)``; they add up to
+            ``scores`` and carry the sampling error.
+        counts: Examples in each block, ``(M,)``, int64.
+        meta: Where it came from: task, split, model, digests.
+    """
+
+    scores: Tensor
+    blocks: Tensor
+    counts: Tensor
+    meta: dict = field(default_factory=dict)
+
+    @property
+    def n_examples(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def ranking(self) -> Tensor:
+        """Neurons of each layer, most important first. Shape ``(L, F)``, int64."""
+        return self.scores.argsort(dim=-1, descending=True, stable=True)
+
+    def mass(self, top: int) -> Tensor:
+        """Share of each layer's total score that its ``top`` neurons hold. Shape ``(L,)``."""
+        sorted_scores = self.scores.sort(dim=-1, descending=True).values
+        return sorted_scores[:, :top].sum(-1) / sorted_scores.sum(-1)
+
+    def bootstrap(self, n: int, *, seed: int = 0) -> Tensor:
+        """Scores of ``n`` resamples of the blocks with replacement. Shape ``(n, L, F)``."""
+        generator = torch.Generator().manual_seed(seed)
+        M = len(self.blocks)
+        drawn = torch.randint(M, (n, M), generator=generator)
+        weights = torch.zeros(n, M, dtype=self.blocks.dtype)
+        weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=weights.dtype))
+        return torch.einsum("nm,mlf->nlf", weights, self.blocks)
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with ``meta`` as JSON in the header; replaces atomically."""
+        path = Path(path)
+        tensors = {"scores": self.scores, "blocks": self.blocks, "counts": self.counts}
+        partial = path.with_name(path.name + ".part")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            partial,
+            metadata={"moebert_importance": json.dumps(self.meta, sort_keys=True)},
+        )
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Importance":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is no importance file.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads(file.metadata()["moebert_importance"])
+                return cls(
+                    *(file.get_tensor(name) for name in ("scores", "blocks", "counts")), meta
+                )
+        except Exception as error:
+            raise ValueError(f"{path} is not an importance file: {error}") from None
+
+
+def ffn_importance(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], *, meta: dict | None = None
+) -> Importance:
+    """Score every feed-forward neuron of a fine-tuned BERT by Eq. 4.
+
+    Exact per example, though batches are processed whole. Memory does not grow with the number
+    of batches. The model is used in eval mode (no dropout) and returned to its former mode;
+    its parameters get no gradient.
+
+    Args:
+        model: A BERT with a head whose forward returns the mean ``loss`` of the batch.
+        batches: Dictionaries of model inputs with ``labels``; each on the model's device. An
+            entry ``index`` is ignored.
+        meta: Stored with the result.
+
+    Returns:
+        Scores ``(L, F)`` in float64, on the CPU.
+
+    Raises:
+        ValueError: no batch, a batch without labels, or a model without BERT layers.
+
+    Source: Eq. 4; derivation in this module's header.
+    """
+    layers = [m for m in model.modules() if _is_dense_layer(m)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no BERT feed-forward layers to score")
+    shape = (N_BLOCKS, len(layers), layers[0].intermediate.dense.out_features)
+    blocks, counts = (
+        torch.zeros(shape, dtype=torch.float64),
+        torch.zeros(N_BLOCKS, dtype=torch.int64),
+    )
+    seen = 0
+    with _frozen(model):
+        for batch in batches:
+            if "labels" not in batch:
+                raise ValueError("importance needs labels: Eq. 4 scores the task loss")
+            scores = batch_scores(model, layers, batch)  # (L, B, F)
+            block = (torch.arange(scores.shape[1]) + seen) % N_BLOCKS
+            blocks.index_add_(0, block, scores.transpose(0, 1).double().cpu())
+            counts += torch.bincount(block, minlength=N_BLOCKS)
+            seen += len(block)
+    if not seen:
+        raise ValueError("no batches: importance needs at least one example")
+    used = counts > 0
+    return Importance(blocks.sum(0), blocks[used], counts[used], dict(meta or {}))
+
+
+def batch_scores(model: nn.Module, layers: list[nn.Module], batch: dict[str, Tensor]) -> Tensor:
+    """Per-example scores of one batch, ``(L, B, F)``: what Eq. 4 sums over examples."""
+    flows: list[tuple[Tensor, Tensor]] = []
+
+    def keep(dense: nn.Module, _inputs: tuple, a: Tensor) -> Tensor:
+        a = a if a.requires_grad else a.requires_grad_()  # the first layer starts the graph
+        flows.append((a, None))
+        return a
+
+    def keep_activation(_module: nn.Module, _inputs: tuple, h: Tensor) -> None:
+        flows[-1] = (flows[-1][0], h)
+
+    hooks = [layer.intermediate.dense.register_forward_hook(keep) for layer in layers]
+    hooks += [layer.intermediate.register_forward_hook(keep_activation) for layer in layers]
+    try:
+        with torch.enable_grad():
+            inputs = {name: value for name, value in batch.items() if name != "index"}
+            loss = model(**inputs).loss * len(batch["labels"])  # the sum over examples
+            wanted = [tensor for pair in flows for tensor in pair]
+            grads = torch.autograd.grad(loss, wanted)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    scores = []
+    for layer, (a, h), da, dh in zip(layers, flows, grads[::2], grads[1::2], strict=True):
+        b1 = layer.intermediate.dense.bias
+        flow = (a.detach() - b1) * da + h.detach() * dh  # (B, T, F)
+        scores.append(flow.sum(1).abs())
+    return torch.stack(scores)
+
+
+def _is_dense_layer(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "intermediate", None), "dense") and hasattr(module, "output")
+
+
+@contextmanager
+def _frozen(model: nn.Module):
+    """Eval mode and no parameter gradients inside the block; both restored after it."""
+    training = model.training
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def removed(model: nn.Module, neurons: Sequence[Tensor]):
+    """Silence neurons inside the block, as if their columns and rows were zero.
+
+    Args:
+        model: A dense BERT.
+        neurons: For each layer the indices to silence: ``(L, n)``, int64, or ``L`` tensors.
+    """
+    layers = [m for m in model.modules() if _is_dense_layer(m)]
+    if len(neurons) != len(layers):
+        raise ValueError(
+            f"neurons are given for {len(neurons)} layers, the model has {len(layers)}"
+        )
+
+    def silence(kept: Tensor):
+        return lambda _module, _inputs, h: h * kept.to(h)
+
+    hooks = []
+    for layer, gone in zip(layers, neurons, strict=True):
+        kept = torch.ones(layer.intermediate.dense.out_features)
+        kept[gone] = 0
+        hooks.append(layer.intermediate.register_forward_hook(silence(kept)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

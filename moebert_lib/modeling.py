@@ -1,0 +1,163 @@
+"""MoEBERT as a transformers model: BERT whose feed-forward layers are experts.
+
+``BertLayer`` computes ``output(intermediate(x), x)``. With the identity at ``intermediate``
+and ``moe_layer.MoEOutput`` at ``output`` the FFN is replaced at one seam, and every other line
+that runs is transformers' own. Saving, loading, pipelines and ``Trainer`` therefore work
+unchanged, and ``AutoModelForSequenceClassification`` finds the model once
+``moebert_lib`` is imported.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from moebert_lib.moe_layer import Experts, MoEOutput, RoutingContext
+from moebert_lib.routing import ROUTINGS, HashRouter, RandomHash
+
+
+@strict
+class MoEBertConfig(BertConfig):
+    """BERT's configuration plus how its FFNs became experts.
+
+    Attributes:
+        n_experts: Experts per layer ``E``; one is active for each token.
+        expert_size: Neurons in each expert ``K``.
+        n_shared: Neurons that every expert of a layer started with.
+        routing: ``hash-random``, ``hash-balance``, ``gate-token`` or ``gate-sentence``.
+        expert_layer_norm: ``per-expert`` (as the release) or ``shared``.
+        gate_scaling: where a gate's probability multiplies, ``inside`` the residual as in
+            Eq. 2, or ``outside`` it after LayerNorm, as the release does.
+        router_aux_loss_coef: Weight of the gates' load-balance loss in ``loss``.
+    """
+
+    model_type = "moebert"
+    keys_to_ignore_at_inference = ["aux_loss"]
+
+    n_experts: int = 4
+    expert_size: int = 768
+    n_shared: int = 512
+    routing: str = "hash-random"
+    expert_layer_norm: str = "per-expert"
+    gate_scaling: str = "inside"
+    router_aux_loss_coef: float = 0.01
+
+    def __post_init__(self, **kwargs):
+        _one_of("routing", self.routing, ROUTINGS)
+        _one_of("expert_layer_norm", self.expert_layer_norm, ("per-expert", "shared"))
+        _one_of("gate_scaling", self.gate_scaling, ("inside", "outside"))
+        super().__post_init__(**kwargs)
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+class MoEBertPreTrainedModel(PreTrainedModel):
+    """What all MoEBERT models have in common; mixed in before transformers' BERT classes."""
+
+    config_class = MoEBertConfig
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers caches its answer on the class, and a dense BERT built earlier in the
+        # process would pass on its "no" by inheritance
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # grouped_mm, transformers' default, has no float64; the loop works in every dtype and
+        # costs the same on a CPU. On a GPU: model.set_experts_implementation("grouped_mm").
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Experts):
+            for weight in (module.up_proj, module.down_proj):
+                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
+            for bias in (module.up_proj_bias, module.down_proj_bias):
+                init.zeros_(bias)
+        elif isinstance(module, HashRouter):
+            fresh = RandomHash(self.config.vocab_size, self.config.n_experts)
+            init.copy_(module.tid2eid, fresh.tid2eid)
+        elif isinstance(module, MoEOutput):
+            init.zeros_(module.neurons)
+
+
+class MoEBertModel(MoEBertPreTrainedModel, BertModel):
+    """``BertModel`` with experts for feed-forward layers."""
+
+    def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True):
+        if config.chunk_size_feed_forward:
+            raise ValueError("chunk_size_feed_forward must be 0: chunks would lose their token ids")
+        super().__init__(config, add_pooling_layer=add_pooling_layer)
+        self.context = RoutingContext()
+        for layer in self.encoder.layer:
+            layer.intermediate = nn.Identity()
+            layer.output = MoEOutput(config, self.context)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        """As ``BertModel.forward``; token ids and mask are handed to the routers."""
+        self.context.input_ids = input_ids
+        self.context.mask = attention_mask
+        self.context.balance_losses.clear()
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+@dataclass
+class MoEBertSequenceClassifierOutput(SequenceClassifierOutput):
+    """``SequenceClassifierOutput`` plus ``aux_loss``, the gates' load balance summed over layers.
+
+    ``aux_loss`` is ``None`` for hash routing. When labels are given, ``loss`` includes it
+    with weight ``router_aux_loss_coef``.
+    """
+
+    aux_loss: Tensor | None = None
+
+
+class MoEBertForSequenceClassification(MoEBertPreTrainedModel, BertForSequenceClassification):
+    """``BertForSequenceClassification`` with experts for feed-forward layers."""
+
+    def __init__(self, config: MoEBertConfig):
+        # past BertForSequenceClassification's own constructor, which would build a dense BERT
+        super(BertForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MoEBertModel(config)
+        dropout = config.classifier_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
+    ) -> MoEBertSequenceClassifierOutput:
+        """As ``BertForSequenceClassification.forward``; ``labels`` may be absent."""
+        output = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            labels=labels, **kwargs,
+        )  # fmt: skip
+        balance_losses = self.bert.context.balance_losses
+        aux_loss = sum(balance_losses) if balance_losses else None
+        balance_losses.clear()
+        if aux_loss is not None and output.loss is not None:
+            output.loss = output.loss + self.config.router_aux_loss_coef * aux_loss
+        return MoEBertSequenceClassifierOutput(**output, aux_loss=aux_loss)
+
+
+AutoConfig.register("moebert", MoEBertConfig)
+AutoModelForSequenceClassification.register(MoEBertConfig, MoEBertForSequenceClassification)

@@ -1,0 +1,179 @@
+"""One feed-forward layer of experts, and how to look inside it.
+
+:class:`MoEOutput` stands where ``BertOutput`` stood. It asks the router for each token's
+expert, lets the experts serve their tokens (Eq. 2), and adds residual and LayerNorm.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from moebert_lib.routing import RandomHash, Route, SentenceGate, TokenGate, balance_loss
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class Experts(nn.Module):
+    """All experts of one layer, stacked: ``E`` two-layer networks of ``K`` neurons.
+
+    The loop below is the reference ("eager"); transformers swaps in ``grouped_mm`` and
+    others through ``model.set_experts_implementation``.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        E, K, D = config.n_experts, config.expert_size, config.hidden_size
+        self.num_experts = E
+        self.up_proj = nn.Parameter(torch.empty(E, K, D))  # W1 of Eq. 1, transposed
+        self.up_proj_bias = nn.Parameter(torch.zeros(E, K))
+        self.down_proj = nn.Parameter(torch.empty(E, D, K))  # W2 of Eq. 1, transposed
+        self.down_proj_bias = nn.Parameter(torch.zeros(E, D))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``weight * E_i(a)`` for each token's expert ``i`` (Eq. 2).
+
+        Args:
+            hidden_states: Shape ``(B*T, D)``.
+            top_k_index: Expert of each token, ``(B*T, 1)``, int64.
+            top_k_weights: Factor on its output, ``(B*T, 1)``.
+
+        Returns:
+            Shape ``(B*T, D)``, tokens in the order they came in.
+        """
+        expert_of = top_k_index[:, 0]
+        output = torch.zeros_like(hidden_states)
+        for e in range(self.num_experts):
+            tokens = (expert_of == e).nonzero()[:, 0]  # (n_e,)
+            up = F.linear(hidden_states[tokens], self.up_proj[e], self.up_proj_bias[e])
+            down = F.linear(self.act_fn(up), self.down_proj[e], self.down_proj_bias[e])
+            output = output.index_copy(0, tokens, down.to(output.dtype))
+        return output * top_k_weights
+
+
+class ExpertLayerNorm(nn.Module):
+    """LayerNorm whose gain and bias belong to the expert that served the token."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
+        self.eps = config.layer_norm_eps
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        """``x`` has shape ``(B*T, D)``, ``experts`` ``(B*T, 1)``."""
+        normal = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        return normal * self.weight[experts[:, 0]] + self.bias[experts[:, 0]]
+
+
+@dataclass
+class RoutingContext:
+    """What routers need and ``BertLayer`` does not pass on; one per model, set per forward."""
+
+    input_ids: Tensor | None = None
+    mask: Tensor | None = None
+    balance_losses: list[Tensor] = field(default_factory=list)  # one a gated layer
+
+    def __deepcopy__(self, memo: dict) -> "RoutingContext":
+        return RoutingContext()  # a copied model starts fresh; graph tensors can't be copied
+
+
+class MoEOutput(nn.Module):
+    """Stands where ``BertOutput`` stood: route, expert, dropout, residual, LayerNorm.
+
+    ``neurons`` ``(E, K)`` remembers which of the dense layer's neurons each expert got.
+    """
+
+    def __init__(self, config: PreTrainedConfig, context: RoutingContext):
+        super().__init__()
+        self.context = context
+        self.router = _router(config)
+        self.experts = Experts(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.per_expert = config.expert_layer_norm == "per-expert"
+        norm = ExpertLayerNorm if self.per_expert else _shared_layer_norm
+        self.LayerNorm = norm(config)
+        self.outside = config.gate_scaling == "outside"
+        shape = (config.n_experts, config.expert_size)
+        self.register_buffer("neurons", torch.zeros(shape, dtype=torch.int64), persistent=True)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Both arguments are the attention output, ``(B, T, D)``, and so is the result."""
+        route = self.router(hidden_states, self.context.input_ids, self.context.mask)
+        if route.probabilities is not None:
+            self.context.balance_losses.append(balance_loss(route, self.context.mask))
+        tokens = hidden_states.flatten(0, 1)  # (B*T, D)
+        weights = torch.ones_like(route.weights) if self.outside else route.weights
+        served = self.dropout(self.experts(tokens, route.experts, weights))
+        summed = served + input_tensor.flatten(0, 1)
+        args = (summed, route.experts) if self.per_expert else (summed,)
+        output = self.LayerNorm(*args)
+        if self.outside:
+            output = output * route.weights
+        return output.view_as(hidden_states)
+
+
+def _shared_layer_norm(config: PreTrainedConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def _router(config: PreTrainedConfig) -> nn.Module:
+    if config.routing == "gate-token":
+        return TokenGate(config.hidden_size, config.n_experts)
+    if config.routing == "gate-sentence":
+        return SentenceGate(config.hidden_size, config.n_experts)
+    return RandomHash(config.vocab_size, config.n_experts)  # the table is loaded or set later
+
+
+def moe_layers(model: nn.Module) -> list[MoEOutput]:
+    """The expert layers of a model, first to last."""
+    return [module for module in model.modules() if isinstance(module, MoEOutput)]
+
+
+@contextmanager
+def record_routes(model: nn.Module) -> Iterator[list[list[Route]]]:
+    """Collect every route taken inside the block: ``routes[layer][call]``.
+
+    Example: ``with record_routes(model) as routes: model(**batch)``
+    """
+    layers = moe_layers(model)
+    routes: list[list[Route]] = [[] for _ in layers]
+    hooks = [
+        layer.router.register_forward_hook(lambda _m, _a, route, kept=kept: kept.append(route))
+        for layer, kept in zip(layers, routes, strict=True)
+    ]
+    try:
+        yield routes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters a token uses, and parameters on disk."""
+
+    effective: int
+    stored: int
+
+
+def parameter_counts(model: nn.Module) -> ParameterCounts:
+    """Count parameters; effective leaves out the experts that a token does not visit.
+
+    Buffers (hash tables) are no parameters. Works on the meta device.
+    """
+    stored = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for layer in moe_layers(model):
+        per_expert = [*layer.experts.parameters()]
+        if layer.per_expert:
+            per_expert += [*layer.LayerNorm.parameters()]
+        n_experts = layer.experts.num_experts
+        idle += sum(p.numel() for p in per_expert) * (n_experts - 1) // n_experts
+    return ParameterCounts(stored - idle, stored)

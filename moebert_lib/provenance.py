@@ -1,0 +1,122 @@
+"""What made a result: digests of keys, files and code; versions, commit and machine."""
+
+import ast
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+LIBRARIES = (
+    "moebert torch transformers datasets tokenizers numpy scipy scikit-learn pandas matplotlib "
+    "papermill accelerate"
+).split()
+#: Modules that no notebook's result can depend on, so that changing them reruns nothing.
+OUTSIDE = ("__main__", "cli", "doctor", "report")
+
+
+def digest(obj: Any) -> str:
+    """SHA-256 of a JSON value, whatever the order of its names."""
+    return hashlib.sha256(to_json(obj, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``folder`` by its relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+@functools.cache  # of the code as it was first asked for: what this process has imported
+def code_digest(*module_names: str) -> str:
+    """SHA-256 of modules of this library, blind to comments, docstrings and layout.
+
+    Without names: every module that a notebook's result can depend on.
+    """
+    folder = Path(__file__).parent
+    modules = sorted(path.stem for path in folder.glob("*.py") if path.stem not in OUTSIDE)
+    names = [name.removeprefix("moebert_lib.") for name in module_names] or modules
+    return digest({name: _code(folder / f"{name}.py") for name in names})
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Python's and the libraries' versions, without importing them."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Git commit of the checkout, "-dirty" where library or notebooks differ from it."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # installed, or unpacked from an archive
+        return None
+    head = _git(root, "rev-parse", "HEAD")
+    changed = _git(root, "status", "--porcelain", "--", "moebert_lib", "notebooks")
+    return f"{head}-dirty" if head and changed else head
+
+
+def machine() -> dict[str, Any]:
+    """What the seconds were measured on: CPU model, cores in use, torch's threads."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.partition(":") for line in info.read_text().splitlines())
+        cpu = next((value.strip() for name, _, value in lines if name.strip() == "model name"), cpu)
+    torch = sys.modules.get("torch")  # only if something has imported it: it takes seconds
+    threads = torch.get_num_threads() if torch else None
+    return {"cpu": cpu, "cores": cores(), "torch_threads": threads, "system": platform.system()}
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # absent outside Linux
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def to_json(obj: Any, **layout: Any) -> str:
+    """JSON text with sorted names, so that equal values give equal text."""
+    return json.dumps(obj, sort_keys=True, ensure_ascii=False, default=_plain, **layout)
+
+
+def _plain(value: Any) -> Any:
+    """JSON for what is not: numpy and torch values, pydantic models, paths."""
+    for method in ("tolist", "model_dump"):
+        if hasattr(value, method):
+            return getattr(value, method)()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a {type(value).__name__} cannot be stored as JSON: {value!r}")
+
+
+def _code(path: Path) -> str:
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+    return ast.dump(tree)
+
+
+def _git(root: Path, *command: str) -> str | None:
+    command = ("git", "-C", str(root), *command)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

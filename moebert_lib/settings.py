@@ -1,0 +1,233 @@
+"""Every knob of an experiment, typed, validated, and with the source of its value.
+
+A notebook's ``parameters`` cell holds literals; the next cell turns them into one
+frozen :class:`Settings`. Unknown names and ill-typed values are refused here, before
+any compute, with the nearest valid choice in the message.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moebert_lib.paper import TABLE7
+
+Scale = Literal["smoke", "quick", "small", "paper"]
+Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
+Ranking = Literal["importance", "random", "inverse"]
+Distil = Literal["all", "skip", "last", "none"]
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+TINY = "tiny"  # a random two-layer BERT: exercises the code, knows nothing
+
+#: FFN width of the models the scales name, so that sizes are checked before loading.
+FFN_WIDTHS = {TINY: 64, MINILM: 1536, "bert-base-uncased": 3072, "bert-large-uncased": 4096}
+
+
+class UserError(ValueError):
+    """Something the user asked for cannot be had: one line, exit status 2."""
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """End of an error message: the closest choice, or all of them.
+
+    Example:
+        >>> nearest("sst-2", ["sst2", "rte"])
+        "did you mean 'sst2'?"
+        >>> nearest("zebra", ["sst2", "rte"])
+        'choose from sst2, rte'
+    """
+    choices = list(choices)
+    lowered = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.6)
+    return f"did you mean '{lowered[close[0]]}'?" if close else f"choose from {', '.join(choices)}"
+
+
+def home() -> Path:
+    """The folder that holds ``notebooks/``, ``figures/`` and ``runs/``.
+
+    ``MOEBERT_HOME`` where it is set, else the checkout this library lies in.
+    """
+    return Path(os.environ.get("MOEBERT_HOME") or Path(__file__).parents[1]).resolve()
+
+
+class Settings(BaseModel):
+    """One experiment. Frozen; :meth:`at` fills in what the scale decides.
+
+    Sizes are in neurons, lengths in tokens, ``None`` means "no limit" for a count and
+    "the paper's proportion" for ``expert_size`` and ``n_shared``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # What is run
+    scale: Scale = "quick"
+    task: str = "library"
+    seed: int = Field(0, ge=0)  # routing tables, sampling, dropout, order of examples
+    teacher_seed: int | None = Field(None, ge=0)  # None: the same as seed
+    data_dir: str = ""  # GLUE-format files; empty: built-in data, or the hub
+
+    # Model and data
+    model: str = MINILM
+    max_length: int = Field(64, ge=8, le=512)  # tokens; the paper: Table 7
+    max_train_examples: int | None = Field(None, ge=8)
+    max_eval_examples: int | None = Field(None, ge=8)
+
+    # Teacher: fine-tuned on the task first; its hyper-parameters are not in the paper
+    teacher_epochs: float = Field(3.0, gt=0)
+    teacher_learning_rate: float = Field(5e-5, gt=0)
+    teacher_batch_size: int = Field(32, ge=1)
+
+    # Importance (Eq. 4)
+    importance_examples: int | None = Field(None, ge=8)  # None: the whole split
+    importance_split: Literal["train", "validation"] = "train"  # release: validation
+
+    # Experts (Sec. 3.1): N = 4, 768 neurons each, 512 of them shared, of 3072
+    n_experts: int = Field(4, ge=1)
+    expert_size: int | None = Field(None, ge=1)  # None: FFN width // n_experts
+    n_shared: int | None = Field(None, ge=0)  # None: two thirds of expert_size
+    ranking: Ranking = "importance"  # Fig. 3a
+    split_seed: int = Field(0, ge=0)  # of ranking="random"
+    routing: Routing = "hash-random"  # Fig. 3c
+    balance_weight: float = Field(0.01, ge=0)  # load balance of the gates; not in the paper
+
+    # Distillation (Eq. 5-7) and training (Table 7)
+    distill: Distil = "all"  # Fig. 3b; "none": Table 3
+    distill_weight: float = Field(1.0, ge=0)  # lambda_distill
+    epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(5e-5, gt=0)
+    batch_size: int = Field(16, ge=1)
+    eval_batch_size: int = Field(64, ge=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)  # appendix: clipping 1.0, no warm-up
+    dropout: float = Field(0.1, ge=0, lt=1)  # BERT's own, student and teacher training
+
+    # Where paper and release differ; the default is the paper, or the sound choice
+    teacher_dropout: bool = False  # release: on while distilling
+    expert_layer_norm: Literal["per-expert", "shared"] = "per-expert"
+    gate_scaling: Literal["inside", "outside"] = "inside"  # release: outside the residual
+    padding_in_loss: bool = False  # release: padding counts in the hidden loss
+
+    # How much evidence the notebooks gather
+    n_random_splits: int = Field(5, ge=2)
+    n_seeds: int = Field(3, ge=1)
+
+    @classmethod
+    def at(cls, scale: str = "quick", **changes: Any) -> Self:
+        """Settings of a scale with changes on top; errors are one readable line.
+
+        Raises:
+            UserError: unknown scale or name, ill-typed or out-of-range value, or expert
+                sizes that do not fit the model's FFN.
+        """
+        if scale not in SCALES:
+            raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
+        for name in changes:
+            if name not in cls.model_fields:
+                raise UserError(f"unknown setting '{name}'; {nearest(name, cls.model_fields)}")
+        task = changes.get("task") or SCALES[scale]["task"]
+        values = {**SCALES[scale], **(paper_task(task) if scale == "paper" else {})}
+        try:
+            return cls(**{**values, **changes, "scale": scale, "task": task})
+        except ValidationError as error:
+            raise UserError(_one_line(error)) from None
+
+    def but(self, **changes: Any) -> Self:
+        """The same experiment with some settings changed, validated again."""
+        values = self.model_dump()
+        for name in changes:
+            if name not in values:
+                raise UserError(f"unknown setting '{name}'; {nearest(name, values)}")
+        try:
+            return type(self)(**{**values, **changes})
+        except ValidationError as error:
+            raise UserError(_one_line(error)) from None
+
+    def sizes(self, width: int) -> tuple[int, int]:
+        """``(expert_size, n_shared)`` in neurons for an FFN of ``width`` neurons.
+
+        The defaults are the paper's proportions: the FFN's width split evenly (768 = 3072 / 4)
+        and two thirds of an expert shared (512 of 768).
+        """
+        expert_size = self.expert_size or max(width // self.n_experts, 1)
+        n_shared = 2 * expert_size // 3 if self.n_shared is None else self.n_shared
+        return expert_size, n_shared
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        width = FFN_WIDTHS.get(self.model)
+        if width is None:  # checked again by experts.deal_neurons once the model is known
+            return self
+        expert_size, n_shared = self.sizes(width)
+        if n_shared > expert_size:
+            raise ValueError(
+                f"n_shared={n_shared} exceeds expert_size={expert_size}; "
+                f"the largest n_shared is {expert_size}"
+            )
+        needed = n_shared + self.n_experts * (expert_size - n_shared)
+        if needed > width:
+            largest = (width + (self.n_experts - 1) * n_shared) // self.n_experts
+            raise ValueError(
+                f"{self.n_experts} experts of {expert_size} neurons with {n_shared} shared need "
+                f"{needed} neurons, {self.model} has {width}; "
+                f"the largest expert_size that fits is {largest}"
+            )
+        return self
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    if first["type"] == "literal_error":
+        choices = Settings.model_fields[where].annotation.__args__
+        return f"{where}={first['input']!r}: {nearest(str(first['input']), choices)}"
+    return f"{where}={first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+#: What each scale decides; everything else keeps the default above.
+SCALES: dict[str, dict[str, Any]] = {
+    "smoke": dict(  # tests: runs every line, teaches nothing
+        task="library",
+        model=TINY,
+        max_length=16,
+        max_train_examples=64,
+        max_eval_examples=48,
+        importance_examples=32,
+        teacher_epochs=1.0,
+        n_random_splits=2,
+        n_seeds=2,
+        expert_size=24,
+        n_shared=12,
+        teacher_seed=0,
+    ),
+    "quick": dict(  # offline, two CPU cores, minutes
+        task="library",
+        max_length=32,
+        max_train_examples=4000,
+        max_eval_examples=1000,
+        importance_examples=1000,
+        teacher_epochs=1.0,
+        teacher_learning_rate=1e-4,
+        teacher_seed=0,  # one teacher serves all seeds: intervals leave its variation out
+    ),
+    "small": dict(  # MiniLM on real GLUE: a GPU hour or a CPU night
+        task="sst2",
+        max_length=128,
+        importance_examples=2000,
+        epochs=3.0,
+        n_seeds=5,
+        batch_size=32,
+    ),
+    "paper": dict(task="mnli", model="bert-base-uncased", n_seeds=3),
+}
+
+
+def paper_task(task: str) -> dict[str, Any]:
+    """Table 7's hyper-parameters for a task, or nothing where the paper has none."""
+    return dict(TABLE7.get(task, {}))

@@ -1,0 +1,172 @@
+"""Training through transformers' ``Trainer``: fine-tune the teacher, distil the student.
+
+Optimiser, schedule, precision, devices and checkpoints are Trainer's. Ours are the loss and
+the progress line. AdamW with betas 0.9 and 0.999, linear decay, no warm-up, clipping 1.0
+(the paper's appendix).
+"""
+
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from moebert_lib.distill import distillation_terms
+from moebert_lib.settings import Settings
+
+
+class Progress(TrainerCallback):
+    """A line now and then: plain text, since a progress bar is unreadable in a log."""
+
+    def __init__(self, name: str, *, every_seconds: float = 15.0):
+        self.name, self.every = name, every_seconds
+        self.started = self.said = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.monotonic()
+        if now - self.said >= self.every or state.global_step == state.max_steps:
+            self.said = now
+            passed = now - self.started
+            print(
+                f"· {self.name}: step {state.global_step}/{state.max_steps}, {passed:.0f} s",
+                flush=True,
+            )
+
+
+class DistillationTrainer(Trainer):
+    """Trainer with the paper's objective (Sec. 3.2): task loss plus weighted Eq. 7.
+
+    The teacher is no part of the student: it is not trained, saved or counted. It runs
+    without gradient and in eval mode unless ``teacher_dropout`` says otherwise.
+
+    Args:
+        teacher: The dense, fine-tuned model.
+        distill: ``all``, ``skip``, ``last``, or ``none`` for plain fine-tuning (Table 3).
+        weight: ``lambda_distill``.
+        padding_in_loss: Count padding in Eq. 5, as the release does.
+        teacher_dropout: Run the teacher in train mode, as the release does.
+    """
+
+    def __init__(
+        self,
+        *args,
+        teacher: nn.Module,
+        distill: str = "all",
+        weight: float = 1.0,
+        padding_in_loss: bool = False,
+        teacher_dropout: bool = False,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
+        self.teacher = teacher.to(self.args.device).train(teacher_dropout)
+        self.distill, self.weight, self.padding_in_loss = distill, weight, padding_in_loss
+        self._terms: list[torch.Tensor] = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective for one batch; its parts are kept for :meth:`curve`."""
+        student = model(**inputs, output_hidden_states=self.distill != "none")
+        task = loss = student.loss
+        hidden = prediction = torch.zeros_like(loss)
+        if self.distill != "none":
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            with torch.no_grad():
+                teacher = self.teacher(**inputs, output_hidden_states=True)
+            mask = None if self.padding_in_loss else inputs["attention_mask"]
+            hidden, prediction = distillation_terms(
+                student, teacher, mask=mask, layers=self.distill
+            )
+            loss = task + self.weight * (hidden + prediction)
+        if model.training:
+            self._terms.append(torch.stack([task, hidden, prediction, loss]).detach())
+        return (loss, student) if return_outputs else loss
+
+    def curve(self) -> pd.DataFrame:
+        """Loss terms by training step: task, hidden (Eq. 5), prediction (Eq. 6), total."""
+        values = torch.stack(self._terms).float().cpu().numpy()
+        frame = pd.DataFrame(values, columns=["task", "hidden", "prediction", "total"])
+        frame.insert(0, "step", range(1, len(frame) + 1))
+        return frame
+
+
+def fine_tune(
+    model: nn.Module, encoded, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
+) -> None:
+    """Fine-tune the dense teacher on the task, in place.
+
+    Args:
+        model: A dense model with a classification head.
+        encoded: Training set from ``data.encode``.
+        tokenizer: Pads batches.
+        settings: ``teacher_*``, ``seed``, ``weight_decay`` and ``max_grad_norm`` are used.
+        folder: For Trainer's own files; nothing is left there.
+    """
+    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+    arguments = training_arguments(
+        folder, seed=seed, epochs=settings.teacher_epochs, batch_size=settings.teacher_batch_size,
+        learning_rate=settings.teacher_learning_rate, settings=settings,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=encoded, callbacks=[Progress("teacher")],
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )  # fmt: skip
+    _quietly(trainer)
+
+
+def distil(
+    student: nn.Module, teacher: nn.Module, encoded, tokenizer, settings: Settings, folder: Path
+) -> pd.DataFrame:
+    """Train the student in place; returns the loss terms by step.
+
+    Args:
+        student: From ``convert.to_moebert``.
+        teacher: The dense model it came from.
+        encoded: Training set from ``data.encode``.
+        tokenizer: Pads batches.
+        settings: Training, distillation and switch settings.
+        folder: For Trainer's own files; nothing is left there.
+    """
+    arguments = training_arguments(
+        folder, seed=settings.seed, epochs=settings.epochs, batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate, settings=settings,
+    )  # fmt: skip
+    trainer = DistillationTrainer(
+        student, arguments, train_dataset=encoded, callbacks=[Progress("student")],
+        data_collator=DataCollatorWithPadding(tokenizer), teacher=teacher,
+        distill=settings.distill, weight=settings.distill_weight,
+        padding_in_loss=settings.padding_in_loss, teacher_dropout=settings.teacher_dropout,
+    )  # fmt: skip
+    _quietly(trainer)
+    teacher.eval()
+    return trainer.curve()
+
+
+def training_arguments(
+    folder: Path, *, seed: int, epochs: float, batch_size: int, learning_rate: float, settings
+) -> TrainingArguments:
+    """Trainer's arguments for one of our runs: quiet, local, length-grouped, no warm-up."""
+    return TrainingArguments(
+        output_dir=str(folder), seed=seed, data_seed=seed, num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size, learning_rate=learning_rate,
+        weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type="linear", warmup_steps=0, train_sampling_strategy="group_by_length",
+        save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(), bf16=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def _quietly(trainer: Trainer) -> None:
+    """Train without Trainer's closing dictionary on standard output."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    trainer.model.eval()

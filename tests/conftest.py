@@ -1,0 +1,157 @@
+"""Shared by all tests: a tiny BERT, tiny data, seeded, offline, outside the checkout.
+
+The environment is set before any import that reads it. Everything the tests write
+(runs, figures, caches) goes to one temporary folder that is removed at the end.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_SCRATCH = tempfile.TemporaryDirectory(prefix="moebert-tests-", ignore_cleanup_errors=True)
+SCRATCH = Path(_SCRATCH.name)
+
+
+def make_home(folder: Path) -> Path:
+    """A MOEBERT_HOME to write into, with the checkout's notebooks."""
+    folder.mkdir(parents=True)
+    (folder / "notebooks").symlink_to(ROOT / "notebooks", target_is_directory=True)
+    return folder
+
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=str(SCRATCH / "huggingface"),
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    IPYTHONDIR=str(SCRATCH / "ipython"),
+    MOEBERT_HOME=str(make_home(SCRATCH / "home")),
+    MPLBACKEND="agg",
+    OMP_NUM_THREADS="2",  # the same on every machine, kernels included
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.pop("MOEBERT_FIGURES", None)
+
+import glue_files  # noqa: E402
+import hypothesis  # noqa: E402
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import offline  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from transformers import BertConfig, BertForSequenceClassification, set_seed  # noqa: E402
+
+torch.set_num_threads(2)
+hypothesis.settings.register_profile(
+    "moebert",
+    deadline=None,  # the first example pays for imports and kernels
+    derandomize="CI" in os.environ,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("moebert")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--data-dir",
+        metavar="DIR",
+        help="GLUE-format files for the tests of real data; default: a tiny set made up here",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network():
+    """Anything but loopback and unix sockets raises ``offline.NetworkUsed``."""
+    offline.forbid()
+    yield
+    offline.allow()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test starts from the same state of python's, numpy's and torch's generators."""
+    set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def close_figs():
+    """No figure outlives its test."""
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A torch generator of its own, always in the same state."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A numpy generator of its own, always in the same state."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def tiny_bert():
+    """Maker of a random BERT: hidden 32, 2 layers, 4 heads, 64 FFN neurons, vocab 99.
+
+    ``tiny_bert(dtype=torch.float64, num_labels=2, seed=0, **config)`` returns a
+    ``BertForSequenceClassification`` in eval mode. Unlike BERT's own initialisation no bias
+    is zero and no LayerNorm the identity, so code that forgets one gives wrong numbers.
+    """
+
+    def make(*, dtype=torch.float64, num_labels=2, seed=0, **config):
+        sizes = dict(
+            vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, max_position_embeddings=64, num_labels=num_labels,
+        )  # fmt: skip
+        model = BertForSequenceClassification(BertConfig(**{**sizes, **config}))
+        noise = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, values in model.named_parameters():
+                centre = 1.0 if name.endswith("LayerNorm.weight") else 0.0
+                values.copy_(centre + 0.2 * torch.randn(values.shape, generator=noise))
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_batch():
+    """Maker of a padded batch: ``tiny_batch(n=4, length=12, num_labels=2, seed=0)``.
+
+    Row ``i`` is ``i % 4`` tokens shorter than ``length``; token 0 pads.
+    """
+
+    def make(*, n=4, length=12, num_labels=2, seed=0):
+        noise = torch.Generator().manual_seed(seed)
+        mask = (torch.arange(length) < length - torch.arange(n)[:, None] % 4).long()
+        ids = torch.randint(1, 99, (n, length), generator=noise) * mask
+        labels = torch.randint(num_labels, (n,), generator=noise)
+        return dict(input_ids=ids, attention_mask=mask, labels=labels)
+
+    return make
+
+
+@pytest.fixture
+def moebert_home(tmp_path, monkeypatch) -> Path:
+    """An empty MOEBERT_HOME of this test's own."""
+    folder = make_home(tmp_path / "home")
+    monkeypatch.setenv("MOEBERT_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_glue(tmp_path_factory) -> Path:
+    """Folder with a few dozen made-up examples of all eight GLUE tasks."""
+    return glue_files.write(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.fixture(scope="session")
+def data_dir(request, tiny_glue) -> Path:
+    """``--data-dir`` where it was given (tasks: cola, mrpc, rte, sst2), else ``tiny_glue``."""
+    given = request.config.getoption("--data-dir")
+    return Path(given).resolve() if given else tiny_glue

@@ -1,0 +1,61 @@
+"""The stopwatch: interleaving, paired ratios, what is compared."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from moebert_lib import bench
+from moebert_lib.moe_layer import parameter_counts
+from moebert_lib.settings import UserError
+
+
+def test_calls_take_turns_after_one_untimed_round():
+    order = []
+    calls = {name: (lambda n=name: order.append(n)) for name in "ab"}
+    timings = bench.time_interleaved(calls, repeats=3)
+    assert order == list("ab" * 4)
+    assert timings["variant"].tolist() == list("ab" * 3)
+    assert timings["repeat"].tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_ratio_is_the_median_of_paired_ratios():
+    timings = pd.DataFrame({
+        "variant": ["dense", "fast"] * 3, "repeat": [0, 0, 1, 1, 2, 2],
+        "seconds": [1.0, 0.5, 10.0, 2.0, 1.0, 1.0],
+    })  # fmt: skip
+    table = bench.summary(timings, units=2).set_index("variant")
+    assert table.loc["fast", "ratio"] == 2.0  # of 2, 5, 1
+    assert table.loc["dense", "ratio"] == 1.0
+    assert table.loc["fast", "per_second"] == 2.0 and table.loc["fast", "median_ms"] == 1000
+
+
+def test_the_variants_have_the_sizes_they_claim():
+    built = bench.models(bench.TINY_SHAPE)
+    limit = parameter_counts(built["equal FLOPs"]).effective
+    moe = parameter_counts(built["moebert hash-random"]).effective
+    assert moe == limit < parameter_counts(built["dense"]).effective
+    assert len(built["half depth"].bert.encoder.layer) == 1
+
+
+def test_inference_times_every_variant():
+    timings = bench.inference(bench.TINY_SHAPE, batch=2, length=8, repeats=2)
+    assert len(timings) == 2 * 5 and (timings["seconds"] > 0).all()
+
+
+def test_the_command_keeps_its_numbers(moebert_home, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "inference", lambda **k: bench_timings())
+    bench.main(repeats=1)
+    (kept,) = (moebert_home / "runs").glob("bench-inference-*.json")
+    record = json.loads(kept.read_text())
+    assert record["summary"][1]["ratio"] == 2.0 and "cpu" in record["machine"]
+    assert kept.name in capsys.readouterr().out
+
+
+def bench_timings():
+    return pd.DataFrame({"variant": ["dense", "x"], "repeat": [0, 0], "seconds": [1.0, 0.5]})
+
+
+def test_an_unknown_benchmark_is_refused():
+    with pytest.raises(UserError, match="did you mean 'inference'"):
+        bench.main("inferense")

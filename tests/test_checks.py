@@ -1,0 +1,70 @@
+"""The checks themselves: each holds where it should and fails where it should."""
+
+import copy
+
+import pytest
+import torch
+
+from moebert_lib import checks
+from moebert_lib.convert import to_moebert
+from moebert_lib.experts import random_ranking
+
+RANKING = random_ranking(2, 64, seed=0)
+
+
+def test_a_check_prints_one_line():
+    check = checks.Check("two things are equal", 1e-15, 1e-12)
+    assert str(check) == (
+        "holds: two things are equal (largest difference 1.0e-15, tolerance 1e-12)"
+    )
+    assert "FAILS" in str(checks.Check("x", 1.0, 1e-12)) and "\n" not in repr(check)
+
+
+def test_several_experts_are_not_the_dense_model(tiny_bert, tiny_batch):
+    dense = tiny_bert()
+    with pytest.raises(AssertionError, match="FAILS: one full-width expert"):
+        checks.one_expert_is_dense(dense, to_moebert(dense, RANKING), tiny_batch())
+
+
+def test_a_model_that_depends_on_neuron_order_fails(tiny_bert, tiny_batch):
+    dense = tiny_bert()
+    for layer in dense.bert.encoder.layer:  # scales neurons by their position
+        layer.intermediate.register_forward_hook(lambda m, i, h: h * torch.arange(64).double())
+    with pytest.raises(AssertionError, match="FAILS"):
+        checks.permuting_neurons_changes_nothing(dense, tiny_batch())
+
+
+def test_experts_that_mix_tokens_up_fail():
+    class Shuffling(torch.nn.Module):
+        def forward(self, hidden, expert_of, weights):
+            return hidden.flip(0)
+
+    with pytest.raises(AssertionError, match="FAILS: every token"):
+        checks.tokens_return_to_their_place(
+            Shuffling(), torch.randn(5, 3), torch.zeros(5, 1).long()
+        )
+
+
+def test_a_table_that_is_not_saved_fails(tiny_bert, tiny_batch):
+    moe = to_moebert(tiny_bert(), RANKING)
+    router = moe.bert.encoder.layer[0].output.router
+    table = copy.deepcopy(router.tid2eid)
+    router.register_buffer("tid2eid", (table + 1) % 4, persistent=False)
+    with pytest.raises(Exception, match="FAILS|tid2eid"):
+        checks.saving_changes_nothing(moe, tiny_batch())
+
+
+@pytest.mark.parametrize("hands", [[[0, 1], [2, 3]], [[0, 1], [0, 1]]])
+def test_an_unfair_deal_fails(hands):
+    with pytest.raises(AssertionError, match="FAILS"):
+        checks.deal_is_fair(torch.tensor(hands), torch.arange(4), n_shared=1)
+
+
+def test_a_loss_that_charges_for_agreement_fails():
+    with pytest.raises(AssertionError, match="FAILS"):
+        checks.teacher_is_its_own_best_student(lambda *_: 0.1, [], torch.zeros(1))
+
+
+def test_nan_never_passes():
+    with pytest.raises(AssertionError, match="FAILS"):
+        checks.teacher_is_its_own_best_student(lambda *_: float("nan"), [], torch.zeros(1))

@@ -1,0 +1,135 @@
+"""Conversion: dense where it must be, the right neurons, the release's layout, refusals."""
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from moebert_lib import checks
+from moebert_lib.convert import to_moebert
+from moebert_lib.experts import deal_layers, random_ranking
+from moebert_lib.importance import ffn_importance
+from moebert_lib.moe_layer import moe_layers
+from moebert_lib.routing import ROUTINGS
+
+RANKING = random_ranking(2, 64, seed=0)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_full_width_expert_is_the_dense_model(tiny_bert, tiny_batch, routing):
+    dense = tiny_bert()
+    one = to_moebert(
+        dense, RANKING, n_experts=1, routing=routing, token_frequencies=torch.arange(99)
+    )
+    checks.one_expert_is_dense(dense, one, tiny_batch())
+
+
+def test_full_width_identical_experts_are_the_dense_model(tiny_bert, tiny_batch):
+    dense, batch = tiny_bert(), tiny_batch()
+    same = to_moebert(
+        dense, RANKING, n_experts=3, expert_size=64, n_shared=64, allow_identical=True
+    )
+    assert torch.allclose(same(**batch).logits, dense(**batch).logits, atol=1e-12)
+
+
+def test_permuting_neurons_changes_nothing(tiny_bert, tiny_batch):
+    checks.permuting_neurons_changes_nothing(tiny_bert(), tiny_batch())
+
+
+def test_each_expert_holds_the_neurons_it_was_dealt(tiny_bert):
+    dense = tiny_bert()
+    moe = to_moebert(dense, RANKING, n_experts=4, expert_size=16, n_shared=8)
+    dealt = deal_layers(RANKING, n_experts=4, expert_size=16, n_shared=8)
+    for layer, old, rows in zip(moe_layers(moe), dense.bert.encoder.layer, dealt, strict=True):
+        assert torch.equal(layer.neurons, rows)
+        for e, row in enumerate(rows):
+            assert torch.equal(layer.experts.up_proj[e], old.intermediate.dense.weight[row])
+            assert torch.equal(layer.experts.up_proj_bias[e], old.intermediate.dense.bias[row])
+            assert torch.equal(layer.experts.down_proj[e], old.output.dense.weight[:, row])
+            assert torch.equal(layer.LayerNorm.bias[e], old.output.LayerNorm.bias)
+
+
+def test_converted_output_equals_masking_the_dense_ffn(tiny_bert, tiny_batch):
+    # with all tokens at expert 2, the model is the dense one without the other neurons
+    dense, batch = tiny_bert(), tiny_batch()
+    moe = to_moebert(dense, RANKING, n_experts=4, expert_size=16, n_shared=8)
+    for layer, old in zip(moe_layers(moe), dense.bert.encoder.layer, strict=True):
+        layer.router.tid2eid.fill_(2)
+        gone = torch.ones(64, dtype=torch.bool)
+        gone[layer.neurons[2]] = False
+        old.output.dense.weight.data[:, gone] = 0
+    assert torch.allclose(moe(**batch).logits, dense(**batch).logits, atol=1e-12)
+
+
+def test_everything_but_the_ffn_is_copied(tiny_bert):
+    dense = tiny_bert()
+    own = to_moebert(dense, RANKING).state_dict()
+    outside = [n for n in dense.state_dict() if "encoder.layer" not in n or "attention" in n]
+    assert len(outside) > 20
+    for name in outside:
+        assert torch.equal(own[name], dense.state_dict()[name]), name
+
+
+def test_the_dense_model_is_untouched_and_shares_no_memory(tiny_bert, tiny_batch):
+    dense, batch = tiny_bert(), tiny_batch()
+    before = dense(**batch).logits
+    for values in to_moebert(dense, RANKING).parameters():
+        values.data.zero_()
+    assert torch.equal(dense(**batch).logits, before)
+
+
+def test_defaults_are_the_papers_proportions(tiny_bert):
+    config = to_moebert(tiny_bert(), RANKING).config
+    assert (config.n_experts, config.expert_size, config.n_shared) == (4, 16, 10)
+    assert config.routing == "hash-random" and config.expert_layer_norm == "per-expert"
+
+
+def test_scores_and_their_ranking_convert_alike(tiny_bert, tiny_batch):
+    dense = tiny_bert()
+    scores = ffn_importance(dense, [tiny_batch()])
+    one, two = to_moebert(dense, scores), to_moebert(dense, scores.ranking)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dtype_labels_and_mode_are_kept(tiny_bert):
+    dense = tiny_bert(num_labels=3, dtype=torch.float32).train()
+    dense.config.id2label = {0: "a", 1: "b", 2: "c"}
+    moe = to_moebert(dense, RANKING)
+    assert moe.dtype == torch.float32 and moe.training
+    assert moe.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_seeds_decide_tables_and_gates(tiny_bert):
+    for routing, name in (("hash-random", "router.tid2eid"), ("gate-token", "router.gate.weight")):
+        one, same, other = (
+            to_moebert(tiny_bert(), RANKING, routing=routing, seed=seed).state_dict()
+            for seed in (1, 1, 2)
+        )
+        key = f"bert.encoder.layer.0.output.{name}"
+        assert torch.equal(one[key], same[key]) and not torch.equal(one[key], other[key])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(expert_size=40, n_shared=4), "148 neurons are needed.*largest expert_size is 19"),
+        (dict(routing="hash-balance"), "token_frequencies"),
+        (dict(routing="hash"), "routing='hash' must be one of"),
+        (dict(expert_size=16, n_shared=16), "identical"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tiny_bert, changes, message):
+    with pytest.raises(Exception, match=message):
+        to_moebert(tiny_bert(), RANKING, **changes)
+
+
+def test_a_ranking_of_another_model_is_refused(tiny_bert):
+    with pytest.raises(ValueError, match=r"ranks \(3, 64\).*the model has \(2, 64\)"):
+        to_moebert(tiny_bert(), random_ranking(3, 64, seed=0))
+
+
+def test_an_unsupported_model_names_the_supported_ones():
+    model = BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                                       intermediate_size=8, vocab_size=9))  # fmt: skip
+    with pytest.raises(ValueError, match="BertForMaskedLM; supported: BertForSequenceClass"):
+        to_moebert(model, random_ranking(1, 8, seed=0))

@@ -1,0 +1,108 @@
+"""Eq. 5-7 by hand and against slow references."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebert_lib import checks
+from moebert_lib.distill import (
+    chosen_layers,
+    distillation_terms,
+    layer_distances,
+    prediction_loss,
+)
+
+
+def states(n=3, seed=0):
+    noise = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 4, 5, generator=noise).double() for _ in range(n)]
+
+
+def test_layers_by_hand():
+    assert chosen_layers(3, "all") == [0, 1, 2, 3]
+    assert chosen_layers(12, "skip") == [0, 2, 4, 6, 8, 10, 12]
+    assert chosen_layers(3, "skip") == [1, 3]
+    assert chosen_layers(3, "last") == [3] and chosen_layers(3, "none") == []
+    with pytest.raises(ValueError, match="all, skip, last or none"):
+        chosen_layers(3, "first")
+
+
+def test_distance_is_the_mean_over_real_tokens():
+    own, other = states(seed=0), states(seed=1)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    for layer, value in enumerate(layer_distances(own, other, mask)):
+        squares = [
+            (own[layer][b, t, d] - other[layer][b, t, d]) ** 2
+            for b in range(2) for t in range(4) for d in range(5) if mask[b, t]
+        ]  # fmt: skip
+        assert len(squares) == 20 and torch.allclose(value, sum(squares) / 20)
+
+
+def test_without_mask_padding_counts():
+    own, other = states(seed=0), states(seed=1)
+    whole = layer_distances(own, other, None)
+    means = [((a - b) ** 2).mean() for a, b in zip(own, other, strict=True)]
+    assert torch.allclose(whole, torch.stack(means))
+    assert torch.allclose(whole, layer_distances(own, other, torch.ones(2, 4)))
+
+
+def test_padding_states_do_not_matter():
+    own, other, mask = states(seed=0), states(seed=1), torch.tensor([[1, 1, 0, 0]] * 2)
+    before = layer_distances(own, other, mask)
+    own[1][:, 2:] = 1e9
+    assert torch.equal(layer_distances(own, other, mask), before)
+
+
+def test_another_number_of_states_is_refused():
+    with pytest.raises(ValueError, match="student has 2 states, teacher 3"):
+        layer_distances(states(2), states(3), None)
+
+
+def test_symmetric_kl_by_hand():
+    p, q = torch.tensor([0.9, 0.1]).double(), torch.tensor([0.6, 0.4]).double()
+    one = (p * (p / q).log()).sum()
+    two = (q * (q / p).log()).sum()
+    loss = prediction_loss(p.log()[None], q.log()[None])
+    assert torch.allclose(loss, (one + two) / 2)
+
+
+logits = st.lists(st.floats(-30, 30), min_size=3, max_size=3).map(lambda row: torch.tensor([row]))
+
+
+@given(logits, logits)
+def test_prediction_loss_is_symmetric_and_not_negative(one, two):
+    there, back = prediction_loss(one, two), prediction_loss(two, one)
+    assert there >= -1e-5 and torch.allclose(there, back, rtol=1e-4, atol=1e-5)
+
+
+def test_vanishing_probabilities_give_a_finite_loss():
+    loss = prediction_loss(torch.tensor([[1000.0, 0.0]]), torch.tensor([[0.0, 1000.0]]))
+    assert torch.isfinite(loss) and loss == 1000
+
+
+def test_regression_compares_the_scores():
+    assert prediction_loss(torch.tensor([[2.0]]), torch.tensor([[5.0]])) == 9
+
+
+def test_a_model_against_itself_costs_nothing():
+    def loss(own, other, logits, teacher_logits):
+        student = SimpleNamespace(hidden_states=own, logits=logits)
+        teacher = SimpleNamespace(hidden_states=other, logits=teacher_logits)
+        return sum(distillation_terms(student, teacher, mask=None))
+
+    checks.teacher_is_its_own_best_student(loss, states(), torch.randn(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("layers", "counted"), [("all", [0, 1, 2]), ("skip", [0, 2]), ("last", [2])]
+)
+def test_terms_sum_the_chosen_layers(layers, counted):
+    student = SimpleNamespace(hidden_states=states(seed=0), logits=torch.randn(2, 3).double())
+    teacher = SimpleNamespace(hidden_states=states(seed=1), logits=torch.randn(2, 3).double())
+    terms = distillation_terms(student, teacher, mask=None, layers=layers)
+    each = layer_distances(student.hidden_states, teacher.hidden_states, None)
+    assert torch.allclose(terms.hidden, each[counted].sum())
+    assert torch.allclose(terms.prediction, prediction_loss(student.logits, teacher.logits))

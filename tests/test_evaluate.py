@@ -1,0 +1,60 @@
+"""Metrics against hand-worked cases, order of predictions, distances."""
+
+import numpy as np
+import pytest
+import torch
+
+from moebert_lib.distill import layer_distances
+from moebert_lib.evaluate import METRICS, predict, score, state_distances
+
+
+def one_hot(classes, n=2):
+    return np.eye(n)[classes]
+
+
+def test_metrics_by_hand():
+    # labels 1 1 1 0, predictions 1 0 1 1: 2 of 4 right; F1 = 2*2 / (2*2 + 1 + 1)
+    scores = score(one_hot([1, 0, 1, 1]), np.array([1, 1, 1, 0]), ["accuracy", "f1", "matthews"])
+    tp, tn, fp, fn = 2, 0, 1, 1
+    root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert scores["accuracy"] == 0.5 and scores["f1"] == pytest.approx(4 / 6)
+    assert scores["matthews"] == pytest.approx((tp * tn - fp * fn) / root)
+
+
+def test_correlations_see_order_and_line():
+    values, exact = np.array([1.0, 2.0, 3.0, 10.0]), np.array([2.0, 4.0, 6.0, 20.0])
+    assert score(exact[:, None], values, ["pearson"])["pearson"] == pytest.approx(1)
+    monotone = np.exp(values)[:, None]
+    assert score(monotone, values, ["spearman"])["spearman"] == pytest.approx(1)
+    assert score(monotone, values, ["pearson"])["pearson"] < 0.99
+
+
+def test_an_unknown_metric_is_refused():
+    with pytest.raises(ValueError, match="unknown metric 'bleu'; choose from accuracy"):
+        score(one_hot([0]), np.array([0]), ["bleu"])
+
+
+def test_all_metrics_are_covered():
+    assert set(METRICS) == {"accuracy", "f1", "matthews", "pearson", "spearman"}
+
+
+def test_predictions_come_in_the_datasets_order_without_labels(tiny_bert, tiny_batch):
+    model, batch = tiny_bert().train(), tiny_batch(n=6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    batches = [
+        {**{k: v[part] for k, v in inputs.items()}, "index": part} for part in order.split(4)
+    ]
+    expected = model.eval()(**inputs).logits.detach().float().numpy()
+    model.train()
+    assert np.allclose(predict(model, batches), expected, atol=1e-6) and model.training
+
+
+def test_distances_weigh_every_real_token_the_same(tiny_bert, tiny_batch):
+    one, two, batch = tiny_bert(seed=0), tiny_bert(seed=1), tiny_batch(n=6)
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 4), slice(4, 6))]
+    whole = layer_distances(
+        *(m(**batch, output_hidden_states=True).hidden_states for m in (one, two)),
+        batch["attention_mask"],
+    )
+    assert torch.allclose(state_distances(one, two, parts).double(), whole, rtol=1e-6)

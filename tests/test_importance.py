@@ -1,0 +1,136 @@
+"""Eq. 4 against slow references, and what surrounds it."""
+
+import pytest
+import torch
+
+from moebert_lib import checks
+from moebert_lib.importance import Importance, ffn_importance, removed
+
+
+def test_scores_equal_the_per_example_loop_in_float64(tiny_bert, tiny_batch):
+    check = checks.importance_equals_slow_loop(
+        ffn_importance, tiny_bert(num_labels=3), tiny_batch(n=6, num_labels=3)
+    )
+    assert check.difference < 1e-10
+
+
+def test_the_check_can_fail(tiny_bert, tiny_batch):
+    def wrong(model, batches):  # scores the sum of two examples instead of each
+        for_one = {name: value[:1] for name, value in batches[0].items()}
+        return ffn_importance(model, [for_one, for_one])
+
+    with pytest.raises(AssertionError, match="FAILS"):
+        checks.importance_equals_slow_loop(wrong, tiny_bert(), tiny_batch())
+
+
+def test_scores_do_not_depend_on_batching(tiny_bert, tiny_batch):
+    model, batch = tiny_bert(), tiny_batch(n=7)
+    whole = ffn_importance(model, [batch])
+    pairs = [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2, 4, 6)]
+    parts = ffn_importance(model, pairs)
+    assert torch.allclose(whole.scores, parts.scores, rtol=0, atol=1e-12)
+    assert torch.allclose(whole.blocks, parts.blocks, rtol=0, atol=1e-12)
+
+
+def test_a_score_estimates_the_change_of_loss_without_the_neuron(tiny_bert, tiny_batch):
+    model, batch = tiny_bert(), tiny_batch(n=1)
+    for layer in model.bert.encoder.layer:  # nearly linear in the neuron: Taylor is exact
+        layer.output.dense.weight.data *= 1e-4
+        layer.intermediate.dense.bias.data.zero_()
+    layer = model.bert.encoder.layer[1]
+    h2 = {}
+    hook = layer.intermediate.register_forward_hook(lambda m, i, o: h2.update(h=o))
+    base = model(**batch).loss
+    grad = torch.autograd.grad(base, h2["h"])[0]
+    hook.remove()
+    first_order = (h2["h"] * grad).sum(1)[0]
+    for j in (0, 5, 63):
+        with removed(model, _only(1, j)):
+            change = base - model(**batch).loss
+        assert change.item() == pytest.approx(first_order[j].item(), rel=1e-2, abs=1e-12)
+
+
+def _only(layer, neuron):
+    """That neuron in its layer, none in the other."""
+    rows = [torch.empty(0, dtype=torch.int64)] * 2
+    rows[layer] = torch.tensor([neuron])
+    return rows
+
+
+def test_the_model_is_left_as_it_was(tiny_bert, tiny_batch):
+    model = tiny_bert().train()
+    frozen = model.classifier.weight.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    ffn_importance(model, [tiny_batch()])
+    assert model.training and not frozen.requires_grad
+    assert model.bert.pooler.dense.weight.requires_grad
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not any(m._forward_hooks for m in model.bert.encoder.layer[0].intermediate.modules())
+
+
+def test_dropout_is_off_while_scoring(tiny_bert, tiny_batch):
+    model, batch = tiny_bert(hidden_dropout_prob=0.5).train(), tiny_batch()
+    assert torch.equal(ffn_importance(model, [batch]).scores, ffn_importance(model, [batch]).scores)
+
+
+def test_blocks_add_up_and_count_every_example(tiny_bert, tiny_batch):
+    scores = ffn_importance(tiny_bert(), [tiny_batch(n=20), tiny_batch(n=13)])
+    assert torch.allclose(scores.blocks.sum(0), scores.scores)
+    assert scores.n_examples == 33 and scores.counts.tolist() == [2] * 13 + [1] * 7
+
+
+def test_bootstrap_resamples_the_blocks():
+    blocks = torch.rand(5, 2, 3).double()
+    scores = Importance(blocks.sum(0), blocks, torch.ones(5).long())
+    drawn = scores.bootstrap(4000, seed=1)
+    assert torch.allclose(drawn.mean(0), scores.scores, rtol=0.05)
+    spread = blocks.std(0, correction=0) * 5**0.5
+    assert torch.allclose(drawn.std(0), spread, rtol=0.1)
+
+
+def test_mass_by_hand():
+    scores = torch.tensor([[1.0, 4.0, 3.0, 2.0]]).double()
+    held = Importance(scores, scores[None], torch.tensor([1]))
+    assert held.mass(1).tolist() == [0.4] and held.mass(4).tolist() == [1.0]
+    assert held.ranking.tolist() == [[1, 2, 3, 0]]
+
+
+def test_saved_scores_come_back_bit_for_bit(tmp_path, tiny_bert, tiny_batch):
+    scores = ffn_importance(tiny_bert(), [tiny_batch()], meta={"task": "x", "n": 3})
+    scores.save(tmp_path / "scores.safetensors")
+    back = Importance.load(tmp_path / "scores.safetensors")
+    assert torch.equal(back.scores, scores.scores) and torch.equal(back.blocks, scores.blocks)
+    assert back.meta == {"task": "x", "n": 3}
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"not tensors")
+    with pytest.raises(ValueError, match="not an importance file"):
+        Importance.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [([], "no batches"), ([{"input_ids": torch.ones(1, 3).long()}], "needs labels")],
+)
+def test_missing_examples_or_labels_are_refused(tiny_bert, batches, message):
+    with pytest.raises(ValueError, match=message):
+        ffn_importance(tiny_bert(), batches)
+
+
+def test_a_model_without_ffn_layers_is_refused():
+    with pytest.raises(ValueError, match="no BERT feed-forward layers"):
+        ffn_importance(torch.nn.Linear(2, 2), [])
+
+
+def test_removing_equals_zeroing_columns_and_rows(tiny_bert, tiny_batch):
+    model, zeroed, batch = tiny_bert(), tiny_bert(), tiny_batch()
+    neurons = torch.stack([torch.randperm(64)[:20] for _ in range(2)])
+    for layer, gone in zip(zeroed.bert.encoder.layer, neurons, strict=True):
+        layer.output.dense.weight.data[:, gone] = 0
+    whole = model(**batch).logits
+    with removed(model, neurons):
+        assert torch.allclose(model(**batch).logits, zeroed(**batch).logits, atol=1e-14)
+    assert torch.equal(model(**batch).logits, whole)

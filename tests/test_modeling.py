@@ -1,0 +1,205 @@
+"""MoEBERT as a transformers model: equal to BERT where it should be, saved whole."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+
+import moebert_lib
+from moebert_lib import checks
+from moebert_lib.convert import to_moebert
+from moebert_lib.experts import random_ranking
+from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification, MoEBertModel
+from moebert_lib.moe_layer import moe_layers, parameter_counts, record_routes
+from moebert_lib.routing import ROUTINGS
+
+RANKING = random_ranking(2, 64, seed=0)
+
+
+@pytest.fixture
+def moebert(tiny_bert):
+    """Maker of a converted tiny BERT whose experts' LayerNorms have drifted apart."""
+
+    def make(**changes):
+        frequencies = torch.arange(99)
+        model = to_moebert(
+            tiny_bert(), RANKING, n_experts=4, expert_size=16, n_shared=8,
+            **{"token_frequencies": frequencies, **changes},
+        )  # fmt: skip
+        for layer in moe_layers(model):
+            for values in layer.LayerNorm.parameters():
+                values.data += 0.3 * torch.randn(values.shape, dtype=values.dtype)
+        return model
+
+    return make
+
+
+def slow_layer(layer, hidden, route):
+    """One token at a time, from Eq. 1-3: the reference for ``MoEOutput``."""
+    out = []
+    for token, e, p in zip(hidden.flatten(0, 1), route.experts, route.weights, strict=True):
+        w1, b1 = layer.experts.up_proj[e[0]], layer.experts.up_proj_bias[e[0]]
+        w2, b2 = layer.experts.down_proj[e[0]], layer.experts.down_proj_bias[e[0]]
+        served = w2 @ torch.nn.functional.gelu(w1 @ token + b1) + b2
+        x = token + (1 if layer.outside else p) * served
+        x = (x - x.mean()) / (x.var(correction=0) + layer.LayerNorm.eps).sqrt()
+        gain, shift = layer.LayerNorm.weight, layer.LayerNorm.bias
+        gain, shift = (gain[e[0]], shift[e[0]]) if layer.per_expert else (gain, shift)
+        out.append((x * gain + shift) * (p if layer.outside else 1))
+    return torch.stack(out).view_as(hidden)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("norm", ["per-expert", "shared"])
+@pytest.mark.parametrize("scaling", ["inside", "outside"])
+def test_a_layer_equals_the_token_by_token_reference(moebert, routing, norm, scaling):
+    model = moebert(routing=routing, expert_layer_norm=norm, gate_scaling=scaling)
+    layer, hidden = moe_layers(model)[1], torch.randn(3, 6, 32).double()
+    layer.context.input_ids = torch.randint(99, (3, 6))
+    layer.context.mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
+    route = layer.router(hidden, layer.context.input_ids, layer.context.mask)
+    assert torch.allclose(layer(hidden, hidden), slow_layer(layer, hidden, route), atol=1e-13)
+
+
+def test_every_token_returns_to_its_place(moebert):
+    layer = moe_layers(moebert())[0]
+    checks.tokens_return_to_their_place(
+        layer.experts, torch.randn(40, 32), torch.randint(4, (40, 1))
+    )
+
+
+def test_an_expert_without_tokens_is_no_trouble(moebert):
+    layer = moe_layers(moebert())[0]
+    hidden, all_to_two = torch.randn(5, 32).double(), torch.full((5, 1), 2)
+    layer.experts(hidden, all_to_two, torch.ones(5, 1)).sum().backward()
+    touched = layer.experts.up_proj.grad.abs().sum((1, 2)) > 0
+    assert touched.tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_saving_keeps_tables_and_weights_bit_for_bit(moebert, tiny_batch, routing):
+    checks.saving_changes_nothing(moebert(routing=routing), tiny_batch())
+
+
+def test_tables_differ_between_layers_and_survive_saving(moebert, tmp_path):
+    model = moebert(seed=5)
+    tables = [layer.router.tid2eid for layer in moe_layers(model)]
+    assert not torch.equal(*tables)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(1234)  # nothing random may enter loading
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for layer, table in zip(moe_layers(back), tables, strict=True):
+        assert torch.equal(layer.router.tid2eid, table)
+
+
+def test_auto_classes_know_it_after_import(moebert, tmp_path):
+    moebert(routing="gate-token").save_pretrained(tmp_path)
+    assert moebert_lib.MoEBertForSequenceClassification is MoEBertForSequenceClassification
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), MoEBertConfig)
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(back) is MoEBertForSequenceClassification
+    assert back.config.routing == "gate-token"
+
+
+def test_the_checkpoint_is_safetensors_and_holds_only_the_student(moebert, tmp_path):
+    model = moebert()
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert not any("teacher" in name for name in model.state_dict())
+
+
+def test_labels_may_be_absent(moebert, tiny_batch):
+    batch = tiny_batch()
+    del batch["labels"]
+    for routing in ROUTINGS:
+        output = moebert(routing=routing)(**batch)
+        assert output.loss is None and output.logits.shape == (4, 2)
+
+
+def test_outputs_are_those_of_transformers(moebert, tiny_batch):
+    model, batch = moebert(), tiny_batch()
+    model.set_attn_implementation("eager")  # sdpa gives no attentions
+    output = model(**batch, output_hidden_states=True, output_attentions=True)
+    assert [tuple(state.shape) for state in output.hidden_states] == [(4, 12, 32)] * 3
+    assert len(output.attentions) == 2
+    as_tuple = model(**batch, return_dict=False)
+    assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
+
+
+def test_loss_includes_the_gates_balance(moebert, tiny_batch):
+    batch = tiny_batch()
+    model = moebert(routing="gate-token", router_aux_loss_coef=0.5)
+    output = model(**batch)
+    task = torch.nn.functional.cross_entropy(output.logits, batch["labels"])
+    assert torch.allclose(output.loss, task + 0.5 * output.aux_loss)
+    assert moebert()(**batch).aux_loss is None
+
+
+def test_padding_does_not_change_a_sentence(moebert, tiny_batch):
+    batch = tiny_batch(n=1)
+    del batch["labels"]
+    padded = {k: torch.cat([v, torch.zeros(1, 5).long()], 1) for k, v in batch.items()}
+    for routing in ROUTINGS:
+        model = moebert(routing=routing)
+        assert torch.allclose(model(**batch).logits, model(**padded).logits, atol=1e-12)
+
+
+def test_grouped_mm_gives_the_same_as_the_loop(moebert, tiny_batch):
+    model, batch = moebert().float(), tiny_batch()
+    loop = model(**batch).logits
+    model.set_experts_implementation("grouped_mm")
+    assert torch.allclose(model(**batch).logits, loop, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(moebert, tiny_batch):
+    plain, batch = moebert(), tiny_batch()
+    saving = copy.deepcopy(plain).train()
+    saving.activation_checkpointing_enable()
+    for module in saving.modules():
+        module.p = 0.0 if isinstance(module, torch.nn.Dropout) else getattr(module, "p", None)
+    plain(**batch).loss.backward()
+    saving(**batch).loss.backward()
+    for (name, one), two in zip(plain.named_parameters(), saving.parameters(), strict=True):
+        assert one.grad is None or torch.allclose(one.grad, two.grad, atol=1e-12), name
+
+
+def test_recording_routes_leaves_no_hook_behind(moebert, tiny_batch):
+    model, batch = moebert(routing="gate-token"), tiny_batch()
+    with record_routes(model) as routes:
+        model(**batch)
+        model(**batch)
+    assert [len(calls) for calls in routes] == [2, 2]
+    assert routes[0][0].experts.shape == (48, 1)
+    assert not any(layer.router._forward_hooks for layer in moe_layers(model))
+
+
+def test_parameter_counts_are_those_of_the_paper():
+    with torch.device("meta"):
+        model = MoEBertModel(MoEBertConfig())
+    assert parameter_counts(model) == (66_987_264, 109_565_184)
+
+
+def test_a_classification_pipeline_runs(moebert, tmp_path):
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    classify = pipeline("text-classification", model=moebert().float(), tokenizer=tokenizer)
+    answers = classify(["good film", "bad"])
+    assert {answer["label"] for answer in answers} <= {"LABEL_0", "LABEL_1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("routing", "hash"), ("expert_layer_norm", "none"), ("gate_scaling", "both")],
+)
+def test_an_unknown_choice_is_refused(name, value):
+    with pytest.raises(Exception, match=f"{name}='{value}' must be one of"):
+        MoEBertConfig(**{name: value})
+
+
+def test_chunked_feed_forward_is_refused():
+    with pytest.raises(ValueError, match="chunk_size_feed_forward"):
+        MoEBertModel(MoEBertConfig(chunk_size_feed_forward=2, num_hidden_layers=1))

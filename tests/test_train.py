@@ -1,0 +1,155 @@
+"""The objective, the teacher's place, and repeatability of training."""
+
+import datasets
+import pytest
+import torch
+
+from moebert_lib.convert import to_moebert
+from moebert_lib.distill import distillation_terms
+from moebert_lib.experts import random_ranking
+from moebert_lib.settings import Settings
+from moebert_lib.train import DistillationTrainer, distil, fine_tune, training_arguments
+
+RANKING = random_ranking(2, 64, seed=0)
+SETTINGS = Settings.at("smoke", batch_size=4, learning_rate=1e-3, distill_weight=2.0)
+
+
+@pytest.fixture
+def encoded(tiny_batch):
+    batch = tiny_batch(n=16)
+    return datasets.Dataset.from_dict({k: v.tolist() for k, v in batch.items()})
+
+
+class Pad:
+    """A tokenizer as far as the collator needs one: rows are padded already."""
+
+    def pad(self, rows, **_):
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def trainer(student, teacher, folder, encoded=None, **changes):
+    arguments = training_arguments(
+        folder, seed=0, epochs=1, batch_size=4, learning_rate=1e-3, settings=SETTINGS
+    )
+    return DistillationTrainer(
+        student, arguments, train_dataset=encoded, teacher=teacher, data_collator=list, **changes
+    )
+
+
+def pair(tiny_bert, **changes):
+    teacher = tiny_bert(dtype=torch.float32, **changes)
+    return to_moebert(teacher, RANKING), teacher
+
+
+def test_the_objective_is_task_loss_plus_weighted_eq_7(tiny_bert, tiny_batch, tmp_path):
+    student, teacher = pair(tiny_bert)
+    batch = tiny_batch()
+    loss = trainer(student, teacher, tmp_path, weight=3.0).compute_loss(student, batch)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    own = student(**inputs, output_hidden_states=True)
+    other = teacher(**inputs, output_hidden_states=True)
+    task = torch.nn.functional.cross_entropy(own.logits, batch["labels"])
+    terms = distillation_terms(own, other, mask=batch["attention_mask"])
+    assert torch.allclose(loss, task + 3.0 * (terms.hidden + terms.prediction), rtol=1e-6)
+
+
+def test_without_distillation_only_the_task_counts(tiny_bert, tiny_batch, tmp_path):
+    student, teacher = pair(tiny_bert)
+    batch = tiny_batch()
+    loss = trainer(student, teacher, tmp_path, distill="none", weight=3.0).compute_loss(
+        student, batch
+    )
+    assert torch.equal(loss, student(**batch).loss)
+
+
+def test_padding_counts_only_on_request(tiny_bert, tiny_batch, tmp_path):
+    student, teacher = pair(tiny_bert)
+    batch = tiny_batch()
+    losses = [
+        trainer(student, teacher, tmp_path, padding_in_loss=flag).compute_loss(student, batch)
+        for flag in (False, True)
+    ]
+    assert not torch.allclose(*losses)
+
+
+def test_the_teacher_is_out_of_the_student(tiny_bert, tmp_path):
+    student, teacher = pair(tiny_bert)
+    before = set(student.state_dict())
+    made = trainer(student, teacher, tmp_path)
+    theirs = {id(p) for p in teacher.parameters()}
+    assert not theirs & {id(p) for p in made.model.parameters()}
+    made.save_model(str(tmp_path))
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert set(file.keys()) <= before
+
+
+def test_the_teacher_stays_in_eval_mode_and_unchanged(tiny_bert, tmp_path, encoded):
+    student, teacher = pair(tiny_bert, hidden_dropout_prob=0.5)
+    modes = []
+    teacher.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    distil(student, teacher.train(), encoded, Pad(), SETTINGS, tmp_path)
+    assert modes and not any(modes) and not teacher.training
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_the_release_switch_turns_teacher_dropout_on(tiny_bert, tmp_path, encoded):
+    student, teacher = pair(tiny_bert)
+    modes = []
+    teacher.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    changed = SETTINGS.but(teacher_dropout=True)
+    distil(student, teacher, encoded, Pad(), changed, tmp_path)
+    assert modes and all(modes) and not teacher.training
+
+
+def test_the_curve_has_every_step_and_adds_up(tiny_bert, tmp_path, encoded):
+    student, teacher = pair(tiny_bert)
+    curve = distil(student, teacher, encoded, Pad(), SETTINGS.but(epochs=2.0), tmp_path)
+    assert curve["step"].tolist() == list(range(1, 9))
+    total = curve["task"] + 2.0 * (curve["hidden"] + curve["prediction"])
+    assert curve["total"].to_numpy() == pytest.approx(total.to_numpy(), rel=1e-5)
+
+
+def test_training_brings_the_student_to_the_teacher(tiny_bert, tmp_path, encoded):
+    student, teacher = pair(tiny_bert)
+    curve = distil(student, teacher, encoded, Pad(), SETTINGS.but(epochs=20.0), tmp_path)
+    assert curve["hidden"].tail(4).mean() < 0.5 * curve["hidden"].head(4).mean()
+
+
+def test_same_seed_same_weights(tiny_bert, tmp_path, encoded):
+    results = []
+    for seed in (1, 1, 2):
+        student, teacher = pair(tiny_bert)
+        distil(student, teacher, encoded, Pad(), SETTINGS.but(seed=seed), tmp_path)
+        results.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_gates_learn_through_their_weight(tiny_bert, tmp_path, encoded):
+    teacher = tiny_bert(dtype=torch.float32)
+    student = to_moebert(teacher, RANKING, routing="gate-token")
+    gate = student.bert.encoder.layer[0].output.router.gate.weight
+    before = gate.detach().clone()
+    distil(student, teacher, encoded, Pad(), SETTINGS, tmp_path)
+    assert not torch.equal(gate, before)
+
+
+def test_fine_tuning_lowers_the_loss_and_leaves_no_files(tiny_bert, tmp_path, encoded, tiny_batch):
+    model, batch = tiny_bert(dtype=torch.float32), tiny_batch(n=16)
+    before = model(**batch).loss
+    settings = SETTINGS.but(teacher_epochs=10.0, teacher_learning_rate=1e-3)
+    fine_tune(model, encoded, Pad(), settings, tmp_path)
+    assert model(**batch).loss < before and not model.training
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_are_the_papers_where_it_states_them(tmp_path):
+    made = training_arguments(
+        tmp_path, seed=3, epochs=5, batch_size=8, learning_rate=2e-5, settings=SETTINGS
+    )
+    assert (made.adam_beta1, made.adam_beta2, made.max_grad_norm) == (0.9, 0.999, 1.0)
+    assert made.get_warmup_steps(1000) == 0 and made.lr_scheduler_type == "linear"
+    assert made.seed == made.data_seed == 3 and made.per_device_train_batch_size == 8
