@@ -76,6 +76,25 @@ def permuting_neurons_changes_nothing(dense: nn.Module, batch: dict, *, seed: in
     return _check(claim, _logits(model, batch), _logits(shuffled, batch), 1e-12)
 
 
+def padding_changes_nothing(moebert: nn.Module, batch: dict) -> Check:
+    """A sentence gets the same logits alone and padded in a batch, whatever its router.
+
+    The release's sentence gate fails this: a batch of one takes a path without Eq. 2's factor.
+
+    Args:
+        moebert: The model.
+        batch: Inputs of sentences of several lengths.
+    """
+    model, mask = _double(moebert), batch["attention_mask"].bool()
+    inputs = {name: value for name, value in batch.items() if value.shape == mask.shape}
+    alone = [
+        _logits(model, {name: value[i : i + 1, mask[i]] for name, value in inputs.items()})
+        for i in range(len(mask))
+    ]
+    claim = "a sentence alone and in a padded batch gets the same logits"
+    return _check(claim, _logits(model, batch), torch.cat(alone), 1e-10)
+
+
 def tokens_return_to_their_place(experts: nn.Module, hidden: Tensor, expert_of: Tensor) -> Check:
     """Served in groups or one at a time, every token's output lands where its input was.
 
@@ -160,3 +179,28 @@ def teacher_is_its_own_best_student(loss, states: list[Tensor], logits: Tensor) 
     value = torch.as_tensor(loss(states, states, logits, logits)).reshape(1)
     claim = "the distillation loss of a model against itself is zero"
     return _check(claim, value, torch.zeros_like(value), 1e-6)
+
+
+def teacher_only_watches(train, student: nn.Module, teacher: nn.Module) -> Check:
+    """While the student is trained, the teacher neither learns nor drops neurons out.
+
+    Args:
+        train: Function of (student, teacher) that takes a few steps of distillation.
+        student: Trained in place.
+        teacher: Watched: every forward pass must be in eval mode and without gradient.
+    """
+    before, modes = copy.deepcopy(teacher.state_dict()), []
+    hook = teacher.register_forward_pre_hook(
+        lambda module, _: modes.append(module.training or torch.is_grad_enabled())
+    )
+    try:
+        train(student, teacher)
+    finally:
+        hook.remove()
+    own = {id(parameter) for parameter in student.parameters()}
+    inside = [p for p in teacher.parameters() if id(p) in own]
+    if inside or any(modes) or not modes:
+        raise AssertionError("FAILS: the teacher is part of the student, in train mode, or idle")
+    moved = [(before[n].double() - t.double()).abs().max() for n, t in teacher.state_dict().items()]
+    claim = f"the teacher answers {len(modes)} batches in eval mode and does not move"
+    return _check(claim, torch.stack(moved), torch.zeros(len(moved)).to(moved[0]), 0.0)

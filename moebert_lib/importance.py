@@ -64,6 +64,22 @@ class Importance:
         weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=weights.dtype))
         return torch.einsum("nm,mlf->nlf", weights, self.blocks)
 
+    def pairs(self, size: int, n: int, *, seed: int = 0) -> Tensor:
+        """Scores from two sets of ``size`` blocks without a common example, drawn ``n`` times.
+
+        Returns:
+            Shape ``(n, 2, L, F)``.
+
+        Raises:
+            ValueError: two sets of that size are more blocks than there are.
+        """
+        M = len(self.blocks)
+        if not 1 <= size <= M // 2:
+            raise ValueError(f"size={size} must lie in 1..{M // 2}, half of the {M} blocks")
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.rand(n, M, generator=generator).argsort(-1)[:, : 2 * size]
+        return self.blocks[drawn.view(n, 2, size)].sum(2)
+
     def save(self, path: str | Path) -> None:
         """Write safetensors with ``meta`` as JSON in the header; replaces atomically."""
         path = Path(path)

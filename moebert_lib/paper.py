@@ -11,6 +11,7 @@ import pandas as pd
 
 PRINTED = "printed in the paper"
 DIGITISED = "digitised from the PDF's bitmap"
+COMPUTED = "computed from the release's importance files"
 PROVENANCE = f"Tables: {PRINTED}; mean of three runs, no spread given. Figures: {DIGITISED}."
 
 _NONE = float("nan")  # the paper prints a dash
@@ -109,6 +110,20 @@ SPEEDUPS = {
     "moebert gate-sentence": FIGURES["figure4"]["MoEBERT"] / FIGURES["figure4"]["BERT"],
 }
 
+#: COMPUTED from the importance files that the release shipped until May 2022 (12 layers of
+#: BERT-base, 3072 neurons; scored, it seems, on the development sets). By task: share of
+#: importance held by the top sixth (512, the shared neurons) and the top half (1536, the
+#: kept ones), mean over layers.
+RELEASE_MASS: dict[str, tuple[float, float]] = {
+    "rte": (0.532, 0.801), "cola": (0.477, 0.777), "mrpc": (0.503, 0.789),
+    "sst2": (0.470, 0.778), "qnli": (0.452, 0.759), "qqp": (0.440, 0.749),
+    "mnli": (0.433, 0.750), "squad": (0.478, 0.783), "squad_v2": (0.470, 0.779),
+}  # fmt: skip
+
+#: COMPUTED likewise: Jaccard overlap of two tasks' top 512, mean over layers; lowest and
+#: highest of the 36 pairs (RTE with SST-2, and the two SQuADs).
+RELEASE_OVERLAP = (0.184, 0.484)
+
 #: The field of Settings that each figure varies.
 FIGURE_SETTINGS = {
     "figure2a": "expert_size",
@@ -192,6 +207,16 @@ def moebert(task: str) -> dict[str, float]:
 def bert_base(task: str) -> dict[str, float]:
     """Dense BERT-base's scores on a task, in %; see :func:`moebert`."""
     return _scores("BERT-base", task)
+
+
+def column(task: str, metric: str) -> str:
+    """Name of a task's metric among the columns of Tables 1 to 3; empty where there is none.
+
+    Example:
+        >>> column("mnli", "accuracy"), column("library", "accuracy")
+        ('MNLI m', '')
+    """
+    return {**_TABLE1_COLUMNS, **_TABLE2_COLUMNS}.get((task, metric), "")
 
 
 def _scores(method: str, task: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ LIBRARIES = (
     "papermill accelerate"
 ).split()
 #: Modules that no notebook's result can depend on, so that changing them reruns nothing.
-OUTSIDE = ("__main__", "cli", "doctor", "report")
+OUTSIDE = ("__main__", "cli", "commands", "doctor", "report")
 
 
 def digest(obj: Any) -> str:

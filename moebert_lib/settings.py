@@ -146,6 +146,11 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise UserError(_one_line(error)) from None
 
+    @property
+    def offline(self) -> bool:
+        """Whether the scale uses no network."""
+        return self.scale in ("smoke", "quick")
+
     def sizes(self, width: int) -> tuple[int, int]:
         """``(expert_size, n_shared)`` in neurons for an FFN of ``width`` neurons.
 
@@ -202,13 +207,11 @@ SCALES: dict[str, dict[str, Any]] = {
         teacher_epochs=1.0,
         n_random_splits=2,
         n_seeds=2,
-        expert_size=24,
-        n_shared=12,
         teacher_seed=0,
     ),
     "quick": dict(  # offline, two CPU cores, minutes
         task="library",
-        max_length=32,
+        max_length=48,  # the pairs of "follows" need it; batches are padded to their longest
         max_train_examples=4000,
         max_eval_examples=1000,
         importance_examples=1000,

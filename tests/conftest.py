@@ -8,6 +8,8 @@ import os
 import tempfile
 from pathlib import Path
 
+import offline
+
 ROOT = Path(__file__).parents[1]
 _SCRATCH = tempfile.TemporaryDirectory(prefix="moebert-tests-", ignore_cleanup_errors=True)
 SCRATCH = Path(_SCRATCH.name)
@@ -20,7 +22,9 @@ def make_home(folder: Path) -> Path:
     return folder
 
 
+offline.forbid_at_start(SCRATCH)  # of every Python below: commands, notebook kernels
 os.environ.update(
+    PYTHONPATH=os.pathsep.join(filter(None, [str(SCRATCH), os.environ.get("PYTHONPATH")])),
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
     HF_HOME=str(SCRATCH / "huggingface"),
@@ -37,7 +41,6 @@ import glue_files  # noqa: E402
 import hypothesis  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
-import offline  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import BertConfig, BertForSequenceClassification, set_seed  # noqa: E402

@@ -43,6 +43,13 @@ def test_inference_times_every_variant():
     assert len(timings) == 2 * 5 and (timings["seconds"] > 0).all()
 
 
+def test_models_that_are_there_are_not_built_again(monkeypatch):
+    built = {"dense": bench.models(bench.TINY_SHAPE)["dense"]}
+    monkeypatch.setattr(bench, "models", None)
+    timings = bench.inference(bench.TINY_SHAPE, length=8, repeats=2, built=built)
+    assert timings["variant"].tolist() == ["dense", "dense"]
+
+
 def test_the_command_keeps_its_numbers(moebert_home, monkeypatch, capsys):
     monkeypatch.setattr(bench, "inference", lambda **k: bench_timings())
     bench.main(repeats=1)

@@ -1,6 +1,7 @@
 """The checks themselves: each holds where it should and fails where it should."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -32,6 +33,23 @@ def test_a_model_that_depends_on_neuron_order_fails(tiny_bert, tiny_batch):
         layer.intermediate.register_forward_hook(lambda m, i, h: h * torch.arange(64).double())
     with pytest.raises(AssertionError, match="FAILS"):
         checks.permuting_neurons_changes_nothing(dense, tiny_batch())
+
+
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
+def test_padding_changes_nothing(tiny_bert, tiny_batch, routing):
+    checks.padding_changes_nothing(to_moebert(tiny_bert(), RANKING, routing=routing), tiny_batch())
+
+
+def test_a_gate_that_drops_its_factor_for_a_batch_of_one_fails(tiny_bert, tiny_batch):
+    def as_the_release(gate, inputs, route):
+        alone = len(inputs[0]) == 1
+        return route._replace(weights=torch.ones_like(route.weights)) if alone else route
+
+    moe = to_moebert(tiny_bert(), RANKING, routing="gate-sentence")
+    for layer in moe.bert.encoder.layer:
+        layer.output.router.register_forward_hook(as_the_release)
+    with pytest.raises(AssertionError, match="FAILS: a sentence alone"):
+        checks.padding_changes_nothing(moe, tiny_batch())
 
 
 def test_experts_that_mix_tokens_up_fail():
@@ -68,3 +86,37 @@ def test_a_loss_that_charges_for_agreement_fails():
 def test_nan_never_passes():
     with pytest.raises(AssertionError, match="FAILS"):
         checks.teacher_is_its_own_best_student(lambda *_: float("nan"), [], torch.zeros(1))
+
+
+def one_step(student, teacher, *, train=False, grad=False):
+    teacher.train(train)
+    with torch.set_grad_enabled(grad):
+        teacher(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+def test_a_teacher_that_only_answers_passes(tiny_bert):
+    check = checks.teacher_only_watches(one_step, tiny_bert(), tiny_bert())
+    assert "answers 1 batches in eval mode" in str(check)
+
+
+@pytest.mark.parametrize("fault", [{"train": True}, {"grad": True}])
+def test_a_teacher_in_train_mode_or_with_gradients_fails(tiny_bert, fault):
+    step = partial(one_step, **fault)
+    with pytest.raises(AssertionError, match="in train mode"):
+        checks.teacher_only_watches(step, tiny_bert(), tiny_bert())
+
+
+def test_a_teacher_that_learns_fails(tiny_bert):
+    def step(student, teacher):
+        one_step(student, teacher)
+        teacher.classifier.bias.data += 1
+
+    with pytest.raises(AssertionError, match="does not move"):
+        checks.teacher_only_watches(step, tiny_bert(), tiny_bert())
+
+
+def test_a_teacher_inside_the_student_fails(tiny_bert):
+    student = tiny_bert()
+    student.teacher = tiny_bert()
+    with pytest.raises(AssertionError, match="part of the student"):
+        checks.teacher_only_watches(one_step, student, student.teacher)

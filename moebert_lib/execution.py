@@ -1,0 +1,178 @@
+"""Run one notebook in a kernel of its own, keep its log, and say where it failed."""
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from moebert_lib.settings import home
+
+PROGRESS = "· "  # lines of a notebook's output that start so are shown while it runs
+WIDGETS = "application/vnd.jupyter.widget-state+json"
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped. One line: notebook, cell as numbered in the executed copy, error."""
+
+    def __init__(self, notebook: str, cell: int | None, error: str):
+        self.notebook, self.cell, self.error = notebook, cell, error
+        self.copy: Path | None = None  # the executed copy, once it is kept
+        where = f"notebook {notebook}" + (f", cell {cell}" if cell else "")
+        super().__init__(f"{where}: {error}")
+
+
+class Tee:
+    """A text sink: everything to a log, each whole progress line to ``echo``."""
+
+    def __init__(self, log: TextIO, echo: Callable[[str], Any]):
+        self.log, self.echo, self.rest = log, echo, ""
+
+    def write(self, text: str) -> None:
+        """Log the text and pass on the progress lines it completes."""
+        self.log.write(text)
+        *lines, self.rest = re.split(r"[\r\n]", self.rest + text)
+        for line in lines:
+            if line.startswith(PROGRESS):
+                self.echo(f"    {line}")
+
+    def flush(self) -> None:
+        """Bring the log on disk up to date."""
+        self.log.flush()
+
+
+def kernel_environment(figures: Path, *, offline: bool) -> dict[str, str]:
+    """Environment of a notebook's kernel that writes figures to ``figures``."""
+    library = str(Path(__file__).parents[1])  # the kernel runs the library that planned the run
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    env |= {
+        "MOEBERT_HOME": str(home()),
+        "MOEBERT_FIGURES": str(figures),
+        "PYTHONPATH": os.pathsep.join(filter(None, [library, env.get("PYTHONPATH")])),
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    if sys.platform == "linux":  # keep large buffers: 15 % faster on big CPU batches
+        env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+    if offline:
+        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return env
+
+
+def execute(
+    source: Path,
+    folder: Path,
+    *,
+    parameters: dict[str, Any],
+    environment: Mapping[str, str],
+    echo: Callable[[str], Any] = print,
+) -> None:
+    """Execute ``source`` into ``folder/notebook.ipynb`` and ``folder/log.txt``.
+
+    Args:
+        source: The notebook, which is not changed.
+        folder: An existing folder; on failure the copy up to the failing cell stays in it.
+        parameters: JSON values, injected as literals after the ``parameters`` cell.
+        environment: The kernel's whole environment.
+        echo: Receives the progress lines.
+
+    Raises:
+        NotebookFailed: A cell or a widget callback raised, or the kernel died.
+    """
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    output = folder / "notebook.ipynb"
+    log_file = (folder / "log.txt").open("w", encoding="utf-8")
+    with log_file as log, _environment(environment), _papermill_logs_to(log):
+        tee = Tee(log, echo)
+        try:
+            notebook = papermill.execute_notebook(
+                _literal(source), _literal(output), parameters,
+                kernel_name="python3", progress_bar=False, start_timeout=300, config=_encrypted(),
+                iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
+                stdout_file=tee, stderr_file=log, extra_arguments=["--log-level=50"],
+            )  # fmt: skip
+        except PapermillExecutionError as error:
+            raise NotebookFailed(source.stem, error.exec_count, _message(error)) from None
+        except DeadKernelError:
+            said = "the kernel died, often for want of memory"
+            raise NotebookFailed(source.stem, _last_cell(output), said) from None
+        except (CellTimeoutError, RuntimeError) as error:  # it does not start, or not answer
+            said = str(error).splitlines()[0]
+            raise NotebookFailed(source.stem, _last_cell(output), said) from None
+    broken = widget_error(notebook)
+    if broken:
+        raise NotebookFailed(source.stem, None, f"a widget's callback raised {broken}")
+
+
+def widget_error(notebook: Mapping) -> str:
+    """The first error hidden in a notebook's widget state ("" where there is none).
+
+    An exception in a widget callback shows inside the widget and fails no cell.
+    """
+    state = notebook["metadata"].get("widgets", {}).get(WIDGETS, {}).get("state", {})
+    for widget in state.values():
+        for output in widget.get("state", {}).get("outputs", []):
+            if output.get("output_type") == "error":
+                return f"{output['ename']}: {output['evalue']}"
+    return ""
+
+
+def _encrypted() -> Any:
+    """Kernel settings that keep others on this machine from reading code and results."""
+    import zmq
+    from traitlets.config import Config
+
+    return Config({"KernelManager": {"transport_encryption": "auto"}} if zmq.has("curve") else {})
+
+
+def _message(error: Any) -> str:
+    lines = str(error.evalue).strip().splitlines() or [""]
+    return f"{error.ename}: {lines[0]}"
+
+
+def _last_cell(path: Path) -> int | None:
+    """Number of the code cell that was running; a dead kernel does not tell it."""
+    import nbformat
+
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except (OSError, ValueError):
+        return None
+    started = [cell for cell in cells if cell.metadata.get("papermill", {}).get("start_time")]
+    return sum(cell.cell_type == "code" for cell in started) or None
+
+
+def _literal(path: Path) -> str:
+    """A path as papermill wants it: it formats braces away."""
+    return str(path.resolve()).replace("{", "{{").replace("}", "}}")
+
+
+@contextmanager
+def _papermill_logs_to(log: TextIO) -> Iterator[None]:
+    """What papermill has to say goes to the run's log inside the block, not to the screen."""
+    logger, handler = logging.getLogger("papermill"), logging.StreamHandler(log)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment replaced inside the block: the kernel inherits it."""
+    before = dict(os.environ)
+    try:
+        os.environ.clear()
+        os.environ.update(wanted)
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

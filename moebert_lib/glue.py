@@ -1,0 +1,117 @@
+"""GLUE-format files on disk: found, and checked line by line before anything is computed.
+
+The layout is ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` with the hub's field names;
+MNLI's validation is ``validation_matched``. Parquet will do as well, also in the hub's shards.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moebert_lib.settings import UserError, nearest
+from moebert_lib.tasks import TASKS, Task
+
+EXPECTED = "sst2/train.jsonl or the like"
+
+
+def splits(task: Task) -> tuple[str, str]:
+    """Names of the files to train on and to evaluate on."""
+    return "train", "validation_matched" if task.name == "mnli" else "validation"
+
+
+def files(task: Task, data_dir: str, split: str) -> list[Path]:
+    """The files of one split of a task: one, or the shards of one.
+
+    Raises:
+        UserError: a folder or file is missing, or the task is built in and reads no files.
+    """
+    folder = _task_folder(task, Path(data_dir).expanduser())
+    for pattern in (f"{split}.jsonl", f"{split}.parquet", f"{split}-*-of-*.parquet"):
+        if paths := sorted(folder.glob(pattern)):
+            return paths
+    there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    raise UserError(f"no {split}.jsonl or {split}.parquet in {folder}; there is {there}")
+
+
+def check(task: Task, data_dir: str) -> None:
+    """Read every example that a run would read.
+
+    Raises:
+        UserError: as :func:`files`; or a file is empty, unreadable, or has an example without
+            a column, with something else than text, or with a label that the task has not.
+    """
+    for split in splits(task):
+        for path in files(task, data_dir, split):
+            stat = path.stat()
+            _check_file(path, task, (stat.st_size, stat.st_mtime_ns))
+
+
+def _task_folder(task: Task, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"no data folder {folder}; expected one with {EXPECTED}")
+    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    known = [name for name in there if name in TASKS]
+    if task.source == "built-in":
+        choice = f"choose one that is in {folder}: {', '.join(known)}"
+        if not known:
+            choice = f"{folder} holds no task's folder, expected {EXPECTED}"
+        raise UserError(f"task '{task.name}' is built in and reads no files; {choice}")
+    if task.name not in there:
+        found = f"there are {', '.join(there)}" if there else "it holds no folders"
+        if (folder / "train.jsonl").exists():
+            found = "it holds one task's files itself: give the folder above it"
+        raise UserError(f"no folder '{task.name}' in {folder}; {found}")
+    return folder / task.name
+
+
+@functools.lru_cache(maxsize=64)  # a sweep checks the same files for each of its runs
+def _check_file(path: Path, task: Task, _stamp: tuple[int, int]) -> None:
+    empty = True
+    for place, row in _rows(path):
+        empty = False
+        problem = _problem(row, task)
+        if problem:
+            raise UserError(f"{path}, {place}: {problem}")
+    if empty:
+        raise UserError(f"{path} is empty; expected one example a line")
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    yield f"line {number}", json.loads(line)
+                except ValueError:
+                    raise UserError(f"{path}, line {number}: not a JSON object") from None
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
+    yield from ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
+
+
+def _problem(row: Any, task: Task) -> str:
+    """What is wrong with one example, or nothing."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name in (*task.fields, "label"):
+        if name not in row:
+            return f"no column '{name}'; {nearest(name, row)}"
+    for name in task.fields:
+        if not isinstance(row[name], str):
+            return f"column '{name}' is {row[name]!r}; expected text"
+    label = row["label"]
+    number = isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)
+    if not task.labels:
+        return "" if number and 0 <= label <= 5 else f"label {label!r}; expected 0 to 5"
+    if number and label in range(len(task.labels)):
+        return ""
+    return f"label {label!r}; expected {', '.join(f'{i} {n}' for i, n in enumerate(task.labels))}"

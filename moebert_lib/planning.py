@@ -1,0 +1,230 @@
+"""What to run: notebooks by name, values fitted to their parameters, settings, data.
+
+Everything that can be refused is refused here, before anything is computed or written.
+A notebook has one cell tagged ``parameters`` with lines such as ``seed: int = 0``; its
+``overrides`` dictionary takes every other setting by name.
+"""
+
+import ast
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moebert_lib.settings import SCALES, TINY, Settings, UserError, home, nearest
+from moebert_lib.store import code_digest, digest, versions
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook with validated values, ready to run.
+
+    ``given`` is injected; ``parameters`` holds the notebook's defaults too. ``settings`` is
+    None for a notebook that takes none. ``changed``: more than the scale was chosen.
+    """
+
+    notebook: Path
+    given: dict[str, Any]
+    parameters: dict[str, Any]
+    settings: Settings | None
+    changed: bool
+
+    @property
+    def name(self) -> str:
+        """The notebook's name, ``01_importance``."""
+        return self.notebook.stem
+
+    def key(self) -> dict[str, Any]:
+        """Everything that decides the result; data by its digest, not by where it lies."""
+        settings = self.settings and self.settings.model_dump() | {"data_dir": ""}
+        parameters = {name: self.parameters[name] for name in self.parameters if name != "data_dir"}
+        return {
+            "notebook": self.name,
+            "cells": digest([(cell["cell_type"], _source(cell)) for cell in _cells(self.notebook)]),
+            "parameters": parameters,
+            "settings": settings,
+            "inputs": _inputs(self.settings) if self.settings else {},
+            "code": code_digest(),
+            "versions": versions(),
+        }
+
+
+def notebooks() -> list[Path]:
+    """The workbook's notebooks, in order."""
+    return sorted((home() / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def select(names: Sequence[str] = ()) -> list[Path]:
+    """Notebooks by number ("01"), name ("01_importance", "importance") or path; all by default.
+
+    Raises:
+        UserError: no such notebook; names the nearest one.
+    """
+    known = {path.stem: path for path in notebooks()}
+    if not names and not known:
+        raise UserError(f"no notebooks in {home() / 'notebooks'}; run from a checkout, or set "
+                        "MOEBERT_HOME to one")  # fmt: skip
+    return list(dict.fromkeys(_find(name, known) for name in names or known))
+
+
+def plan(
+    paths: Sequence[Path],
+    *,
+    scale: str = "quick",
+    parameters: dict[str, Any] | None = None,
+    data_dir: str = "",
+) -> list[Job]:
+    """Validated jobs for notebooks at a scale; computes nothing and writes nothing.
+
+    Args:
+        paths: Notebooks, as :func:`select` returns them.
+        scale: smoke, quick, small or paper.
+        parameters: Values by name: a notebook's own parameter, or any setting.
+        data_dir: Folder with GLUE-format files.
+
+    Raises:
+        UserError: unknown or ill-typed value, settings that do not fit, data not there.
+    """
+    values = {"scale": scale, **({"data_dir": data_dir} if data_dir else {}), **(parameters or {})}
+    overrides = values.pop("overrides", {})
+    if not isinstance(overrides, dict):
+        raise UserError(f"overrides={overrides!r}: expected names and values, "
+                        "such as {epochs: 2}")  # fmt: skip
+    values |= overrides
+    Settings.at(values["scale"])  # refuses an unknown scale
+    if isinstance(values.get("data_dir"), str) and values["data_dir"]:
+        values["data_dir"] = str(Path(values["data_dir"]).expanduser().resolve())
+    own = {path: _parameters(path) for path in paths}
+    _check_names(values, own)
+    jobs = [_job(path, own[path], values) for path in paths]
+    _check_data([job.settings for job in jobs if job.settings])
+    return jobs
+
+
+def _find(name: str, known: dict[str, Path]) -> Path:
+    if name.endswith(".ipynb"):
+        path = Path(name).expanduser().resolve()
+        if path.is_file():
+            return path
+        raise UserError(f"no notebook '{name}'; {nearest(path.stem, known)}")
+    for stem, path in known.items():
+        number, _, words = stem.partition("_")
+        if name in (stem, number, words) or (name.isdecimal() and name.zfill(2) == number):
+            return path
+    raise UserError(f"no notebook '{name}'; {nearest(name, known)}")
+
+
+def _cells(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text("utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not a notebook (nbformat 4 with a list of cells)") from None
+
+
+def _source(cell: dict[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+def _parameters(path: Path) -> dict[str, tuple[Any, Any]]:
+    """Name -> (type, default) of the one cell tagged ``parameters``."""
+    tagged = [cell for cell in _cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    if len(tagged) > 1:
+        raise UserError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; keep one")
+    found = {}
+    try:
+        for node in ast.parse(_source(tagged[0])).body if tagged else []:
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            default = ast.literal_eval(node.value)
+            annotation = getattr(node, "annotation", None)
+            found[target.id] = (_type(annotation, default), default)
+    except (SyntaxError, ValueError, AttributeError, NameError, TypeError) as error:
+        raise UserError(f"{path.name}: its parameters cell may hold only lines such as "
+                        f"'seed: int = 0' ({error})") from None  # fmt: skip
+    return found
+
+
+def _type(annotation: ast.expr | None, default: Any) -> Any:
+    if annotation is None:
+        return Any if default is None else type(default)
+    plain = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)}
+    names = {"__builtins__": {}, "Literal": Literal, **plain}
+    return eval(ast.unparse(annotation), names)  # of the notebook, which is about to be run
+
+
+def _check_names(values: dict[str, Any], own: dict[Path, dict]) -> None:
+    usable = {name for names in own.values() for name in names} - {"overrides"}
+    if any("overrides" in names for names in own.values()):
+        usable |= set(Settings.model_fields)
+    for name in values:
+        if name not in usable and name != "scale":
+            whose = "the notebooks" if len(own) > 1 else next(iter(own)).stem
+            choices = sorted(usable)
+            hint = nearest(name, choices) if choices else "it takes none"
+            raise UserError(f"unknown parameter '{name}' of {whose}; {hint}")
+
+
+def _job(path: Path, own: dict[str, tuple[Any, Any]], values: dict[str, Any]) -> Job:
+    mine = {name: _typed(name, *own[name], values[name]) for name in values if name in own}
+    if mine.get("task") == SCALES[values["scale"]]["task"]:
+        del mine["task"]  # the scale's own, as when it is left empty
+    rest = {name: value for name, value in values.items() if name not in own}
+    if "overrides" not in own:  # takes no settings: what is left is for other notebooks
+        rest = {}
+    settings = None
+    if "scale" in own:
+        chosen = {name: default for name, (_, default) in own.items()} | mine
+        chosen = {name: chosen[name] for name in chosen if name in ("scale", "task", "seed")}
+        named = {name: mine[name] for name in mine if name in Settings.model_fields}
+        settings, base = Settings.at(**(chosen | named | rest)), Settings.at(**chosen)
+        rest = {name: _finite(name, getattr(settings, name)) for name in rest}
+        rest = {name: value for name, value in rest.items() if value != getattr(base, name)}
+    defaults = {name: default for name, (_, default) in own.items()}
+    given = {name: value for name, value in mine.items() if value != defaults[name]}
+    given |= {"overrides": {**defaults["overrides"], **rest}} if rest else {}
+    parameters = defaults | given
+    return Job(path, given, parameters, settings, changed=bool(given.keys() - {"scale"}))
+
+
+def _typed(name: str, kind: Any, default: Any, value: Any) -> Any:
+    from pydantic import TypeAdapter, ValidationError
+
+    if isinstance(value, str) and kind in (float, float | None):
+        value = _number(value)  # YAML 1.1 reads 1e-4 as text
+    try:
+        value = TypeAdapter(kind).validate_python(value, strict=True)
+        json.dumps(value)
+    except (ValidationError, TypeError) as error:
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{name}={value!r}: {said[0].lower()}{said[1:]}, such as "
+                        f"{default!r}") from None  # fmt: skip
+    return _finite(name, value)
+
+
+def _number(text: str) -> float | str:
+    return float(text) if re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", text) else text
+
+
+def _finite(name: str, value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}={value}: expected a finite number")
+    return value
+
+
+def _check_data(settings: Sequence[Settings]) -> None:
+    from moebert_lib import data
+
+    for one in dict.fromkeys(settings):
+        data.check(one)
+
+
+def _inputs(settings: Settings) -> dict[str, str]:
+    from moebert_lib import data, weights
+
+    model = settings.model
+    found = {"data": data.digest(settings)}
+    if model == TINY:
+        return found
+    return {**found, "model": weights.digest(model, hub=not settings.offline)}

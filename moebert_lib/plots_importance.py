@@ -1,0 +1,293 @@
+"""Figures about importance: how it is spread, what removal costs, how stable it is (Eq. 4).
+
+Importance scores have shape ``(L, F)``: layers by neurons, in units of the loss summed over
+examples. Only order and shares matter.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patches import Patch
+from numpy.typing import ArrayLike
+
+from moebert_lib.plots import (
+    COLORS,
+    INK,
+    RAMP,
+    SINGLE,
+    axes,
+    depth_colors,
+    headline,
+    ink_on,
+    legend_above,
+    legend_under,
+    panels,
+    reference,
+)
+
+#: What becomes of a neuron, and how figures say it.
+PARTS = {"shared": "shared by all experts", "own": "one expert's own", "dropped": "dropped"}
+
+#: What is removed first, and the colour of what is therefore kept.
+REMOVAL_COLORS = {
+    "least important first": COLORS["importance"],
+    "random": COLORS["random"],
+    "most important first": COLORS["inverse"],
+}
+
+
+def sorted_scores(
+    scores: ArrayLike,
+    *,
+    n_shared: int,
+    n_kept: int,
+    fig: Figure | SubFigure | None = None,
+    title: str = "",
+) -> Figure | SubFigure:
+    """Every layer's scores from most to least important, on a log scale.
+
+    Args:
+        scores: Shape ``(L, F)``.
+        n_shared: Top neurons that every expert holds.
+        n_kept: Distinct neurons that some expert holds, shared ones included.
+        fig: Where to draw; none makes a new figure.
+        title: The finding.
+
+    Returns:
+        The figure, one panel per layer.
+    """
+    scores = np.asarray(scores, dtype=float)
+    few = len(scores) <= 6
+    fig, layers = panels(
+        fig, len(scores), per_row=3 if few else 4, height=1.9 if few else 1.7, head=0.8,
+        sharex=True, sharey=True,
+    )  # fmt: skip
+    for number, (layer, ax) in enumerate(zip(scores, layers, strict=True), start=1):
+        score_curve(layer, n_shared=n_shared, n_kept=n_kept, ax=ax, names=False)
+        ax.set_title(f"layer {number}", fontsize=10, pad=3)
+        ax.set(xlabel="", ylabel="")
+    fig.supxlabel("neurons, most important first", fontsize=10)
+    fig.supylabel("importance", fontsize=10)
+    headline(fig, title, legend_rows=1)
+    swatches = [Patch(color=COLORS[part], alpha=0.3, label=text) for part, text in PARTS.items()]
+    legend_under(fig, [*swatches, Patch(alpha=0, label="(%: share of the layer's importance)")])
+    return fig
+
+
+def score_curve(
+    scores: ArrayLike,
+    *,
+    n_shared: int,
+    n_kept: int,
+    ax: Axes | None = None,
+    names: bool = True,
+    title: str = "",
+) -> Axes:
+    """One layer's scores ``(F,)``, sorted, coloured by what becomes of the neurons.
+
+    The share of importance that each part holds stands in it, with ``names`` also its name.
+    Zero scores, as in a dead neuron, are not drawn: the axis is logarithmic.
+    """
+    ax = axes(ax)
+    ordered = np.sort(np.asarray(scores, dtype=float))[::-1]
+    ax.set_yscale("log")
+    parts = {"shared": (0, n_shared), "own": (n_shared, n_kept), "dropped": (n_kept, len(ordered))}
+    for name, (start, stop) in parts.items():
+        if stop > start:
+            ax.axvspan(start, stop, color=COLORS[name], alpha=0.3, lw=0, zorder=0)
+            held = ordered[start:stop].sum() / ordered.sum()
+            ax.annotate(
+                f"{name}\n{held:.0%}" if names else f"{held:.0%}", ((start + stop) / 2, 0.97),
+                xycoords=("data", "axes fraction"), ha="center", va="top",
+                fontsize=9 if names else 8,
+            )  # fmt: skip
+    ax.plot(np.arange(len(ordered)), np.where(ordered > 0, ordered, np.nan), color=INK, lw=1.4)
+    ax.set(xlim=(0, len(ordered)), xlabel="neurons, most important first",
+           ylabel="importance (loss, summed)")  # fmt: skip
+    ax.margins(y=0.12)
+    headline(ax, title)
+    return ax
+
+
+def mass_held(
+    scores: ArrayLike,
+    *,
+    marks: Mapping[str, int] | None = None,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Share of a layer's importance held by its top neurons, one curve per layer.
+
+    Args:
+        scores: Shape ``(L, F)``.
+        marks: Vertical lines, label to number of neurons, such as ``{"shared": 256}``.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    ordered = np.sort(np.asarray(scores, dtype=float), axis=1)[:, ::-1]  # (L, F)
+    n_layers, width = ordered.shape
+    held = np.cumsum(ordered, axis=1) / ordered.sum(axis=1, keepdims=True)
+    ax.plot([0, width], [0, 100], color=COLORS["random"], lw=1, ls=":", label="all equal")
+    for number, (curve, color) in enumerate(
+        zip(held, depth_colors(n_layers), strict=True), start=1
+    ):
+        ax.plot(np.arange(width + 1), 100 * np.r_[0, curve], color=color, lw=1.3,
+                label=f"layer {number}")  # fmt: skip
+    for label, neurons in (marks or {}).items():
+        ax.axvline(neurons, color=INK, lw=0.8, ls=(0, (4, 3)))
+        ax.annotate(f"{label}: {neurons:,}", (neurons, 1.0), xycoords=("data", "axes fraction"),
+                    xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+    ax.set(xlim=(0, width), ylim=(0, 100), xlabel="neurons kept, most important first",
+           ylabel="importance held, %")  # fmt: skip
+    ax.legend(loc="lower right", ncols=1 if n_layers <= 6 else 2, labelspacing=0.25)
+    headline(ax, title, legend_rows=1 if marks else 0)
+    return ax
+
+
+def removal_curves(
+    frame: pd.DataFrame,
+    *,
+    chance: float | None = None,
+    metric: str = "accuracy",
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """A metric while neurons are removed in three orders; every draw is drawn.
+
+    Args:
+        frame: Columns ``fraction`` (removed, 0 to 1), the metric (0 to 1), ``order`` (a
+            key of ``REMOVAL_COLORS``) and ``draw`` (repeats of the random order).
+        chance: The metric of guessing, 0 to 1; neither ``None`` nor NaN is drawn.
+        metric: Column to draw.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    for order, color in REMOVAL_COLORS.items():
+        rows = frame[frame["order"] == order]
+        if rows.empty:
+            continue
+        draws = list(rows.groupby("draw"))
+        for _, one in draws if len(draws) > 1 else []:
+            one = one.sort_values("fraction")
+            ax.plot(100 * one["fraction"], 100 * one[metric], color=color, lw=0.7, alpha=0.55)
+        mean = rows.groupby("fraction")[metric].mean()
+        label = order if len(draws) == 1 else f"{order} ({len(draws)} draws, mean)"
+        marker = "^" if order == "most important first" else "o"
+        ax.plot(100 * mean.index, 100 * mean, marker=marker, color=color, label=label)
+    if chance is not None and not np.isnan(chance):
+        reference(ax, 100 * chance, "guessing", color=COLORS["random"], right=False)
+    ax.set(xlabel="neurons removed in every layer, %", ylabel=f"{metric}, %", xlim=(-2, 102))
+    headline(ax, title, legend_rows=legend_above(ax, 2))
+    return ax
+
+
+def rank_agreement(
+    frame: pd.DataFrame,
+    *,
+    measure: str = "rank agreement (Spearman's ρ)",
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """How far scores from few examples agree, against the number of examples.
+
+    Args:
+        frame: Columns ``n_examples``, ``agreement`` and ``layer`` (from 1); several rows of
+            one layer and number are draws, and each is drawn.
+        measure: What ``agreement`` is: the label of the vertical axis.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    layers = sorted(frame["layer"].unique())
+    for layer, color in zip(layers, depth_colors(len(layers)), strict=True):
+        rows = frame[frame["layer"] == layer]
+        ax.plot(rows["n_examples"], rows["agreement"], ".", color=color, ms=4, alpha=0.6)
+        mean = rows.groupby("n_examples")["agreement"].mean()
+        ax.plot(mean.index, mean, color=color, lw=1.3, label=f"layer {layer}")
+    counts = sorted(frame["n_examples"].unique())
+    ax.set_xscale("log")
+    ax.set_xticks(counts, [f"{n:,}" for n in counts])
+    ax.minorticks_off()
+    ax.set(xlabel="examples scored", ylabel=measure)
+    ax.set_ylim(top=1)
+    ax.legend(loc="lower right", ncols=1 if len(layers) <= 6 else 2, labelspacing=0.25)
+    headline(ax, title)
+    return ax
+
+
+def topk_overlap(
+    frame: pd.DataFrame,
+    *,
+    chance: float,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Share of the top neurons found again when the examples are drawn anew, by layer.
+
+    Args:
+        frame: Columns ``layer`` (from 1), ``overlap``, ``low`` and ``high`` (0 to 1), the
+            last two a bootstrap interval.
+        chance: Expected overlap of two random choices, 0 to 1.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    ax.vlines(frame["layer"], 100 * frame["low"], 100 * frame["high"], color=COLORS["importance"],
+              lw=1.6)  # fmt: skip
+    ax.plot(frame["layer"], 100 * frame["overlap"], "o", color=COLORS["importance"], ms=5.5)
+    reference(ax, 100 * chance, "two random choices", color=COLORS["random"])
+    ax.set(xlabel="layer", ylabel="top neurons found again, %", ylim=(0, 100))
+    ax.set_xticks(frame["layer"])
+    ax.margins(x=0.08)
+    headline(ax, title)
+    return ax
+
+
+def task_overlap(
+    overlap: pd.DataFrame,
+    *,
+    chance: float,
+    measure: str = "shared by both top sets (Jaccard)",
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """How far tasks agree on their top neurons: lower triangle of a square table.
+
+    Args:
+        overlap: Square, symmetric, tasks on both sides, values 0 to 1.
+        chance: Value for two random choices; marked on the colour bar.
+        measure: What the values are: the label of the colour bar.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax, (SINGLE[0] + 0.4, SINGLE[0] - 0.5))
+    values = overlap.to_numpy(dtype=float)[1:, :-1]
+    hidden = np.triu(np.ones_like(values, dtype=bool), k=1)
+    top = float(values[~hidden].max())
+    image = ax.imshow(np.where(hidden, np.nan, values), cmap=RAMP, vmin=0, vmax=top)
+    for row, column in zip(*np.nonzero(~hidden), strict=True):
+        value = values[row, column]
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9,
+                color=ink_on(RAMP(value / top)[:3]))  # fmt: skip
+    ax.set_xticks(range(len(values)), overlap.columns[:-1], rotation=35, ha="right",
+                  rotation_mode="anchor")  # fmt: skip
+    ax.set_yticks(range(len(values)), overlap.index[1:])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    bar = ax.get_figure(root=False).colorbar(image, ax=ax, shrink=0.8, label=measure)
+    bar.outline.set_visible(False)
+    _mark_chance(bar, chance)
+    headline(ax, title)
+    return ax
+
+
+def _mark_chance(bar: Colorbar, chance: float) -> None:
+    bar.ax.axhline(chance, color=INK, lw=1.2)
+    bar.ax.annotate("chance", (0, chance), xycoords=("axes fraction", "data"), xytext=(-4, 0),
+                    textcoords="offset points", ha="right", va="center", fontsize=9)  # fmt: skip

@@ -1,0 +1,143 @@
+"""Figures about distillation: what the losses do, layer by layer and step by step (Eq. 5-7)."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from moebert_lib.plots import (
+    COLORS,
+    DIAMOND,
+    INK,
+    SINGLE,
+    axes,
+    dots,
+    headline,
+    legend_above,
+    reference,
+    spread,
+)
+
+#: The terms of the objective, as ``distill`` reports them, and how each line is drawn.
+TERM_STYLES = {
+    "total": dict(color=INK, ls="-"),
+    "task": dict(color=INK, ls=(0, (4, 2))),
+    "hidden": dict(color=COLORS["moebert"], ls="-"),
+    "prediction": dict(color=COLORS["moebert"], ls=(0, (2, 1.5))),
+}
+
+
+def hidden_distance(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Distance of student and teacher after every layer, before and after distillation.
+
+    Args:
+        frame: Columns ``layer`` (0 is the embedding output), ``distance`` (mean squared
+            difference of hidden states) and ``stage``: ``converted`` or ``distilled``.
+            Several rows of one pair are seeds; each is a point.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    color = COLORS["moebert"]
+    for stage, rows in frame.groupby("stage", sort=False):
+        face = "white" if stage == "converted" else color
+        line = (0, (4, 2)) if stage == "converted" else "-"
+        mean = rows.groupby("layer")["distance"].mean()
+        ax.plot(mean.index, mean, color=color, ls=line, marker="o", mfc=face, label=str(stage))
+        if len(rows) > len(mean):
+            ax.plot(rows["layer"], rows["distance"], ".", color=color, alpha=0.5, ms=4)
+    ax.set_xticks(sorted(frame["layer"].unique()))
+    ax.set(xlabel="after layer (0: embeddings)", ylabel="distance to the teacher (MSE)")
+    ax.set_ylim(bottom=0)
+    ax.ticklabel_format(axis="y", style="plain")  # a power of ten would sit on the legend
+    headline(ax, title, legend_rows=legend_above(ax, 3))
+    return ax
+
+
+def learning_curve(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Terms of the loss by step: every step pale, their running mean strong, log scale.
+
+    A term that is 0 throughout is left out.
+
+    Args:
+        frame: Column ``step`` and one column per term, as ``train.distil`` returns them:
+            ``task``, ``hidden`` and ``prediction`` before weighting, ``total`` after.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    for term, style in TERM_STYLES.items():
+        if term not in frame or not (frame[term] > 0).any():
+            continue
+        smooth = frame[term].rolling(max(1, len(frame) // 20), min_periods=1, center=True).mean()
+        ax.plot(frame["step"], frame[term], color=style["color"], lw=0.5, alpha=0.3)
+        ax.plot(frame["step"], smooth, label=term, **style)
+    ax.set_yscale("log")
+    ax.set(xlabel="training step", ylabel="loss")
+    ax.margins(x=0.02)
+    headline(ax, title, legend_rows=legend_above(ax, 5))
+    return ax
+
+
+def ladder(
+    frame: pd.DataFrame,
+    *,
+    chance: float | None = None,
+    metric: str = "accuracy",
+    labels: Mapping[str, str] | None = None,
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Score at every stage, from the dense teacher over conversion to distillation.
+
+    Args:
+        frame: Columns ``stage``, ``seed`` and the metric (0 to 1). Stages stand in the
+            order of their first rows; the runs of one seed are joined.
+        chance: The metric of guessing, drawn as a line.
+        metric: Column to draw.
+        labels: Printed names of stages.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    places = {stage: place for place, stage in enumerate(dict.fromkeys(frame["stage"]))}
+    runs = list(frame.groupby("seed"))
+    for aside, (_, run) in zip(spread(len(runs)), runs, strict=True):
+        ax.plot(run["stage"].map(places) + aside, 100 * run[metric], color=COLORS["own"], lw=1)
+    for stage, place in places.items():
+        scores = 100 * frame[frame["stage"] == stage].sort_values("seed")[metric]
+        dots(ax, place, scores, color=COLORS["dense" if place == 0 else "moebert"])
+        ax.annotate(f"{scores.mean():.1f}", (place, scores.max()), xytext=(0, 7),
+                    textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+    if chance is not None:
+        reference(ax, 100 * chance, "guessing", color=COLORS["random"])
+    ax.set_xticks(range(len(places)), [(labels or {}).get(s, s) for s in places])
+    ax.set(xlim=(-0.45, len(places) - 0.55), ylabel=f"{metric}, %")
+    ax.margins(y=0.15)
+    headline(ax, title)
+    return ax
+
+
+def gaps(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axes:
+    """Student minus teacher on each task: runs as points, the paper's values as diamonds.
+
+    Args:
+        frame: Columns ``task`` (rows of the figure, in this order), ``gap`` in points, and
+            ``source``: ``here`` (one row per run) or ``paper``.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    names = list(dict.fromkeys(frame["task"]))
+    ax = axes(ax, (SINGLE[0] + 1.0, 1.2 + 0.27 * len(names)))
+    ax.axvline(0, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
+    for source, rows in frame.groupby("source", sort=False):
+        places = rows["task"].map(names.index)
+        mine = dict(color=COLORS["moebert"], ls="", marker="o", alpha=0.75, label="here, every run")
+        ax.plot(rows["gap"], places, **(dict(ls="", label="the paper", **DIAMOND)
+                                        if source == "paper" else mine))  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="student minus teacher, points", ylim=(len(names) - 0.5, -0.5))
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="y")
+    headline(ax, title, legend_rows=legend_above(ax, 2))
+    return ax

@@ -1,0 +1,71 @@
+"""Copy a run's figures and tables to where people look, with where each came from."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from moebert_lib.settings import home
+from moebert_lib.store import Entry, file_digest, write_bytes, write_json
+
+PROVENANCE = "provenance.json"
+
+
+def destination(settings: dict[str, Any] | None, *, changed: bool) -> Path:
+    """``figures/`` for the quick scale as it stands, else ``figures/<scale>-<task>/``."""
+    figures = home() / "figures"
+    if settings is None or (settings["scale"] == "quick" and not changed):
+        return figures
+    return figures / f"{settings['scale']}-{settings['task']}"
+
+
+def publish(entry: Entry, folder: Path) -> list[Path]:
+    """Make ``folder`` hold exactly the run's figures, among those of other notebooks.
+
+    Files that are there already with the same bytes are left alone; missing or changed
+    ones are restored; those that an earlier run of the same notebook left are removed.
+    """
+    notebook, record = entry.key["notebook"], entry.record()
+    known = read_provenance(folder)
+    made = {}
+    for name, sha256 in record["files"].items():
+        if name.startswith("figures/"):
+            made[Path(name).name] = sha256
+            _copy(entry.folder / name, folder / Path(name).name, sha256)
+    for name in [name for name, about in known.items() if about["notebook"] == notebook]:
+        del known[name]
+        if name not in made:
+            (folder / Path(name).name).unlink(missing_ok=True)
+    about = _about(entry, record)
+    known |= {name: {**about, "sha256": sha256} for name, sha256 in made.items()}
+    if known != read_provenance(folder):
+        write_json(folder / PROVENANCE, known)
+    return [folder / name for name in made]
+
+
+def read_provenance(folder: Path) -> dict[str, dict[str, Any]]:
+    """Per file: notebook, run, settings, seeds, data, versions, commit, sha256."""
+    try:
+        return json.loads((folder / PROVENANCE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
+    settings = entry.key.get("settings") or {}
+    return {
+        "notebook": entry.key["notebook"],
+        "run": entry.digest,
+        "settings": settings,
+        "seeds": {name: value for name, value in settings.items() if "seed" in name},
+        "inputs": entry.key.get("inputs", {}),
+        "versions": record["versions"],
+        "commit": record["commit"],
+    }
+
+
+def _copy(source: Path, target: Path, sha256: str) -> None:
+    if target.is_file() and file_digest(target) == sha256:
+        return
+    os.makedirs(target.parent, exist_ok=True)
+    write_bytes(target, source.read_bytes())

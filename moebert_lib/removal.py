@@ -1,0 +1,107 @@
+"""What a teacher loses when neurons are silenced: does importance (Eq. 4) predict harm?
+
+The same share of neurons is removed in every layer at once, in three orders, without any
+training. The scores come from the split that ``importance_split`` names, the losses from
+validation. Not in the paper, which tests importance through the experts it makes (Fig. 3a).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moebert_lib import experiment
+from moebert_lib.evaluate import METRICS, predict, score
+from moebert_lib.experts import random_ranking
+from moebert_lib.importance import removed
+from moebert_lib.settings import Settings
+from moebert_lib.store import Store, code_digest
+from moebert_lib.tasks import Task
+
+FRACTIONS = (0.125, 0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
+
+
+def orders(ranking: Tensor, n_random: int) -> list[tuple[str, int, Tensor]]:
+    """The orders of removal: name, number of the draw, neurons ``(L, F)``, first to go first.
+
+    Args:
+        ranking: Neurons of each layer, most important first, ``(L, F)``.
+        n_random: Random orders, drawn with seeds ``0 .. n_random - 1``.
+    """
+    drawn = [
+        ("random", seed, random_ranking(*ranking.shape, seed=seed)) for seed in range(n_random)
+    ]
+    least, most = ("least important first", 0), ("most important first", 0)
+    return [(*least, ranking.flip(-1)), *drawn, (*most, ranking)]
+
+
+def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
+    """Task metrics and loss as neurons are removed; from the store or computed now.
+
+    Args:
+        settings: The experiment; ``n_random_splits`` random orders are tried.
+        n_examples: At most that many validation examples, the same for every point.
+
+    Returns:
+        One row for each ``order``, ``draw`` and ``fraction`` removed (0 to 1), with the
+        task's metrics (0 to 1), the mean ``loss``, and ``guessing``: the headline metric of
+        always answering the label most frequent in training (NaN for regression).
+    """
+
+    def build(folder: Path) -> dict:
+        rows = _measure(settings, n_examples)
+        rows.to_csv(folder / "curves.csv", index=False)
+        return {"n_examples": n_examples, "points": len(rows)}
+
+    key = {
+        "importance": experiment.importance_key(settings), "fractions": FRACTIONS,
+        "n_examples": n_examples, "n_random": settings.n_random_splits,
+        "code": code_digest("removal", "importance", "experts", "evaluate"),
+    }  # fmt: skip
+    entry = Store().make("removal", key, build)
+    print(f"· removal curves: {'reused' if entry.reused else f'made in {entry.seconds:.0f} s'}")
+    return pd.read_csv(entry.folder / "curves.csv")
+
+
+def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
+    bundle, model = experiment.dataset(settings), experiment.teacher(settings).model
+    labels = np.asarray(bundle.validation["labels"])[:n_examples]
+    guess = _guessing(bundle.task, np.asarray(bundle.train["labels"]), labels)
+
+    def row(name: str, draw: int, fraction: float, neurons: Tensor) -> dict:
+        batches = bundle.batches(
+            "validation", batch_size=settings.eval_batch_size, limit=n_examples
+        )
+        with removed(model, neurons):
+            logits = predict(model, batches)
+        metrics = score(logits, labels, bundle.task.metrics)
+        about = {"order": name, "draw": draw, "fraction": fraction}
+        return {**about, **metrics, "loss": _loss(logits, labels), "guessing": guess}
+
+    tried = orders(experiment.importance(settings).ranking, settings.n_random_splits)
+    n_layers, width = tried[0][2].shape
+    whole = row("", 0, 0.0, torch.empty(n_layers, 0, dtype=torch.int64))
+    rows = []
+    for name, draw, neurons in tried:
+        rows.append({**whole, "order": name, "draw": draw})
+        rows += [row(name, draw, part, neurons[:, : round(part * width)]) for part in FRACTIONS]
+        print(f"· removal, {name} {draw + 1 if name == 'random' else ''}".rstrip(), flush=True)
+    return pd.DataFrame(rows)
+
+
+def _guessing(task: Task, training: np.ndarray, labels: np.ndarray) -> float:
+    if not task.labels:
+        return float("nan")
+    most_frequent = np.bincount(training).argmax()
+    return float(METRICS[task.metric](labels, np.full_like(labels, most_frequent)))
+
+
+def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean loss of predictions: squared error for one column, else cross-entropy."""
+    predicted, truth = torch.as_tensor(logits), torch.as_tensor(labels)
+    if predicted.shape[1] == 1:
+        return float(F.mse_loss(predicted[:, 0], truth.to(predicted)))
+    return float(F.cross_entropy(predicted, truth))

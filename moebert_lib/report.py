@@ -1,0 +1,271 @@
+"""One HTML page with everything the runs made: figures, tables, runs, where each came from.
+
+The page is one file that needs no network: figures are embedded. It links to the executed
+notebooks and to the CSV behind each figure, which lie beside it.
+"""
+
+import base64
+import csv
+import json
+import os
+import re
+from dataclasses import dataclass
+from html import unescape
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from moebert_lib import batch, pages, publish
+from moebert_lib.settings import Settings, UserError, home
+from moebert_lib.store import Entry, Store, write_bytes
+
+MOST_ROWS = 40  # of a figure's numbers shown in the page; the CSV has all
+
+BODY = """
+{% macro grid(table) %}<div class="scroll"><table><thead><tr>
+{% for name in table.head %}
+<th{% if table.right[loop.index0] %} class="num"{% endif %}>{{ name }}</th>
+{% endfor %}</tr></thead><tbody>{% for row in table.rows %}<tr>{% for cell in row %}
+<td{% if table.right[loop.index0] %} class="num"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endmacro %}
+<header><h1>MoEBERT workbook</h1>
+<p class="meta">{{ runs|length }} notebook runs, {{ n_figures }} figures, {{ n_tables }} tables.
+The newest run is of {{ newest }} UTC.</p>
+<nav aria-label="Contents"><ul>{% for part in parts %}
+<li><a href="#{{ part.id }}">{{ part.title }}</a></li>{% endfor %}
+<li><a href="#runs">Runs</a></li></ul></nav></header>
+<main>
+{% if failed %}<section aria-label="Failed runs"><h2>Failed</h2><ul>{% for run in failed %}
+<li><b class="bad">{{ run.notebook }}{% if run.cell %}, cell {{ run.cell }}{% endif %}</b>:
+{{ run.error }} (<a href="{{ run.link }}">executed copy</a>)</li>{% endfor %}</ul></section>
+{% endif %}
+{% for part in parts %}
+<section id="{{ part.id }}"><h2>{{ part.title }}</h2>
+<p class="meta"><span class="pill">{{ part.where }}</span> {{ part.about }}
+{% if part.link %}<a href="{{ part.link }}">Executed notebook</a>{% endif %}</p>
+{% for figure in part.figures %}
+<figure id="{{ figure.id }}"><img src="{{ figure.source }}" alt="{{ figure.alt }}" loading="lazy">
+<figcaption><b>{{ figure.label }}.</b> {{ figure.caption }}
+{% if figure.numbers %}<details><summary>Numbers behind it</summary>{{ grid(figure.numbers) }}
+<a href="{{ figure.csv }}">{{ figure.csv }}</a></details>{% endif %}</figcaption></figure>
+{% endfor %}
+{% for table in part.tables %}
+<section id="{{ table.id }}"><h3>{{ table.label }}</h3>
+<p class="meta">{{ table.caption }}</p>{{ grid(table.grid) }}</section>{% endfor %}
+</section>{% endfor %}
+<section id="runs"><h2>Runs</h2>
+<p>Each row is one executed notebook. A run is used again as long as its notebook, settings,
+library, data and weights stay as they were.</p>
+<div class="scroll"><table><thead><tr><th>Notebook</th><th>Scale</th><th>Task</th>
+<th>Changed settings</th><th>Made (UTC)</th><th class="num">Minutes</th><th>Commit</th></tr></thead>
+<tbody>{% for run in runs %}<tr><td><a href="{{ run.link }}">{{ run.notebook }}</a></td>
+<td>{{ run.scale }}</td><td>{{ run.task }}</td><td>{{ run.changed }}</td><td>{{ run.created }}</td>
+<td class="num">{{ run.minutes }}</td><td><code>{{ run.commit }}</code></td></tr>
+{% endfor %}</tbody></table></div>
+{% if experiments %}<h3>Experiments behind them</h3>
+<details><summary>{{ experiments.rows|length }} stored results</summary>{{ grid(experiments) }}
+</details>{% endif %}
+<h3>Made with</h3><p class="meta">{{ versions }}<br>{{ machine }}</p>
+</section></main>
+"""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table of strings; ``right`` says which columns hold numbers."""
+
+    head: list[str]
+    rows: list[list[str]]
+    right: list[bool]
+
+
+def write_report() -> Path:
+    """Write ``runs/report.html`` and return its path.
+
+    Raises:
+        UserError: nothing has been run yet.
+    """
+    from jinja2 import Environment
+
+    entries = Store().entries("notebook")
+    if not entries:
+        raise UserError("nothing to report yet; run moebert run first")
+    parts = [part for folder in _folders() for part in _parts(folder, entries)]
+    record = entries[-1].record()
+    body = Environment(autoescape=True, trim_blocks=True).from_string(BODY).render(
+        parts=parts, runs=[_run(entry) for entry in entries], failed=_failed(),
+        n_figures=sum(len(part["figures"]) for part in parts),
+        n_tables=sum(len(part["tables"]) for part in parts),
+        newest=_minute(record["created"]), experiments=_experiments(),
+        versions=", ".join(f"{name} {value}" for name, value in record["versions"].items()),
+        machine=", ".join(f"{name} {value}" for name, value in record["machine"].items() if value),
+    )  # fmt: skip
+    target = home() / "runs" / "report.html"
+    write_bytes(target, pages.page("MoEBERT workbook", body).encode())
+    return target
+
+
+def _folders() -> list[Path]:
+    figures = home() / "figures"
+    below = sorted(path for path in figures.glob("*") if path.is_dir())
+    return [folder for folder in (figures, *below) if publish.read_provenance(folder)]
+
+
+def _parts(folder: Path, entries: list[Entry]) -> list[dict[str, Any]]:
+    """One section for each notebook whose files lie in ``folder``, in notebook order."""
+    known = publish.read_provenance(folder)
+    where = folder.relative_to(home()).as_posix()
+    parts = []
+    for notebook in sorted({about["notebook"] for about in known.values()}):
+        names = sorted(name for name in known if known[name]["notebook"] == notebook)
+        names = [name for name in names if (folder / name).is_file()]
+        digest = known[names[0]]["run"] if names else ""
+        entry = next((entry for entry in entries if entry.digest == digest), None)
+        node = _notebook(entry)
+        parts.append({
+            "id": f"{where}-{notebook}".replace("/", "-"), "where": where,
+            "title": pages.title(node) if node["cells"] else notebook,
+            "about": _settings_line(known[names[0]]["settings"]) if names else "",
+            "link": _link(entry.folder / "notebook.html") if entry else "",
+            "figures": [_figure(folder / name, node) for name in names if name.endswith(".png")],
+            "tables": [_table(folder / name) for name in names if name.endswith(".md")],
+        })  # fmt: skip
+    return parts
+
+
+def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    label, svg, numbers = _label(png.stem), png.with_suffix(".svg"), png.with_suffix(".csv")
+    caption = _caption(png.stem, node)
+    drawn = svg if svg.is_file() and svg.stat().st_size < png.stat().st_size else png
+    kind = "svg+xml" if drawn is svg else "png"
+    plain = unescape(re.sub(r"<[^>]*>", "", caption))
+    has_numbers = numbers.is_file()
+    return {
+        "id": f"{png.parent.name}-{png.stem}", "label": label, "caption": Markup(caption),
+        "alt": f"{label}. {plain}" + (" The numbers follow as a table." if has_numbers else ""),
+        "source": f"data:image/{kind};base64,{base64.b64encode(drawn.read_bytes()).decode()}",
+        "numbers": _csv(numbers) if has_numbers else None, "csv": _link(numbers),
+    }  # fmt: skip
+
+
+def _caption(name: str, node: dict[str, Any]) -> str:
+    """HTML of what the notebook says right after the cell that makes the figure."""
+    from nbconvert.filters import markdown2html
+
+    cells, text = node["cells"], ""
+    for index, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and re.search(rf"[\"']{re.escape(name)}[\"']", source):
+            after = (cell for cell in cells[index + 1 :] if cell["cell_type"] == "markdown")
+            text = next(map(_first_paragraph, after), "")
+    html = markdown2html(pages.with_mathml(text))
+    return re.sub(r"^\s*<p>|</p>\s*$", "", html).strip()
+
+
+def _first_paragraph(cell: dict[str, Any]) -> str:
+    """The first paragraph of prose in a markdown cell, headings and HTML left out."""
+    blocks = re.split(r"\n\s*\n", "".join(cell["source"]).strip())
+    return next((block for block in blocks if not block.startswith(("#", "<", "|", "$$"))), "")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    lines = path.read_text("utf-8").splitlines()
+    cells = [[cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+             for line in lines if line.lstrip().startswith("|")]  # fmt: skip
+    prose = " ".join(line.strip("*# ") for line in lines if line and not line.startswith("|"))
+    rule = cells[1] if len(cells) > 1 else []
+    right = [mark.endswith(":") for mark in rule]
+    grid = Grid(cells[0] if cells else [], cells[2:], right)
+    return {"id": f"{path.parent.name}-{path.stem}", "label": _label(path.stem),
+            "caption": prose, "grid": grid}  # fmt: skip
+
+
+def _csv(path: Path) -> Grid:
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = list(csv.reader(file)) or [[]]
+    right = [all(_is_number(row[i]) for row in rows if len(row) > i) for i in range(len(head))]
+    shown = [[_short(cell) for cell in row] for row in rows[:MOST_ROWS]]
+    if len(rows) > MOST_ROWS:
+        shown.append([f"... {len(rows) - MOST_ROWS} more rows in the file"])
+    return Grid(head, shown, right)
+
+
+def _experiments() -> Grid | None:
+    rows = []
+    for entry in Store().entries():
+        if entry.kind != "notebook":
+            values = {name: value for name, value in entry.row.items() if isinstance(value, float)}
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+            rows.append([entry.kind, batch.summary(entry), shown, f"{entry.seconds / 60:.1f}"])
+    head = ["Kind", "What", "Result", "Minutes"]
+    return Grid(head, rows, [False, False, False, True]) if rows else None
+
+
+def _run(entry: Entry) -> dict[str, str]:
+    settings, record = entry.key.get("settings") or {}, entry.record()
+    return {
+        "notebook": entry.key["notebook"], "link": _link(entry.folder / "notebook.html"),
+        "scale": settings.get("scale", ""), "task": settings.get("task", ""),
+        "changed": _changed(settings), "created": _minute(record["created"]),
+        "minutes": f"{entry.seconds / 60:.1f}", "commit": _commit(record["commit"]),
+    }  # fmt: skip
+
+
+def _failed() -> list[dict[str, Any]]:
+    runs = batch.failed_runs()
+    return [run | {"link": _link(Path(run["folder"]) / "notebook.ipynb")} for run in runs]
+
+
+def _settings_line(settings: dict[str, Any]) -> str:
+    if not settings:
+        return "No settings."
+    changed = _changed(settings)
+    return f"Scale {settings['scale']}, task {settings['task']}{', ' if changed else ''}{changed}."
+
+
+def _changed(settings: dict[str, Any]) -> str:
+    """The settings that differ from their scale's own, as text."""
+    if not settings:
+        return ""
+    try:
+        usual = Settings.at(settings["scale"], task=settings["task"]).model_dump()
+    except UserError:  # written by another version of the library
+        return ""
+    other = {name: value for name, value in settings.items() if usual.get(name) != value}
+    return ", ".join(f"{name}={value}" for name, value in other.items())
+
+
+def _notebook(entry: Entry | None) -> dict[str, Any]:
+    if entry is None:
+        return {"cells": []}
+    return json.loads((entry.folder / "notebook.ipynb").read_text("utf-8"))
+
+
+def _label(stem: str) -> str:
+    """``figure2a`` as "Figure 2a", ``01_removal_curves`` as "Removal curves"."""
+    words = re.sub(r"^\d+_", "", stem).replace("_", " ").replace("-", " ")
+    words = re.sub(r"^(figure|table)(?=\d)", r"\1 ", words)
+    return words[:1].upper() + words[1:]
+
+
+def _link(path: Path) -> str:
+    """A link from ``runs/report.html`` to a file of this home."""
+    return quote(Path(os.path.relpath(path, home() / "runs")).as_posix())
+
+
+def _minute(created: str) -> str:
+    return created.replace("T", " ")[:16]
+
+
+def _commit(commit: str | None) -> str:
+    return re.sub(r"^(.{8})[^-]*", r"\1", commit) if commit else ""
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"[-+]?(\d+\.?\d*([eE][-+]?\d+)?|nan|inf)?", text) is not None
+
+
+def _short(text: str) -> str:
+    return f"{float(text):.4g}" if "." in text and _is_number(text) else text

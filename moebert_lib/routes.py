@@ -1,0 +1,81 @@
+"""What a model's routers did: loads of the experts, a gate's probabilities, a sentence's way."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from moebert_lib.evaluate import predict
+from moebert_lib.moe_layer import record_routes
+from moebert_lib.routing import loads
+
+
+def expert_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarray:
+    """Share of the real tokens that each expert serves; padding is left out.
+
+    Args:
+        model: A MoEBERT model.
+        batches: From ``data.batches``.
+
+    Returns:
+        Shape ``(L, E)``; rows sum to 1.
+    """
+    layers, mask = _routes(model, batches)
+    n_experts = model.config.n_experts
+    shares = [loads(torch.cat([r.experts for r in layer]), n_experts, mask) for layer in layers]
+    return torch.stack(shares).cpu().numpy()
+
+
+def mean_factor(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
+    """Eq. 3's ``p`` of the chosen expert, averaged over real tokens and layers; 1 for a hash."""
+    layers, mask = _routes(model, batches)
+    factors = [torch.cat([route.weights for route in layer])[mask].mean() for layer in layers]
+    return float(torch.stack(factors).mean())
+
+
+def _routes(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[list, Tensor]:
+    batches = list(batches)
+    with record_routes(model) as layers:
+        predict(model, batches)
+    return layers, torch.cat([batch["attention_mask"].flatten() for batch in batches]).bool()
+
+
+@torch.inference_mode()
+def sentence_way(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int = 512
+) -> tuple[list[str], np.ndarray]:
+    """A sentence's ``T`` tokens, and the expert of each in each layer, ``(T, L)``."""
+    inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+    inputs = inputs.to(next(model.parameters()).device)
+    with record_routes(model) as layers:
+        model(**inputs)
+    experts = torch.cat([layer[0].experts for layer in layers], dim=1)
+    return tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]), experts.cpu().numpy()
+
+
+def load_frame(shares: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Loads by router as one row per ``router``, ``layer`` and ``expert``, counted from 1."""
+    rows = [
+        (router, layer + 1, expert + 1, float(share))
+        for router, table in shares.items()
+        for (layer, expert), share in np.ndenumerate(table)
+    ]
+    return pd.DataFrame(rows, columns=["router", "layer", "expert", "share"])
+
+
+def way_frame(ways: Mapping[str, tuple[list[str], np.ndarray]]) -> pd.DataFrame:
+    """Ways by router as one row per ``router``, ``layer`` and token, counted from 1."""
+    rows = [
+        (router, layer + 1, place + 1, tokens[place], int(expert) + 1)
+        for router, (tokens, experts) in ways.items()
+        for (place, layer), expert in np.ndenumerate(experts)
+    ]
+    return pd.DataFrame(rows, columns=["router", "layer", "position", "token", "expert"])
+
+
+def busiest(shares: Mapping[str, np.ndarray]) -> pd.Series:
+    """Load of the busiest expert over the mean load, in each router's least even layer."""
+    return pd.Series({name: float((t.max(1) / t.mean(1)).max()) for name, t in shares.items()})

@@ -1,0 +1,252 @@
+"""Planning refuses or fits values; running reuses, publishes, and says what failed."""
+
+import io
+import json
+import os
+from pathlib import Path
+
+import fixture_home
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebert_lib import batch, execution, planning, publish
+from moebert_lib.execution import NotebookFailed
+from moebert_lib.settings import Settings, UserError
+from moebert_lib.store import Store
+
+ATTACKS = [
+    'a"; import os; os._exit(3)  #',
+    "b'''\nraise SystemExit\n'''",
+    "`touch x` $(touch x) {braces} {{x}} \\",
+    "line\nbreak\r\n\ttab \x00 \u2028 é 漢",
+]
+JSON_TEXT = st.text() | st.integers() | st.booleans() | st.none() | st.floats(allow_nan=False)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    names = {"00_the_idea": "plain", "01_importance": "settings", "02_fails": "fails"}
+    folder = fixture_home.make(tmp_path / "home {x}", names)
+    monkeypatch.setenv("MOEBERT_HOME", str(folder))
+    return folder
+
+
+def planned(*names, scale="smoke", data_dir="", **parameters):
+    return batch.plan(batch.select(names), scale=scale, parameters=parameters, data_dir=data_dir)
+
+
+def row_of(entry) -> dict:
+    return json.loads((entry.folder / "figures" / "row.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["1", "01", "01_importance", "importance"])
+def test_a_notebook_is_found_by_number_or_name(home, name):
+    assert [path.stem for path in batch.select([name])] == ["01_importance"]
+
+
+def test_all_notebooks_in_order_are_the_default_and_none_comes_twice(home):
+    assert [path.stem[:2] for path in batch.select()] == ["00", "01", "02"]
+    assert len(batch.select(["01", "importance", str(batch.select(["01"])[0])])) == 1
+
+
+def test_a_value_goes_to_the_notebooks_own_parameter_or_to_overrides(home):
+    (job,) = planned("01", seed=3, layers=[2], n_shared=11)
+    assert job.given == {"scale": "smoke", "seed": 3, "layers": [2], "overrides": {"n_shared": 11}}
+    assert (job.settings.seed, job.settings.n_shared, job.settings.scale) == (3, 11, "smoke")
+
+
+def test_values_are_stored_as_their_setting_reads_them(home):
+    (text,) = planned("01", learning_rate="1e-4")  # how YAML 1.1 reads it
+    (number,) = planned("01", learning_rate=0.0001)
+    assert text.key() == number.key() and text.given["overrides"] == {"learning_rate": 0.0001}
+
+
+def test_values_that_change_nothing_are_dropped(home):
+    (usual,), (spelt,) = planned("01"), planned("01", seed=0, task="library", n_experts=4)
+    assert usual.key() == spelt.key() and not spelt.changed
+    assert planned("01", seed=1)[0].changed
+
+
+def test_a_value_for_another_notebook_is_no_value_for_this_one(home):
+    plain, own = planned("00", "01", layers=[1])
+    assert plain.given == {} and plain.settings is None and own.given["layers"] == [1]
+
+
+def test_planning_writes_nothing(home):
+    planned("00", "01", seed=3)
+    assert sorted(path.name for path in home.iterdir()) == ["notebooks"]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_value_reaches_the_notebook_as_text_and_never_as_code(home, attack):
+    (job,) = planned("01", label=attack)
+    source = job.notebook.read_text()
+    assert (
+        batch.plan([job.notebook], scale="smoke", parameters={"label": attack})[0].given["label"]
+        == attack
+    )
+    assert job.notebook.read_text() == source and injected(attack) == attack
+
+
+def injected(value):
+    """What a kernel would see of a value, by papermill's own translation."""
+    from papermill.translators import translate_parameters
+
+    space: dict = {}
+    exec(translate_parameters("python3", "python", {"value": value}, "Parameters"), {}, space)
+    return space["value"]
+
+
+@given(st.dictionaries(st.text(), JSON_TEXT, max_size=4) | JSON_TEXT | st.lists(JSON_TEXT))
+def test_any_json_value_survives_the_way_into_the_notebook(value):
+    assert injected(value) == value
+
+
+def test_a_run_is_made_once_and_its_figures_published_and_restored(home):
+    lines: list[str] = []
+    attack = "\n".join(ATTACKS)
+    jobs = planned("01", label=attack)
+    (entry,) = batch.run(jobs, echo=lines.append)
+    assert row_of(entry)["label"] == attack and row_of(entry)["settings"]["scale"] == "smoke"
+    assert {"notebook.ipynb", "notebook.html", "log.txt"} <= set(os.listdir(entry.folder))
+    assert "    · settings read" in lines and not any("quiet" in line for line in lines)
+    published = home / "figures" / "smoke-library"
+    about = publish.read_provenance(published)["figure1.png"]
+    assert about["run"] == entry.digest and about["settings"]["seed"] == 0
+    (published / "figure1.png").unlink()
+    (published / "figure1.csv").write_text("edited")
+    (again,) = batch.run(jobs, echo=lines.append)
+    assert again.reused and "reused" in lines[-1]
+    assert (published / "figure1.png").is_file() and "edited" not in (
+        published / "figure1.csv"
+    ).read_text()
+
+
+def test_a_failed_run_says_where_and_keeps_its_copy_but_no_entry(home):
+    with pytest.raises(NotebookFailed) as caught:
+        batch.run(planned("02"))
+    assert str(caught.value) == "notebook 02_fails, cell 3: ValueError: seed 0"
+    assert "is not allowed" in caught.value.copy.read_text()
+    assert Store().entries() == [] and not (home / "figures").exists()
+    assert list((home / "runs" / "tmp").iterdir()) == []
+    assert [run["notebook"] for run in batch.failed_runs()] == ["02_fails"]
+
+
+def test_a_failure_is_forgotten_once_the_notebook_is_mended(home):
+    (job,) = planned("02")
+    for _ in range(2):
+        with pytest.raises(NotebookFailed):
+            batch.run([job])
+    assert len(batch.failed_runs()) == 1
+    edited(job.notebook, "seed == 0", "seed == 9")
+    assert not batch.run([job])[0].reused and batch.failed_runs() == []
+
+
+def test_after_a_failure_the_others_can_still_run(home):
+    lines: list[str] = []
+    with pytest.raises(NotebookFailed):
+        batch.run(planned("02", "00"), keep_going=True, echo=lines.append)
+    assert [entry.key["notebook"] for entry in Store().entries()] == ["00_the_idea"]
+    assert (home / "figures" / "figure0.csv").is_file()
+
+
+@pytest.mark.parametrize(
+    "fixture, said", [("dies", "dies, cell 2: the kernel died"), ("widget", "hidden in the widget")]
+)
+def test_a_dead_kernel_and_a_broken_widget_fail_the_run(home, fixture, said):
+    path = fixture_home.FIXTURES / f"{fixture}.ipynb"
+    with pytest.raises(NotebookFailed, match=said):
+        batch.run(batch.plan([path]))
+
+
+def edited(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_editing_code_or_prose_makes_a_new_run_but_outputs_do_not(home):
+    (before,) = planned("01")
+    old = before.key()
+    edited(before.notebook, '"outputs": []', '"outputs": [ ]')
+    edited(before.notebook, '"execution_count": null', '"execution_count": 7')
+    assert before.key() == old
+    edited(before.notebook, "quiet line", "another line")
+    assert before.key() != old
+
+
+def test_where_the_data_lies_is_not_part_of_the_key(home, tiny_glue, tmp_path):
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_glue, target_is_directory=True)
+    one, other = (
+        planned("01", task="sst2", data_dir=str(folder))[0] for folder in (tiny_glue, moved)
+    )
+    assert one.key() == other.key() and str(tiny_glue) not in json.dumps(one.key())
+
+
+def test_publishing_removes_what_an_earlier_run_of_the_same_notebook_left(tmp_path):
+    store, folder = Store(tmp_path / "runs"), tmp_path / "figures"
+
+    def entry(number, *names):
+        def build(made):
+            (made / "figures").mkdir()
+            for name in names:
+                (made / "figures" / name).write_text(str(number))
+            return {}
+
+        return store.make("notebook", {"notebook": f"0{number}", "names": names}, build)
+
+    publish.publish(entry(1, "a.csv", "b.csv"), folder)
+    publish.publish(entry(2, "c.csv"), folder)
+    publish.publish(entry(1, "b.csv"), folder)
+    assert sorted(publish.read_provenance(folder)) == ["b.csv", "c.csv"]
+    assert sorted(os.listdir(folder)) == ["b.csv", "c.csv", "provenance.json"]
+
+
+def test_only_quick_as_it_comes_is_published_as_the_workbooks_own(home):
+    def place(**values):
+        return batch.published(planned("01", **values)[0]).relative_to(home).as_posix()
+
+    assert place(scale="quick") == "figures"
+    assert place(scale="quick", seed=1) == "figures/quick-library"
+    assert place(scale="smoke") == "figures/smoke-library"
+    assert batch.published(planned("00")[0]) == home / "figures"
+
+
+@pytest.mark.parametrize("scale, offline", [("quick", "1"), ("small", None)])
+def test_the_kernel_is_offline_at_scales_that_promise_it(tmp_path, monkeypatch, scale, offline):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    env = execution.kernel_environment(tmp_path, offline=Settings.at(scale).offline)
+    assert env.get("HF_HUB_OFFLINE") == env.get("HF_DATASETS_OFFLINE") == offline
+    assert env["MOEBERT_FIGURES"] == str(tmp_path) and "MPLBACKEND" not in env
+
+
+def test_tee_logs_everything_and_passes_on_whole_progress_lines():
+    log, lines = io.StringIO(), []
+    tee = execution.Tee(log, lines.append)
+    for piece in ("a\n· ha", "lf\nb · c\n", "· last"):
+        tee.write(piece)
+    assert lines == ["    · half"] and log.getvalue() == "a\n· half\nb · c\n· last"
+
+
+def cell(source, *tags):
+    return {"cell_type": "code", "source": source, "metadata": {"tags": list(tags)}}
+
+
+@pytest.mark.parametrize(
+    "cells, said",
+    [
+        ([cell("a: int = 1", "parameters"), cell("a = 2", "parameters")], "2 cells tagged"),
+        ([cell("import os", "parameters")], "may hold only lines such as"),
+        ([cell("a = print()", "parameters")], "may hold only lines such as"),
+        ([cell("a: nothing = 1", "parameters")], "may hold only lines such as"),
+        ([cell("a = = 1", "parameters")], "may hold only lines such as"),
+    ],
+)
+def test_a_parameters_cell_that_cannot_be_read_is_refused(tmp_path, cells, said):
+    path = tmp_path / "bad.ipynb"
+    path.write_text(json.dumps({"cells": cells, "nbformat": 4}))
+    with pytest.raises(UserError, match=said):
+        planning.plan([path])

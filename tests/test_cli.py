@@ -1,0 +1,171 @@
+"""The commands as a user types them: what they print and with which status they end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fixture_home
+import pytest
+
+from moebert_lib import cli, commands
+from moebert_lib.store import Store
+
+COMMANDS = ["run", "sweep", "status", "report", "importance", "convert", "bench", "doctor"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    names = {"00_the_idea": "plain", "02_fails": "fails", "03_distillation": "settings"}
+    folder = fixture_home.make(tmp_path / "home", names | {"05_sleeps": "sleeps"})
+    monkeypatch.setenv("MOEBERT_HOME", str(folder))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"example:\n  moebert {command}" in out and "positional arguments" not in out[:40]
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_all_commands(argv, capsys):
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {command}" in out for command in COMMANDS)
+
+
+def test_help_comes_at_once_because_torch_is_not_imported():
+    code = (
+        "import sys; sys.orig_argv[1:3] = ['-m', 'moebert_lib']\n"
+        "from moebert_lib import cli; status = cli.main(['run', '--help'])\n"
+        "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def test_run_prints_progress_and_where_things_are_and_then_reuses(home, capsys):
+    assert cli.main(["run", "03", "00", "--scale", "smoke", "-p", "layers=[1]"]) == 0
+    out = capsys.readouterr().out
+    assert "    · settings read" in out and "figures/smoke-library" in out
+    assert out.splitlines()[-1].split() == ["page", "runs/report.html"]
+    assert cli.main(["run", "00", "--scale", "smoke", "03", "-p", "layers=[1]"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("reused") == 2 and "running" not in out
+    assert cli.main(["status"]) == 0
+    assert "2 stored" in capsys.readouterr().out
+
+
+def test_plan_says_what_would_run_and_runs_nothing(home, capsys):
+    assert cli.main(["run", "03", "--plan", "-p", "seed=2"]) == 0
+    assert "03_distillation seed=2: to run" in capsys.readouterr().out
+    assert not (home / "runs").exists()
+
+
+def test_a_failing_notebook_is_one_line_and_status_1(home, capsys):
+    assert cli.main(["run", "02"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moebert: notebook 02_fails, cell 3: ValueError: seed 0;")
+    assert Path(line.rpartition("executed copy: ")[2]).is_file()
+    cli.main(["status"])
+    assert "failed      02_fails, cell 3: ValueError: seed 0" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_leaves_no_kernel_and_no_entry(home, sent):
+    command = [sys.executable, "-m", "moebert_lib", "run", "05_sleeps"]
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    kernel = next(int(line.split()[-1]) for line in process.stdout if "· kernel" in line)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.startswith("moebert: stopped")
+    assert Store().entries() == [] and list((home / "runs" / "tmp").iterdir()) == []
+    assert gone(kernel)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process ends within ten seconds."""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+GRID = """
+scale: smoke
+tasks: library
+seeds: [0, 1]
+settings:
+  n_shared: [12, 16]
+  layers: [[0]]
+"""
+
+
+def test_a_grid_is_the_product_of_its_lists_without_doubles(home, tmp_path, capsys):
+    path = tmp_path / "grid.yaml"
+    path.write_text(GRID.replace("[0, 1]", "[0, 1, 0]"))
+    jobs = commands.grid_jobs(path)
+    points = [(job.settings.seed, job.settings.n_shared) for job in jobs]
+    assert points == [(0, 12), (0, 16), (1, 12), (1, 16)]
+    assert all(job.parameters["layers"] == [0] for job in jobs)
+    assert cli.main(["sweep", str(path), "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("to run") == 4 and not (home / "runs").exists()
+
+
+def test_sweep_runs_its_points_and_stores_one_row_each(home, tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("scale: smoke\nseeds: [1, 2]\n")
+    assert cli.main(["sweep", str(path)]) == 0
+    assert sorted(Store().frame("notebook")["settings.seed"]) == [1, 2]
+
+
+def test_doctor_says_ok_or_what_to_do(home, capsys):
+    status = cli.main(["doctor", "--data-dir", str(home)])
+    lines = capsys.readouterr().out.splitlines()
+    assert status == 1 and all(re.match(r"(ok|PROBLEM) +\w+ +\S", line) for line in lines)
+    assert any(line.startswith("PROBLEM data") and "sst2" in line for line in lines)
+    assert any(re.match(r"ok +kernel", line) for line in lines)
+
+
+def test_convert_makes_a_model_that_transformers_loads(tmp_path, tiny_bert, monkeypatch, capsys):
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from moebert_lib import importance, weights
+    from moebert_lib.settings import MINILM
+
+    dense, out = tmp_path / "dense", tmp_path / "moe"
+    tiny_bert(dtype=torch.float32).save_pretrained(dense)
+    AutoTokenizer.from_pretrained(weights.find(MINILM)).save_pretrained(dense)
+    scores = importance.Importance(
+        torch.rand(2, 64, dtype=torch.float64), torch.rand(1, 2, 64, dtype=torch.float64),
+        torch.ones(1, dtype=torch.int64), {},
+    )  # fmt: skip
+    scores.save(tmp_path / "scores.safetensors")
+    given = ["--importance", str(tmp_path / "scores.safetensors"), "--out", str(out)]
+    assert cli.main(["convert", str(dense), *given, "--n-shared", "8"]) == 0
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert type(model).__name__ == "MoEBertForSequenceClassification"
+    assert "4 experts a layer" in capsys.readouterr().out
+
+
+def test_importance_writes_a_file_that_loads(moebert_home, tmp_path, capsys):
+    from moebert_lib.importance import Importance
+
+    out = tmp_path / "scores.safetensors"
+    assert cli.main(["importance", "--scale", "smoke", "--out", str(out)]) == 0
+    assert Importance.load(out).scores.shape == (2, 64)
+    assert "2 layers of 64 neurons" in capsys.readouterr().out

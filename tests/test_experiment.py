@@ -1,0 +1,128 @@
+"""The unit experiment at scale smoke: made once, shared, repeated exactly."""
+
+import pytest
+import torch
+
+from moebert_lib import experiment, inputs
+from moebert_lib.moe_layer import moe_layers
+from moebert_lib.settings import Settings
+from moebert_lib.store import Store
+
+SETTINGS = Settings.at("smoke")
+
+
+def forget():
+    """As a new process would start: nothing in memory, only what the store holds."""
+    for cached in (experiment._teacher, experiment._importance, inputs._dataset):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def home(moebert_home):
+    """A store of this test's own."""
+    forget()
+    yield moebert_home
+    forget()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """The session's store, for tests that do not mind what lies in it: one teacher for all."""
+    forget()
+
+
+def count(kind):
+    return len(Store().entries(kind))
+
+
+def test_a_student_is_made_once_and_then_reused(home, capsys):
+    first = experiment.student(SETTINGS)
+    forget()
+    again = experiment.student(SETTINGS)
+    assert not first.entry.reused and again.entry.reused
+    assert first.row == again.row and first.curve.equals(again.curve)
+    kinds = ("teacher", "importance", "converted", "student")
+    assert [count(kind) for kind in kinds] == [1, 1, 1, 1]
+
+
+def test_ablations_share_teacher_and_importance(home):
+    points = [SETTINGS.but(n_shared=n, seed=seed) for n in (0, 8) for seed in (0, 1)]
+    frame = experiment.grid(points)
+    assert (count("teacher"), count("importance"), count("student")) == (1, 1, 4)
+    assert frame["n_shared"].tolist() == [0, 0, 8, 8] and frame["seed"].tolist() == [0, 1, 0, 1]
+
+
+def test_a_grid_runs_only_what_is_missing(home, capsys):
+    experiment.grid([SETTINGS])
+    experiment.grid([SETTINGS, SETTINGS.but(distill="last"), SETTINGS])
+    assert "3 points, 1 run now, 2 reused" in capsys.readouterr().out
+    assert count("student") == 2
+
+
+def test_a_row_holds_what_the_notebooks_draw(shared):
+    row = experiment.student(SETTINGS).row
+    assert {"teacher_accuracy", "converted_accuracy", "accuracy", "steps"} <= set(row)
+    assert len(row["distances_before"]) == len(row["distances_after"]) == 3
+    assert row["effective_parameters"] < row["stored_parameters"]
+    assert row["distances_before"][0] == 0 < row["distances_before"][2]
+
+
+def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch):
+    first = experiment.student(SETTINGS)
+    monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
+    forget()
+    second = experiment.student(SETTINGS)
+    assert not second.entry.reused
+    assert first.row == second.row and first.curve.equals(second.curve)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(importance_split="validation"), dict(importance_examples=16), dict(dropout=0.0)],
+)
+def test_importance_depends_on_its_settings(changes):
+    changed = SETTINGS.but(**changes)
+    assert experiment.importance_key(changed) != experiment.importance_key(SETTINGS)
+
+
+@pytest.mark.parametrize("changes", [dict(seed=5), dict(distill="last"), dict(n_experts=2)])
+def test_the_teacher_does_not_depend_on_the_student(changes):
+    assert experiment.teacher_key(SETTINGS.but(**changes)) == experiment.teacher_key(SETTINGS)
+
+
+def test_a_random_split_needs_no_scores(home):
+    experiment.conversion(SETTINGS.but(ranking="random"))
+    assert count("importance") == 0 and count("converted") == 1
+
+
+def test_conversion_is_the_metric_of_the_converted_model(shared):
+    model = experiment.converted(SETTINGS)
+    assert experiment.conversion(SETTINGS) == experiment.evaluate(SETTINGS, model)
+    assert [tuple(layer.neurons.shape) for layer in moe_layers(model)] == [(4, 16)] * 2
+
+
+def test_rankings_give_other_experts(shared):
+    kinds = ("importance", "random", "inverse")
+    dealt = [moe_layers(experiment.converted(SETTINGS.but(ranking=k)))[0].neurons for k in kinds]
+    assert not torch.equal(dealt[0], dealt[1]) and not torch.equal(dealt[0], dealt[2])
+    shared = [set(rows[0, :10].tolist()) for rows in dealt]
+    assert not shared[0] & shared[2]  # the most and the least important
+
+
+def test_a_kept_model_is_the_one_that_was_measured(shared):
+    kept = experiment.student(SETTINGS.but(routing="gate-token"), keep_model=True)
+    measured = {name: kept.row[name] for name in experiment.dataset(SETTINGS).task.metrics}
+    assert experiment.evaluate(SETTINGS, kept.model()) == measured
+    assert experiment.student(SETTINGS.but(routing="gate-token")).entry.reused
+
+
+def test_balanced_routing_counts_the_training_tokens(shared):
+    counts = inputs.token_frequencies(SETTINGS)
+    ids = [token for row in experiment.dataset(SETTINGS).train["input_ids"] for token in row]
+    assert int(counts.sum()) == len(ids) and int(counts[ids[0]]) == ids.count(ids[0])
+    experiment.conversion(SETTINGS.but(routing="hash-balance"))
+
+
+def test_one_line_says_what_is_run(shared):
+    line = experiment.describe(SETTINGS)
+    assert "\n" not in line and "smoke" in line and "library" in line and "64 training" in line

@@ -1,0 +1,127 @@
+"""Every notebook follows the same anatomy: sizes, sections, parameters, a clean source."""
+
+import ast
+import json
+import re
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+from checkout import NOTEBOOKS
+
+pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+BOX = ("You will see", "Needs", "Makes", "Time")
+#: Set-up, plumbing and noise that belong in the library or nowhere.
+REFUSED = re.compile(
+    r"^\s*[!%]|pip install|sys\.path|plt\.show|warnings\.|autoreload|IN_COLAB|os\.environ",
+    re.MULTILINE,
+)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def sources(path, kind):
+    return [cell.source for cell in read(path).cells if cell.cell_type == kind]
+
+
+def parameters(path):
+    return [c for c in read(path).cells if "parameters" in c.metadata.get("tags", [])]
+
+
+def code_lines(path):
+    """Lines that are not blank, of each code cell."""
+    return [sum(map(bool, map(str.strip, s.splitlines()))) for s in sources(path, "code")]
+
+
+def test_notebook_is_valid_and_its_cells_have_ids(path):
+    raw = json.loads(path.read_text())
+    nbformat.validate(raw)
+    ids = [cell.get("id") for cell in raw["cells"]]
+    assert all(ids) and len(set(ids)) == len(ids)
+
+
+def test_notebook_runs_with_whatever_python_is_active(path):
+    assert read(path).metadata.kernelspec.name == "python3"
+
+
+def test_source_holds_no_outputs_and_no_trace_of_a_run(path):
+    notebook = read(path)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not [cell.id for cell in cells if cell.outputs or cell.execution_count]
+    kept = {key for cell in notebook.cells for key in cell.metadata}
+    assert kept <= {"tags", "jupyter"}
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert "version" not in notebook.metadata.get("language_info", {})
+
+
+def test_code_is_short_enough_to_read(path):
+    lines = code_lines(path)
+    assert 12 <= len(lines) <= 25, f"{len(lines)} code cells"
+    assert sum(lines) <= 150, f"{sum(lines)} lines of code"
+    assert np.median(lines) <= 5
+    assert np.percentile(lines, 90) <= 15
+    assert max(lines) <= 25
+
+
+def test_text_leads_and_code_answers(path):
+    markdown = sources(path, "markdown")
+    words = sum(len(re.findall(r"\S*\w\S*", text)) for text in markdown)
+    assert 800 <= words <= 1800, f"{words} words"
+    assert len(markdown) >= len(sources(path, "code"))
+
+
+def test_first_cell_is_title_and_box(path):
+    first = read(path).cells[0]
+    assert first.cell_type == "markdown"
+    assert first.source.startswith(f"# {int(path.stem[:2])} · ")
+    assert [label for label in BOX if label not in first.source] == []
+
+
+def test_one_cell_holds_the_parameters(path):
+    assert len(parameters(path)) == 1
+
+
+def test_parameters_are_literal_one_liners_that_papermill_reads(path):
+    (cell,) = parameters(path)
+    for statement, line in zip(ast.parse(cell.source).body, cell.source.splitlines(), strict=True):
+        assert isinstance(statement, ast.AnnAssign), line
+        ast.literal_eval(statement.value)
+        assert "=" not in line.partition("#")[2], f"papermill cannot read: {line}"
+    names = [statement.target.id for statement in ast.parse(cell.source).body]
+    assert list(papermill.inspect_notebook(str(path))) == names
+
+
+def test_every_parameter_says_what_it_is(path):
+    known = papermill.inspect_notebook(str(path)).values()
+    assert [item["name"] for item in known if not item["help"]] == []
+
+
+def test_notebook_ends_with_take_away_try_it_and_links(path):
+    *_, take_away, try_it, links = read(path).cells
+    assert re.match(r"#+ What to take away\n", take_away.source)
+    assert re.match(r"#+ Try it\n", try_it.source)
+    place = NOTEBOOKS.index(path)
+    around = NOTEBOOKS[max(place - 1, 0) : place] + NOTEBOOKS[place + 1 : place + 2]
+    linked = re.findall(r"\]\(([\w.]+\.ipynb)\)", links.source)
+    assert linked == [other.name for other in around]
+
+
+def test_linked_notebooks_exist(path):
+    linked = re.findall(r"\]\((\w+\.ipynb)", "\n".join(sources(path, "markdown")))
+    assert set(linked) <= {other.name for other in NOTEBOOKS}
+
+
+def test_code_has_no_plumbing_and_defines_no_class(path):
+    code = "\n".join(sources(path, "code"))
+    assert not REFUSED.search(code)
+    assert not [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ClassDef)]
+
+
+def test_functions_are_the_lesson_and_at_most_8_lines(path):
+    trees = [ast.parse(source) for source in sources(path, "code")]
+    defs = [n for t in trees for n in ast.walk(t) if isinstance(n, ast.FunctionDef)]
+    assert [n.name for n in defs if n.end_lineno - n.lineno >= 8] == []

@@ -1,0 +1,139 @@
+"""Style, saving and the shared marks; what single figures draw is tested beside their modules."""
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+
+from moebert_lib import plots
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEBERT_FIGURES", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def style():
+    with mpl.rc_context():
+        plots.use_style()
+        yield
+
+
+def picture():
+    ax = plots.axes(None)
+    ax.plot([0, 1], [2, 3], label="line")
+    plots.headline(ax, "A finding", legend_rows=plots.legend_above(ax, 1))
+    return ax
+
+
+def title_of(ax):
+    """The text that holds the left-aligned title."""
+    return next(t for t in ax.findobj(Text) if t.get_text() == ax.get_title(loc="left") != "")
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_saving_writes_png_svg_and_csv_and_nothing_else(out, style):
+    path = plots.save(picture(), "figure0", pd.DataFrame({"x": [1.0, 0.1]}))
+    assert path == out / "figure0.png"
+    assert set(contents(out)) == {"figure0.png", "figure0.svg", "figure0.csv"}
+    assert (out / "figure0.csv").read_bytes() == b"x\n1\n0.1\n"
+
+
+def test_without_data_there_is_no_csv(out):
+    plots.save(picture(), "figure0")
+    assert not (out / "figure0.csv").exists()
+
+
+def test_the_same_figure_saved_twice_has_the_same_bytes(out, style):
+    ax = picture()
+    plots.save(ax, "figure0")
+    first = contents(out)
+    plots.save(ax.get_figure(), "figure0")
+    assert contents(out) == first
+
+
+def test_the_same_figure_drawn_again_has_the_same_bytes(out, style):
+    plots.save(picture(), "figure0")
+    first = contents(out)
+    plots.save(picture(), "figure0")
+    assert contents(out) == first
+
+
+def test_nothing_is_left_of_a_file_that_could_not_be_written(out):
+    def fail(path):
+        raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        plots.write(out / "a.txt", fail)
+    assert contents(out) == {}
+
+
+def test_a_png_has_two_hundred_dots_an_inch(out, style):
+    plots.save(picture(), "figure0")
+    height, width, _ = plt.imread(out / "figure0.png").shape
+    assert (width, height) == tuple(round(200 * inches) for inches in plots.SINGLE)
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "figure0.png", ".."])
+def test_a_name_that_is_no_plain_name_is_refused(out, name):
+    with pytest.raises(ValueError, match="must be a file name"):
+        plots.save(picture(), name)
+
+
+def test_dots_are_the_values_and_the_bar_their_mean():
+    ax = plots.axes(None)
+    plots.dots(ax, 3, [1.0, 2.0, 6.0], color="k")
+    points, bar = ax.get_lines()
+    assert list(points.get_ydata()) == [1, 2, 6]
+    assert points.get_xdata().mean() == pytest.approx(3)
+    assert list(bar.get_ydata()) == [3, 3]
+
+
+def test_one_value_has_no_bar():
+    ax = plots.axes(None)
+    plots.dots(ax, 0, [1.0], color="k")
+    assert len(ax.get_lines()) == 1
+
+
+def test_a_title_is_wrapped_inside_the_figure_even_beside_long_labels(style):
+    ax = plots.axes(None)
+    ax.set_yticks([0, 1], ["a rather long label", "b"])
+    plots.headline(ax, "One active expert in four makes MoEBERT faster than BERT by a half")
+    figure = ax.get_figure()
+    plots.settle(figure)
+    title = title_of(ax)
+    assert "\n" in title.get_text()
+    assert title.get_window_extent().x1 <= figure.bbox.x1
+
+
+def test_a_legend_above_covers_neither_axes_nor_title(style):
+    ax = picture()
+    plots.settle(ax.get_figure())
+    legend = ax.get_legend().get_window_extent()
+    assert legend.y0 >= ax.get_window_extent().y1 - 1
+    assert legend.y1 <= title_of(ax).get_window_extent().y0 + 1
+
+
+def test_colours_of_roles_differ_in_lightness_so_that_grey_print_keeps_them_apart():
+    roles = [plots.COLORS[n] for n in ("shared", "own", "dropped")] + [plots.INK]
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    lightness = sorted(float(weights @ mpl.colors.to_rgb(color)) for color in roles)
+    assert min(np.diff(lightness)) > 0.12
+
+
+@pytest.mark.parametrize("color, ink", [("#000080", "white"), ("#FFFFAA", plots.INK)])
+def test_text_on_a_colour_can_be_read(color, ink):
+    assert plots.ink_on(color) == ink
+
+
+def test_importing_or_drawing_changes_no_style():
+    before = dict(mpl.rcParams)
+    picture()
+    assert dict(mpl.rcParams) == before

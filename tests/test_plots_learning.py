@@ -1,0 +1,54 @@
+"""Figures about distillation draw losses, distances and scores as they are."""
+
+import numpy as np
+import pandas as pd
+
+from moebert_lib import plots_learning as drawn
+
+
+def test_hidden_distance_joins_the_mean_of_each_stage_hollow_before_filled_after():
+    rows = [(n, d * n, s) for s, d in (("converted", 2.0), ("distilled", 1.0)) for n in (0, 1, 2)]
+    frame = pd.DataFrame(rows, columns=["layer", "distance", "stage"])
+    before, after = drawn.hidden_distance(frame).get_lines()
+    assert list(before.get_ydata()) == [0, 2, 4] and list(after.get_ydata()) == [0, 1, 2]
+    assert before.get_markerfacecolor() == "white" != after.get_markerfacecolor()
+
+
+def test_hidden_distance_draws_every_seed_when_there_are_several():
+    frame = pd.DataFrame({"layer": [0, 0], "distance": [1.0, 3.0], "stage": "distilled"})
+    mean, seeds = drawn.hidden_distance(frame).get_lines()
+    assert list(mean.get_ydata()) == [2]
+    assert list(seeds.get_ydata()) == [1, 3]
+
+
+def test_learning_curve_draws_every_step_and_leaves_out_terms_that_are_zero():
+    frame = pd.DataFrame({"step": [1, 2, 3], "task": [3.0, 2.0, 1.0], "hidden": 0.0, "total": 4.0})
+    ax = drawn.learning_curve(frame)
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["total", "task"]
+    assert list(ax.get_lines()[2].get_ydata()) == [3, 2, 1]
+
+
+def test_the_strong_line_is_the_running_mean():
+    frame = pd.DataFrame({"step": range(1, 41), "total": np.tile([1.0, 3.0], 20)})
+    smooth = drawn.learning_curve(frame).get_lines()[1].get_ydata()
+    assert (smooth[1:] == 2).all()  # 40 steps: windows of two
+
+
+def test_ladder_joins_the_runs_of_each_seed_in_the_order_of_stages():
+    rows = [(s, k, a + k / 4) for k in (0, 1) for s, a in (("dense", 0.5), ("converted", 0.25))]
+    frame = pd.DataFrame(rows, columns=["stage", "seed", "accuracy"])
+    lines = drawn.ladder(frame, labels={"dense": "teacher"}).get_lines()
+    assert [list(line.get_ydata()) for line in lines[:2]] == [[50, 25], [75, 50]]
+    assert list(lines[2].get_ydata()) == [50, 75]  # every seed of the first stage
+    np.testing.assert_allclose(lines[2].get_xdata(), [line.get_xdata()[0] for line in lines[:2]])
+
+
+def test_gaps_draw_the_paper_hollow_and_every_run_of_ours():
+    rows = [("RTE", 10.5, "paper"), ("SST-2", 0.1, "paper"), ("SST-2", -1.0, "here"),
+            ("SST-2", 2.0, "here")]  # fmt: skip
+    ax = drawn.gaps(pd.DataFrame(rows, columns=["task", "gap", "source"]))
+    _, paper, here = ax.get_lines()
+    assert list(paper.get_xdata()) == [10.5, 0.1] and paper.get_markerfacecolor() == "white"
+    assert list(here.get_xdata()) == [-1, 2] and list(here.get_ydata()) == [1, 1]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["RTE", "SST-2"]

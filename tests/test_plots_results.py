@@ -1,0 +1,93 @@
+"""Figures that compare runs draw every run, the mean, and the paper's own values."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moebert_lib import plots_results as drawn
+from moebert_lib.paper import FIGURES
+
+
+def heights(ax, marker):
+    """Vertical positions of all marks of one kind."""
+    lines = [line for line in ax.get_lines() if line.get_marker() == marker]
+    return np.concatenate([np.atleast_1d(line.get_ydata()) for line in lines]).tolist()
+
+
+def runs(column, scores):
+    return pd.DataFrame(
+        [(key, value) for key, values in scores.items() for value in values],
+        columns=[column, "accuracy"],
+    )
+
+
+def test_after_conversion_draws_every_split_and_the_dense_line():
+    frame = runs("ranking", {"inverse": [0.25], "random": [0.5, 0.375], "importance": [0.75]})
+    ax = drawn.after_conversion(frame, dense=0.875, chance=0.125)
+    assert heights(ax, "o") == [75, 50, 37.5, 25]
+    assert {87.5, 12.5} <= set(heights(ax, "None"))
+    words = [label.get_text() for label in ax.get_xticklabels()]
+    assert words == ["importance", "random\n(2 runs)", "inverse"]
+
+
+def test_after_conversion_shades_the_interval_it_is_given():
+    frame = runs("ranking", {"random": [0.5, 0.25]}).assign(low=0.25, high=0.5)
+    ax = drawn.after_conversion(frame, dense=0.75)
+    edges = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert (edges.min(), edges.max()) == (25, 50)
+
+
+def test_by_shared_draws_every_run_and_joins_the_means():
+    frame = runs("n_shared", {0: [0.25, 0.5], 256: [0.75]}).assign(ranking="random")
+    points, mean = drawn.by_shared(frame).get_lines()
+    assert list(points.get_ydata()) == [25, 50, 75]
+    assert list(mean.get_ydata()) == [37.5, 75]
+
+
+@pytest.mark.parametrize("figure", ["figure2a", "figure2b", "figure2c"])
+def test_a_sweep_stands_beside_the_papers_values_as_hollow_diamonds(figure):
+    setting = drawn.FIGURE_SETTINGS[figure]
+    here, there = drawn.beside_paper(runs(setting, {8: [0.5, 0.75], 2: [0.25]}), figure).axes
+    assert heights(here, "o") == [25, 50, 75]
+    assert heights(there, "D") == list(FIGURES[figure].values())
+    assert {line.get_markerfacecolor() for line in there.get_lines()} == {"white"}
+    assert [label.get_text() for label in here.get_xticklabels()] == ["2", "8"]
+
+
+def test_names_follow_the_papers_order_with_others_after_them():
+    scores = {"gate-token": [0.5], "hash-balance": [0.5], "hash-random": [0.25]}
+    here, there = drawn.beside_paper(runs("routing", scores), "figure3c").axes
+    words = [label.get_text().replace("\n", "") for label in here.get_xticklabels()]
+    assert words == ["hash-random", "hash-balance", "gate-token"]
+    assert all(line.get_linestyle() == "None" for line in there.get_lines())
+
+
+def test_both_panels_span_the_same_number_of_points_and_hold_all_data():
+    frame = runs("ranking", {"importance": [0.8, 0.7], "random": [0.3]})
+    here, there = drawn.beside_paper(frame, "figure3a", dense=0.9).axes
+    spans = [np.ptp(ax.get_ylim()) for ax in (here, there)]
+    assert spans[0] == pytest.approx(spans[1])
+    assert here.get_ylim()[0] < 30 and here.get_ylim()[1] > 90
+
+
+def test_speed_draws_every_timing_from_zero_with_the_limit_as_a_line():
+    frame = pd.DataFrame(
+        [("dense", 0.5), ("dense", 0.25), ("equal FLOPs", 0.125), ("moebert gate-sentence", 0.2)],
+        columns=["variant", "seconds"],
+    )
+    ax = drawn.speed(frame, ratios={"moebert gate-sentence": 2.0})
+    points = [list(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "o"]
+    assert points == [[2, 4], [5]]
+    assert [line.get_xdata() for line in ax.get_lines() if line.get_marker() == "D"] == [[6]]
+    assert [8, 8] in [list(line.get_xdata()) for line in ax.get_lines()]
+    assert ax.get_xlim()[0] == 0
+
+
+def test_latency_draws_milliseconds_and_joins_medians():
+    frame = pd.DataFrame(
+        [("dense", t, s) for t in (8, 64) for s in (0.001, 0.002, 0.009)],
+        columns=["variant", "tokens", "seconds"],
+    )
+    points, median = drawn.latency(frame).get_lines()
+    assert list(points.get_ydata()) == pytest.approx([1, 2, 9, 1, 2, 9])
+    assert list(median.get_ydata()) == pytest.approx([2, 2])

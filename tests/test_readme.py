@@ -1,0 +1,54 @@
+"""What the README promises: its code runs, its files are there, its map is the library's."""
+
+import re
+import shlex
+
+from checkout import LIBRARY, NOTEBOOKS, ROOT
+
+from moebert_lib import cli
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_ten_lines_of_python_run(tiny_bert, tmp_path, monkeypatch, capsys):
+    import torch
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "dull", "film"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    tiny_bert(dtype=torch.float32).save_pretrained(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks("python")
+    exec(code.replace("path/to/your-fine-tuned-bert", str(tmp_path / "bert")), {})
+    assert "effective=" in capsys.readouterr().out
+    assert (tmp_path / "my-moebert" / "model.safetensors").is_file()
+
+
+def test_the_commands_it_shows_are_accepted(moebert_home, data_dir, capsys):
+    for line in "".join(blocks("bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["moebert", "run"] and "--help" not in words:
+            words = [str(data_dir) if word == "DIR" else word for word in words[1:]]
+            assert cli.main([*words, "--plan"]) in (0, None), capsys.readouterr().err
+
+
+def test_every_notebook_is_on_the_map():
+    assert re.findall(r"\]\(notebooks/(\w+\.ipynb)\)", README) == [path.name for path in NOTEBOOKS]
+
+
+def test_every_module_is_on_the_map():
+    table = README[README.index("| room |") : README.index("## Differences")]
+    named = set(re.findall(r"`(\w+)`", table))
+    there = {path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__")}
+    assert {name for name in there - named if not name.startswith("plots_")} == set()
+    assert named - there == set()
+
+
+def test_files_it_links_to_are_there():
+    for target in re.findall(r"\]\(((?!http)[\w./-]+)\)", README):
+        assert (ROOT / target).exists(), target

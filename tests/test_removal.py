@@ -1,0 +1,33 @@
+"""Removal curves: three orders, every point with all its metrics, kept in the store."""
+
+import torch
+
+from moebert_lib import experiment, removal
+from moebert_lib.settings import Settings
+
+
+def test_the_orders_are_the_ranking_its_reverse_and_distinct_random_ones():
+    ranking = torch.tensor([[2, 0, 1, 3], [3, 2, 1, 0]])
+    least, first, second, most = removal.orders(ranking, 2)
+    assert least[2].tolist() == [[3, 1, 0, 2], [0, 1, 2, 3]] and torch.equal(most[2], ranking)
+    assert [first[:2], second[:2]] == [("random", 0), ("random", 1)]
+    assert not torch.equal(first[2], second[2])
+    assert first[2].sort().values.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_curves_start_from_the_whole_teacher_and_are_made_once(moebert_home, capsys):
+    settings = Settings.at("smoke")
+    curves = removal.curves(settings, n_examples=10_000)
+    metric = experiment.dataset(settings).task.metric
+    whole = curves[curves["fraction"] == 0]
+    assert set(whole[metric]) == {experiment.teacher(settings).metrics[metric]}
+    assert len(curves) == (1 + settings.n_random_splits + 1) * (1 + len(removal.FRACTIONS))
+    assert "made in" in capsys.readouterr().out
+    assert removal.curves(settings, n_examples=10_000).equals(curves)
+    assert "removal curves: reused" in capsys.readouterr().out
+
+
+def test_all_orders_meet_where_everything_is_gone(moebert_home, monkeypatch):
+    monkeypatch.setattr(removal, "FRACTIONS", (1.0,))
+    gone = removal.curves(Settings.at("smoke"), n_examples=20)
+    assert gone[gone["fraction"] == 1]["loss"].nunique() == 1

@@ -1,0 +1,86 @@
+from collections import Counter
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from moebert_lib.corpus import sentences
+from moebert_lib.evaluate import METRICS
+from moebert_lib.tasks import TASKS, TOPICS, build, swap_words
+
+BUILT_IN = [name for name, task in TASKS.items() if task.source == "built-in"]
+
+
+@pytest.fixture(scope="module")
+def splits():
+    some = sentences(files_per_package=5)
+    return {split: [s for s in some if s.split == split] for split in ("train", "validation")}
+
+
+def test_every_metric_can_be_computed():
+    assert {metric for task in TASKS.values() for metric in task.metrics} == set(METRICS)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_examples_have_the_tasks_fields_and_labels(name, splits):
+    task = TASKS[name]
+    examples = build(name, splits["train"])
+    assert all(set(example) == {*task.fields, "label"} for example in examples)
+    assert {example["label"] for example in examples} == set(range(len(task.labels)))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_any_prefix_has_balanced_classes(name, splits):
+    labels = [example["label"] for example in build(name, splits["train"])]
+    for n in (12, 30, 60):
+        counts = Counter(labels[:n])
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_examples_do_not_depend_on_the_order_of_the_sentences(name, splits):
+    assert build(name, splits["train"]) == build(name, splits["train"][::-1])
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_no_text_is_in_both_splits(name, splits):
+    train, validation = (
+        {example[field] for example in build(name, splits[split]) for field in TASKS[name].fields}
+        for split in splits
+    )
+    assert train.isdisjoint(validation) and validation
+
+
+def test_a_topics_label_is_the_library_the_sentence_is_from(splits):
+    library = {s.text: s.library for s in splits["train"]}
+    for example in build("library", splits["train"]):
+        assert TOPICS[example["label"]] == library[example["sentence"]]
+
+
+def test_an_intact_sentence_is_in_the_corpus_and_a_swapped_one_is_not(splits):
+    texts = {s.text for s in splits["train"]}
+    for example in build("acceptability", splits["train"]):
+        assert (example["sentence"] in texts) == bool(example["label"])
+
+
+def test_a_pair_is_neighbours_if_and_only_if_the_label_says_so(splits):
+    where = {s.text: s for s in splits["train"]}
+    for example in build("follows", splits["train"]):
+        a, b = where[example["sentence1"]], where[example["sentence2"]]
+        neighbours = (a.docstring, a.position + 1) == (b.docstring, b.position)
+        assert neighbours == bool(example["label"])
+        assert a.library == b.library and (neighbours or a.docstring != b.docstring)
+
+
+def test_a_second_sentence_never_opens_its_docstring(splits):
+    where = {s.text: s for s in splits["train"]}  # or position alone would give the class away
+    pairs = build("follows", splits["train"])
+    assert all(where[example["sentence2"]].position > 0 for example in pairs)
+
+
+@given(st.lists(st.sampled_from("a b c D e f".split()), min_size=3, max_size=9), st.text())
+def test_swapping_exchanges_two_different_words_and_keeps_the_first(words, seed):
+    assume(len({word.lower() for word in words[1:]}) > 1)
+    swapped = swap_words(" ".join(words) + ".", seed).removesuffix(".").split()
+    moved = [i for i, (old, new) in enumerate(zip(words, swapped, strict=True)) if old != new]
+    assert sorted(swapped) == sorted(words) and len(moved) == 2 and moved[0] > 0
