@@ -52,7 +52,7 @@ CONVERSION = ("n_experts", "routing", "ranking", "seed", "expert_layer_norm", "g
 TRAINING = ("distill", "distill_weight", "epochs", "learning_rate", "batch_size", "weight_decay",
             "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight")  # fmt: skip
 QUIET = 15  # seconds between two lines of a grid's progress
-DISTANCE_EXAMPLES = 200  # validation examples for the layer-by-layer distances
+DISTANCE_EXAMPLES = 100  # validation examples for the layer-by-layer distances
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
 
     def build(folder: Path) -> dict:
         bundle = dataset(settings)
+        transformers_logging.disable_progress_bar()
         set_seed(teacher_key(settings)["teacher_seed"])
         model = new_model(settings, bundle.task).to(device())
         fine_tune(model, bundle.train, bundle.tokenizer, settings, folder)

@@ -11,7 +11,7 @@ parameters frozen. Biases are not scored (Sec. 3.1, footnotes).
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,32 +205,3 @@ def _frozen(model: nn.Module):
         model.train(training)
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def removed(model: nn.Module, neurons: Sequence[Tensor]):
-    """Silence neurons inside the block, as if their columns and rows were zero.
-
-    Args:
-        model: A dense BERT.
-        neurons: For each layer the indices to silence: ``(L, n)``, int64, or ``L`` tensors.
-    """
-    layers = [m for m in model.modules() if _is_dense_layer(m)]
-    if len(neurons) != len(layers):
-        raise ValueError(
-            f"neurons are given for {len(neurons)} layers, the model has {len(layers)}"
-        )
-
-    def silence(kept: Tensor):
-        return lambda _module, _inputs, h: h * kept.to(h)
-
-    hooks = []
-    for layer, gone in zip(layers, neurons, strict=True):
-        kept = torch.ones(layer.intermediate.dense.out_features)
-        kept[gone] = 0
-        hooks.append(layer.intermediate.register_forward_hook(silence(kept)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -3,7 +3,8 @@
 Fewer than five runs get no interval: their points are the evidence.
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -107,3 +108,30 @@ def agreed(values: Iterable[float]) -> str:
     if len(runs) < 2:
         return "?"
     return ">" if (runs > 0).all() else "<" if (runs < 0).all() else "?"
+
+
+def steps(frame: pd.DataFrame, metric: str, *, column: str, order: Sequence) -> pd.DataFrame:
+    """Neighbours of a claimed order, compared seed by seed: one row per step.
+
+    Args:
+        frame: One row per run, with ``seed``.
+        metric: The column compared, 0 to 1.
+        column: The setting that differs.
+        order: Its values, the one claimed to be best first.
+
+    Returns:
+        Columns ``better``, ``worse``, then in points ``mean``, ``lowest`` and ``highest``, then
+        ``pairs`` and ``sign`` (see :func:`agreed`).
+    """
+    rows = []
+    for better, worse in itertools.pairwise(order):
+        gap = 100 * differences(frame, metric, column=column, better=better, worse=worse)
+        rows.append((better, worse, gap.mean(), gap.min(), gap.max(), len(gap), agreed(gap)))
+    names = ["better", "worse", "mean", "lowest", "highest", "pairs", "sign"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def chain(compared: pd.DataFrame) -> str:
+    """:func:`steps` in one line, such as ``8 > 4 ? 1``."""
+    first = "".join(f"{row.better} {row.sign} " for row in compared.itertuples())
+    return f"{first}{compared['worse'].iloc[-1]}"

@@ -5,13 +5,13 @@ Scores are percentages and means over three runs; the paper gives no spread. Tab
 copied from the text. Figures carry no printed values, so theirs were read off the bitmap.
 """
 
+import itertools
 from typing import Any
 
 import pandas as pd
 
 PRINTED = "printed in the paper"
 DIGITISED = "digitised from the PDF's bitmap"
-COMPUTED = "computed from the release's importance files"
 PROVENANCE = f"Tables: {PRINTED}; mean of three runs, no spread given. Figures: {DIGITISED}."
 
 _NONE = float("nan")  # the paper prints a dash
@@ -110,20 +110,6 @@ SPEEDUPS = {
     "moebert gate-sentence": FIGURES["figure4"]["MoEBERT"] / FIGURES["figure4"]["BERT"],
 }
 
-#: COMPUTED from the importance files that the release shipped until May 2022 (12 layers of
-#: BERT-base, 3072 neurons; scored, it seems, on the development sets). By task: share of
-#: importance held by the top sixth (512, the shared neurons) and the top half (1536, the
-#: kept ones), mean over layers.
-RELEASE_MASS: dict[str, tuple[float, float]] = {
-    "rte": (0.532, 0.801), "cola": (0.477, 0.777), "mrpc": (0.503, 0.789),
-    "sst2": (0.470, 0.778), "qnli": (0.452, 0.759), "qqp": (0.440, 0.749),
-    "mnli": (0.433, 0.750), "squad": (0.478, 0.783), "squad_v2": (0.470, 0.779),
-}  # fmt: skip
-
-#: COMPUTED likewise: Jaccard overlap of two tasks' top 512, mean over layers; lowest and
-#: highest of the 36 pairs (RTE with SST-2, and the two SQuADs).
-RELEASE_OVERLAP = (0.184, 0.484)
-
 #: The field of Settings that each figure varies.
 FIGURE_SETTINGS = {
     "figure2a": "expert_size",
@@ -207,6 +193,28 @@ def moebert(task: str) -> dict[str, float]:
 def bert_base(task: str) -> dict[str, float]:
     """Dense BERT-base's scores on a task, in %; see :func:`moebert`."""
     return _scores("BERT-base", task)
+
+
+def smallest_step(shown_in: str) -> float:
+    """Least difference between neighbouring values of what a claim is shown in, in points.
+
+    Args:
+        shown_in: Key of :data:`CLAIMS`. Table 3: the least loss; Figure 4 (speed): NaN.
+
+    Example:
+        >>> round(smallest_step("figure2b"), 2)
+        0.05
+    """
+    if shown_in == "table3":
+        return float((table(3).loc["MoEBERT"] - table(3).loc["-distill"]).min())
+    if shown_in not in FIGURE_SETTINGS:
+        return _NONE
+    values = sorted(FIGURES[shown_in].values())
+    return min(high - low for low, high in itertools.pairwise(values))
+
+
+#: One configuration, the default, as two figures show it: a lower bound of the paper's noise.
+NOISE_FLOOR = FIGURES["figure3a"]["importance"] - FIGURES["figure3b"]["all"]
 
 
 def column(task: str, metric: str) -> str:

@@ -201,7 +201,11 @@ def headline(drawing: Axes | Figure | SubFigure, title: str, *, legend_rows: int
     """Put a left-aligned title, wrapped to the width, and leave ``legend_rows`` under it."""
     letters = max(12, int(15.5 * _room(drawing)))
     lines = -(-len(title) // letters)
-    text = textwrap.fill(title, min(letters, 4 + len(title) // lines)) if lines > 1 else title
+    text = title
+    if lines > 1:  # the narrowest width that needs no further line
+        wrapped = (textwrap.fill(title, width) for width in range(len(title) // lines, letters))
+        fits = (text for text in wrapped if text.count("\n") < lines)
+        text = next(fits, textwrap.fill(title, letters))
     if isinstance(drawing, Axes):
         drawing.set_title(text, loc="left", pad=7 + 14 * legend_rows)
     else:

@@ -19,6 +19,7 @@ from moebert_lib.plots import (
     INK,
     RAMP,
     SINGLE,
+    WIDE,
     axes,
     depth_colors,
     headline,
@@ -167,7 +168,7 @@ def removal_curves(
         ax: Where to draw; none makes a new figure.
         title: The finding.
     """
-    ax = axes(ax)
+    ax = axes(ax, WIDE)
     for order, color in REMOVAL_COLORS.items():
         rows = frame[frame["order"] == order]
         if rows.empty:
@@ -183,7 +184,7 @@ def removal_curves(
     if chance is not None and not np.isnan(chance):
         reference(ax, 100 * chance, "guessing", color=COLORS["random"], right=False)
     ax.set(xlabel="neurons removed in every layer, %", ylabel=f"{metric}, %", xlim=(-2, 102))
-    headline(ax, title, legend_rows=legend_above(ax, 2))
+    headline(ax, title, legend_rows=legend_above(ax, 3))
     return ax
 
 
@@ -253,6 +254,7 @@ def task_overlap(
     overlap: pd.DataFrame,
     *,
     chance: float,
+    halves: float | None = None,
     measure: str = "shared by both top sets (Jaccard)",
     ax: Axes | None = None,
     title: str = "",
@@ -262,14 +264,15 @@ def task_overlap(
     Args:
         overlap: Square, symmetric, tasks on both sides, values 0 to 1.
         chance: Value for two random choices; marked on the colour bar.
+        halves: Value for two halves of one task's examples: the top of the colour bar.
         measure: What the values are: the label of the colour bar.
         ax: Where to draw; none makes a new figure.
         title: The finding.
     """
-    ax = axes(ax, (SINGLE[0] + 0.4, SINGLE[0] - 0.5))
+    ax = axes(ax, (SINGLE[0] + 0.4, min(SINGLE[0] - 0.5, 1.7 + 0.6 * len(overlap))))
     values = overlap.to_numpy(dtype=float)[1:, :-1]
     hidden = np.triu(np.ones_like(values, dtype=bool), k=1)
-    top = float(values[~hidden].max())
+    top = max(float(values[~hidden].max()), halves or 0.0)
     image = ax.imshow(np.where(hidden, np.nan, values), cmap=RAMP, vmin=0, vmax=top)
     for row, column in zip(*np.nonzero(~hidden), strict=True):
         value = values[row, column]
@@ -282,12 +285,14 @@ def task_overlap(
     ax.tick_params(length=0)
     bar = ax.get_figure(root=False).colorbar(image, ax=ax, shrink=0.8, label=measure)
     bar.outline.set_visible(False)
-    _mark_chance(bar, chance)
+    _mark(bar, chance, "chance")
+    if halves is not None:
+        _mark(bar, halves, "same task,\nother examples")
     headline(ax, title)
     return ax
 
 
-def _mark_chance(bar: Colorbar, chance: float) -> None:
-    bar.ax.axhline(chance, color=INK, lw=1.2)
-    bar.ax.annotate("chance", (0, chance), xycoords=("axes fraction", "data"), xytext=(-4, 0),
+def _mark(bar: Colorbar, value: float, label: str) -> None:
+    bar.ax.axhline(value, color=INK, lw=1.2)
+    bar.ax.annotate(label, (0, value), xycoords=("axes fraction", "data"), xytext=(-4, 0),
                     textcoords="offset points", ha="right", va="center", fontsize=9)  # fmt: skip

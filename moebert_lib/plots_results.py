@@ -264,7 +264,8 @@ def _value(
     ax.annotate(
         f"{value:.{digits}f}", (x, value if beside else above), fontsize=9,
         xytext=(4, 0) if beside else (0, 6), textcoords="offset points",
-        ha="left" if beside else align, va="center" if beside else "bottom",
+        ha="left" if beside else align, va="center" if beside else "bottom", zorder=6,
+        bbox=dict(fc="white", ec="none", pad=0.6, alpha=0.85),  # readable across a dashed line
     )  # fmt: skip
 
 

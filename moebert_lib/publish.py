@@ -12,10 +12,12 @@ PROVENANCE = "provenance.json"
 
 
 def destination(settings: dict[str, Any] | None, *, changed: bool) -> Path:
-    """``figures/`` for the quick scale as it stands, else ``figures/<scale>-<task>/``."""
+    """``figures/`` for the quick scale as it stands, else a folder in it named by what is run."""
     figures = home() / "figures"
-    if settings is None or (settings["scale"] == "quick" and not changed):
+    if not changed and (settings is None or settings["scale"] == "quick"):
         return figures
+    if settings is None:
+        return figures / "changed"
     return figures / f"{settings['scale']}-{settings['task']}"
 
 

@@ -5,23 +5,49 @@ training. The scores come from the split that ``importance_split`` names, the lo
 validation. Not in the paper, which tests importance through the experts it makes (Fig. 3a).
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moebert_lib import experiment
 from moebert_lib.evaluate import METRICS, predict, score
 from moebert_lib.experts import random_ranking
-from moebert_lib.importance import removed
 from moebert_lib.settings import Settings
 from moebert_lib.store import Store, code_digest
 from moebert_lib.tasks import Task
 
-FRACTIONS = (0.125, 0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
+FRACTIONS = (0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
+
+
+@contextmanager
+def without(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
+    """Run a dense BERT with neurons cut out of its layers; whole again after the block.
+
+    The same as zeros in their columns and rows, only faster: the matrices are smaller.
+
+    Args:
+        model: A BERT with or without a head.
+        neurons: For each layer the indices to leave out: ``(L, n)``, int64, or ``L`` tensors.
+    """
+    layers = model.base_model.encoder.layer
+    parts = [(layer.intermediate.dense, layer.output.dense) for layer in layers]
+    whole = [(up.weight.data, up.bias.data, down.weight.data) for up, down in parts]
+    try:
+        for (up, down), gone in zip(parts, neurons, strict=True):
+            kept = torch.ones_like(up.bias.data, dtype=torch.bool)
+            kept[gone] = False
+            up.weight.data, up.bias.data = up.weight.data[kept], up.bias.data[kept]
+            down.weight.data = down.weight.data[:, kept]
+        yield
+    finally:
+        for (up, down), (weight, bias, down_weight) in zip(parts, whole, strict=True):
+            up.weight.data, up.bias.data, down.weight.data = weight, bias, down_weight
 
 
 def orders(ranking: Tensor, n_random: int) -> list[tuple[str, int, Tensor]]:
@@ -59,7 +85,7 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
     key = {
         "importance": experiment.importance_key(settings), "fractions": FRACTIONS,
         "n_examples": n_examples, "n_random": settings.n_random_splits,
-        "code": code_digest("removal", "importance", "experts", "evaluate"),
+        "code": code_digest("removal", "experts", "evaluate"),
     }  # fmt: skip
     entry = Store().make("removal", key, build)
     print(f"· removal curves: {'reused' if entry.reused else f'made in {entry.seconds:.0f} s'}")
@@ -75,7 +101,7 @@ def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
         batches = bundle.batches(
             "validation", batch_size=settings.eval_batch_size, limit=n_examples
         )
-        with removed(model, neurons):
+        with without(model, neurons):
             logits = predict(model, batches)
         metrics = score(logits, labels, bundle.task.metrics)
         about = {"order": name, "draw": draw, "fraction": fraction}

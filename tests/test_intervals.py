@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from moebert_lib.intervals import Interval, agreed, differences, paired, t_interval
+from moebert_lib.intervals import Interval, agreed, chain, differences, paired, steps, t_interval
 
 
 def runs(**scores):
@@ -63,3 +63,10 @@ def test_differences_are_paired_by_seed_whatever_the_order_of_rows():
 )
 def test_runs_agree_by_sign_while_they_are_few_and_by_interval_from_five_on(values, sign):
     assert agreed(values) == sign
+
+
+def test_an_order_is_compared_step_by_step_in_points():
+    frame = runs(a=[0.5, 0.75], b=[0.25, 0.5], c=[0.25, 0.75])
+    compared = steps(frame, "accuracy", column="kind", order=["a", "b", "c"])
+    assert compared["mean"].tolist() == [25, -12.5] and compared["lowest"].tolist() == [25, -25]
+    assert compared["pairs"].tolist() == [2, 2] and chain(compared) == "a > b ? c"

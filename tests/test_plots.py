@@ -113,6 +113,14 @@ def test_a_title_is_wrapped_inside_the_figure_even_beside_long_labels(style):
     assert title.get_window_extent().x1 <= figure.bbox.x1
 
 
+def test_a_long_title_is_balanced_over_no_more_lines_than_it_needs(style):
+    ax = plots.axes(None)
+    title = "With half of the neurons gone, importance is worth +1.9 points over luck, it seems"
+    plots.headline(ax, title)
+    first, second = title_of(ax).get_text().split("\n")
+    assert f"{first} {second}" == title and len(first) < 1.4 * len(second)
+
+
 def test_a_legend_above_covers_neither_axes_nor_title(style):
     ax = picture()
     plots.settle(ax.get_figure())

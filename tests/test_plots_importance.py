@@ -90,3 +90,9 @@ def test_task_overlap_prints_each_pair_once():
     assert [text.get_text() for text in ax.texts] == ["0.20", "0.30", "0.40"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["a", "b"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "c"]
+
+
+def test_halves_of_one_task_set_the_top_of_the_scale():
+    table = pd.DataFrame([[1, 0.2], [0.2, 1]], ["a", "b"], ["a", "b"])
+    ax = drawn.task_overlap(table, chance=0.1, halves=0.8)
+    assert ax.get_images()[0].get_clim() == (0, 0.8)

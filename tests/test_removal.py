@@ -1,5 +1,6 @@
 """Removal curves: three orders, every point with all its metrics, kept in the store."""
 
+import pytest
 import torch
 
 from moebert_lib import experiment, removal
@@ -13,6 +14,26 @@ def test_the_orders_are_the_ranking_its_reverse_and_distinct_random_ones():
     assert [first[:2], second[:2]] == [("random", 0), ("random", 1)]
     assert not torch.equal(first[2], second[2])
     assert first[2].sort().values.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_leaving_out_equals_zeroing_columns_and_rows(tiny_bert, tiny_batch):
+    model, zeroed, batch = tiny_bert(), tiny_bert(), tiny_batch()
+    neurons = torch.stack([torch.randperm(64)[:20] for _ in range(2)])
+    for layer, gone in zip(zeroed.bert.encoder.layer, neurons, strict=True):
+        layer.output.dense.weight.data[:, gone] = 0
+    whole = model(**batch).logits
+    with removal.without(model, neurons):
+        assert torch.allclose(model(**batch).logits, zeroed(**batch).logits, atol=1e-14)
+    assert torch.equal(model(**batch).logits, whole)
+
+
+def test_the_model_is_whole_again_after_an_error(tiny_bert):
+    model = tiny_bert()
+    with pytest.raises(ValueError, match="zip"), removal.without(model, [torch.tensor([1])]):
+        raise AssertionError("not reached: neurons for one layer of two")
+    assert {layer.intermediate.dense.weight.shape for layer in model.bert.encoder.layer} == {
+        (64, 32)
+    }
 
 
 def test_curves_start_from_the_whole_teacher_and_are_made_once(moebert_home, capsys):
