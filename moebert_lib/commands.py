@@ -98,6 +98,10 @@ def importance(args: argparse.Namespace) -> int:
     settings = Settings.at(scale, **values)
     if not args.out.parent.is_dir():
         raise UserError(f"no folder {args.out.parent} to write {args.out.name} in; make it first")
+    if args.out.is_dir():
+        raise UserError(
+            f"{args.out} is a folder; name a file, such as {args.out}/scores.safetensors"
+        )
     from moebert_lib import data
 
     data.check(settings)
@@ -118,6 +122,10 @@ def convert(args: argparse.Namespace) -> int:
         if args.routing == "hash-balance":
             hint = "it needs a training set's token counts: call moebert_lib.to_moebert in Python"
         raise UserError(f"routing '{args.routing}' is not for this command; {hint}")
+    for name in ("n_experts", "expert_size"):
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise UserError(f"--{name.replace('_', '-')} {size}: expected at least 1")
     if not args.importance.is_file():
         raise UserError(f"no file {args.importance}; make one with moebert importance")
     if args.out.exists():

@@ -9,6 +9,10 @@ from moebert_lib.importance import Importance
 from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification
 from moebert_lib.moe_layer import MoEOutput, moe_layers
 from moebert_lib.routing import HashRouter, balanced_table, random_table
+from moebert_lib.settings import nearest
+
+#: What may follow the named arguments of :func:`to_moebert`.
+OPTIONS = ("expert_layer_norm", "gate_scaling", "router_aux_loss_coef", "allow_identical")
 
 #: Dense class to the MoEBERT class with the same head.
 HEADS = {BertForSequenceClassification: MoEBertForSequenceClassification}
@@ -50,10 +54,14 @@ def to_moebert(
         The MoEBERT model, in ``model``'s dtype, device and train/eval mode.
 
     Raises:
+        TypeError: an unknown argument.
         ValueError: an unsupported model, a ranking of another shape, sizes that do not fit,
             or ``hash-balance`` without frequencies.
     """
     head = _head(model)
+    _check_names(config)
+    if n_experts < 1:
+        raise ValueError(f"n_experts={n_experts} must be at least 1")
     width, n_layers = model.config.intermediate_size, model.config.num_hidden_layers
     ranking = importance.ranking if isinstance(importance, Importance) else importance
     if tuple(ranking.shape) != (n_layers, width):
@@ -61,7 +69,7 @@ def to_moebert(
             f"importance ranks {tuple(ranking.shape)} (layers, neurons), "
             f"the model has {(n_layers, width)}"
         )
-    expert_size = expert_size or max(width // n_experts, 1)
+    expert_size = max(width // n_experts, 1) if expert_size is None else expert_size
     n_shared = 2 * expert_size // 3 if n_shared is None else n_shared
     allow_identical = bool(config.pop("allow_identical", False)) or n_experts == 1
     sizes = dict(n_experts=n_experts, expert_size=expert_size, n_shared=n_shared)
@@ -76,6 +84,13 @@ def to_moebert(
     for layer, old, kept in zip(moe_layers(student), dense_layers, neurons, strict=True):
         _fill_layer(layer, old, kept)
     return student.to(model.device).train(model.training)
+
+
+def _check_names(options: dict[str, object]) -> None:
+    for name in options:
+        if name not in OPTIONS:
+            hint = nearest(name, [*OPTIONS, "n_experts", "expert_size", "n_shared", "routing"])
+            raise TypeError(f"to_moebert has no argument '{name}'; {hint}")
 
 
 def _head(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moebert_lib.settings import SCALES, TINY, Settings, UserError, home, nearest
+from moebert_lib.settings import (
+    FFN_WIDTHS,
+    MINILM,
+    SCALES,
+    TINY,
+    Settings,
+    UserError,
+    home,
+    nearest,
+)
 from moebert_lib.store import code_digest, digest, versions
 
 
@@ -218,6 +227,33 @@ def _check_data(settings: Sequence[Settings]) -> None:
 
     for one in dict.fromkeys(settings):
         data.check(one)
+        _check_model(one)
+
+
+def _check_model(settings: Settings) -> None:
+    """Refuse a model that cannot be had, is no BERT, or is too narrow for the experts."""
+    folder = Path(settings.model).expanduser()
+    if settings.model in FFN_WIDTHS and not folder.is_dir():
+        if settings.offline and settings.model not in (MINILM, TINY):
+            raise UserError(f"model '{settings.model}' comes from the hub, scale {settings.scale} "
+                            "is offline; take --scale small, or name a folder")  # fmt: skip
+        return
+    if not folder.is_dir():
+        if settings.offline:
+            raise UserError(f"no folder '{settings.model}', and scale {settings.scale} is offline; "
+                            "name a folder that holds a saved BERT")  # fmt: skip
+        return
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds no readable config.json; expected a saved BERT") from None
+    if config.get("model_type") != "bert":
+        kind = config.get("model_type")
+        raise UserError(f"{folder} is a model of type '{kind}'; only 'bert' can be converted")
+    try:
+        settings.fit(config["intermediate_size"])
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _inputs(settings: Settings) -> dict[str, str]:

@@ -63,6 +63,7 @@ def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
         "inputs": entry.key.get("inputs", {}),
         "versions": record["versions"],
         "commit": record["commit"],
+        "machine": record["machine"],
     }
 
 

@@ -11,7 +11,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from moebert_lib.paper import TABLE7
 
@@ -123,7 +131,7 @@ class Settings(BaseModel):
             UserError: unknown scale or name, ill-typed or out-of-range value, or expert
                 sizes that do not fit the model's FFN.
         """
-        if scale not in SCALES:
+        if not isinstance(scale, str) or scale not in SCALES:
             raise UserError(f"unknown scale '{scale}'; {nearest(scale, SCALES)}")
         for name in changes:
             if name not in cls.model_fields:
@@ -161,11 +169,26 @@ class Settings(BaseModel):
         n_shared = 2 * expert_size // 3 if self.n_shared is None else self.n_shared
         return expert_size, n_shared
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are values of a switch only")
+        return value
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
         width = FFN_WIDTHS.get(self.model)
-        if width is None:  # checked again by experts.deal_neurons once the model is known
-            return self
+        if width is not None:  # else checked when the run is planned, or by deal_neurons
+            self.fit(width)
+        return self
+
+    def fit(self, width: int) -> None:
+        """Refuse expert sizes that an FFN of ``width`` neurons cannot fill.
+
+        Raises:
+            ValueError: naming the largest size that fits.
+        """
         expert_size, n_shared = self.sizes(width)
         if n_shared > expert_size:
             raise ValueError(
@@ -180,7 +203,6 @@ class Settings(BaseModel):
                 f"{needed} neurons, {self.model} has {width}; "
                 f"the largest expert_size that fits is {largest}"
             )
-        return self
 
 
 def _one_line(error: ValidationError) -> str:
@@ -236,4 +258,4 @@ SCALES: dict[str, dict[str, Any]] = {
 
 def paper_task(task: str) -> dict[str, Any]:
     """Table 7's hyper-parameters for a task, or nothing where the paper has none."""
-    return dict(TABLE7.get(task, {}))
+    return dict(TABLE7.get(task, {})) if isinstance(task, str) else {}

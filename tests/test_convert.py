@@ -123,6 +123,20 @@ def test_what_does_not_fit_is_refused(tiny_bert, changes, message):
         to_moebert(tiny_bert(), RANKING, **changes)
 
 
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("n_expert", "n_experts"), ("routings", "routing"), ("gate_scale", "gate_")]
+)
+def test_a_misspelt_argument_is_refused(tiny_bert, typo, meant):
+    with pytest.raises(TypeError, match=f"no argument '{typo}'; did you mean '{meant}"):
+        to_moebert(tiny_bert(), RANKING, **{typo: 2})
+
+
+@pytest.mark.parametrize("sizes", [dict(n_experts=0), dict(expert_size=0)])
+def test_no_expert_and_no_neuron_are_refused(tiny_bert, sizes):
+    with pytest.raises(ValueError, match="must be at least 1|must lie in"):
+        to_moebert(tiny_bert(), RANKING, **sizes)
+
+
 def test_a_ranking_of_another_model_is_refused(tiny_bert):
     with pytest.raises(ValueError, match=r"ranks \(3, 64\).*the model has \(2, 64\)"):
         to_moebert(tiny_bert(), random_ranking(3, 64, seed=0))

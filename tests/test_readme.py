@@ -1,8 +1,11 @@
 """What the README promises: its code runs, its files are there, its map is the library's."""
 
+import hashlib
+import json
 import re
 import shlex
 
+import pandas as pd
 from checkout import LIBRARY, NOTEBOOKS, ROOT
 
 from moebert_lib import cli
@@ -52,3 +55,25 @@ def test_every_module_is_on_the_map():
 def test_files_it_links_to_are_there():
     for target in re.findall(r"\]\(((?!http)[\w./-]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_results_are_those_of_the_committed_figures():
+    deals = pd.read_csv(ROOT / "figures" / "02_after_conversion.csv").groupby("ranking")
+    for name, runs in deals:
+        mean, low, high = (100 * runs[column].mean() for column in ("accuracy", "low", "high"))
+        row = rf"\| {mean:.1f} \({low:.1f} to {high:.1f}\) +\| {len(runs)} "
+        assert re.search(row, README), name
+    ladder = pd.read_csv(ROOT / "figures" / "03_ladder.csv")
+    for name in ("distilled", "task loss only"):
+        runs = 100 * ladder.loc[ladder["stage"] == name, "accuracy"]
+        row = rf"\| {runs.mean():.1f} \({runs.min():.1f}, {runs.max():.1f}\) +\| {len(runs)} "
+        assert re.search(row, README), name
+
+
+def test_figures_are_those_of_their_provenance_and_of_a_clean_commit():
+    known = json.loads((ROOT / "figures" / "provenance.json").read_text())
+    there = {path.name for path in (ROOT / "figures").iterdir() if path.is_file()}
+    assert there - {"provenance.json"} == set(known)
+    for name, about in known.items():
+        assert hashlib.sha256((ROOT / "figures" / name).read_bytes()).hexdigest() == about["sha256"]
+        assert re.fullmatch("[0-9a-f]{40}", about["commit"]), f"{name}: {about['commit']}"

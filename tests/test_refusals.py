@@ -29,6 +29,16 @@ REFUSED = {
     "notebook number too high": (["run", "42"], "no notebook '42'"),
     "notebook path not there": (["run", "x/05_rout.ipynb"], "did you mean '05_routing'?"),
     "one good and one bad notebook": (["run", "01", "routin"], "did you mean '05_routing'?"),
+    # kinds of value that look right
+    "scale in a list": (["run", "01", "-p", "scale=[quick]"], "did you mean 'quick'?"),
+    "task in a list": (["importance", "--scale", "paper", "-p", "task=[1]", "--out", "x"],
+                       "task=[1]"),
+    "true for a number": (["run", "01", "-p", "epochs=true"], "values of a switch only"),
+    # model
+    "hub model at an offline scale": (["run", "01", "-p", "model=bert-base-uncased"], "is offline"),
+    "model folder not there": (["run", "01", "-p", "model=/no/bert"], "no folder '/no/bert'"),
+    "no expert": (["convert", "m", "--n-experts", "0", "--importance", "f", "--out", "o"],
+                  "expected at least 1"),
     # scale
     "misspelt scale": (["run", "--scale", "qiuck"], "unknown scale 'qiuck'; did you mean 'quick'?"),
     "empty scale": (["run", "--scale", ""], "choose from smoke, quick, small, paper"),
