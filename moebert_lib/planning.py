@@ -233,16 +233,14 @@ def _check_data(settings: Sequence[Settings]) -> None:
 def _check_model(settings: Settings) -> None:
     """Refuse a model that cannot be had, is no BERT, or is too narrow for the experts."""
     folder = Path(settings.model).expanduser()
-    if settings.model in FFN_WIDTHS and not folder.is_dir():
-        if settings.offline and settings.model not in (MINILM, TINY):
+    if not folder.is_dir():
+        if not settings.offline or settings.model in (MINILM, TINY):
+            return
+        if settings.model in FFN_WIDTHS:
             raise UserError(f"model '{settings.model}' comes from the hub, scale {settings.scale} "
                             "is offline; take --scale small, or name a folder")  # fmt: skip
-        return
-    if not folder.is_dir():
-        if settings.offline:
-            raise UserError(f"no folder '{settings.model}', and scale {settings.scale} is offline; "
-                            "name a folder that holds a saved BERT")  # fmt: skip
-        return
+        raise UserError(f"no folder '{settings.model}', and scale {settings.scale} is offline; "
+                        "name a folder that holds a saved BERT")  # fmt: skip
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
