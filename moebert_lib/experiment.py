@@ -36,7 +36,8 @@ from moebert_lib.inputs import (
     token_frequencies,
 )
 from moebert_lib.moe_layer import parameter_counts
-from moebert_lib.settings import FFN_WIDTHS, Settings, home
+from moebert_lib.scales import FFN_WIDTHS
+from moebert_lib.settings import Settings, home
 from moebert_lib.store import Entry, Store, code_digest, versions
 from moebert_lib.train import distil, fine_tune
 
@@ -45,10 +46,11 @@ __all__ = [
     "grid", "importance", "student", "teacher",
 ]  # fmt: skip
 
-TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size", "weight_decay",
-           "max_grad_norm", "dropout")  # fmt: skip
+TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size",
+           "teacher_weight_decay", "max_grad_norm", "dropout")  # fmt: skip
 IMPORTANCE = ("importance_examples", "importance_split")
-CONVERSION = ("n_experts", "routing", "ranking", "seed", "expert_layer_norm", "gate_scaling")
+CONVERSION = ("n_experts", "routing", "ranking", "seed", "shared_neurons", "expert_layer_norm",
+              "gate_scaling")  # fmt: skip
 TRAINING = ("distill", "distill_weight", "epochs", "learning_rate", "batch_size", "weight_decay",
             "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight")  # fmt: skip
 QUIET = 15  # seconds between two lines of a grid's progress

@@ -16,7 +16,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from moebert_lib import data, weights
-from moebert_lib.settings import MINILM, TINY, Settings, home
+from moebert_lib.scales import MINILM, TINY
+from moebert_lib.settings import Settings, home
 from moebert_lib.store import versions
 
 #: The settings that decide a dataset.

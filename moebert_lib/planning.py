@@ -14,16 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from moebert_lib.settings import (
-    FFN_WIDTHS,
-    MINILM,
-    SCALES,
-    TINY,
-    Settings,
-    UserError,
-    home,
-    nearest,
-)
+from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
+from moebert_lib.settings import Settings, UserError, home, nearest
 from moebert_lib.store import code_digest, digest, versions
 
 

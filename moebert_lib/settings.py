@@ -21,18 +21,12 @@ from pydantic import (
     model_validator,
 )
 
-from moebert_lib.paper import TABLE7
+from moebert_lib.scales import FFN_WIDTHS, MINILM, RELEASE, SCALES, defaults
 
 Scale = Literal["smoke", "quick", "small", "paper"]
 Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
 Ranking = Literal["importance", "random", "inverse"]
 Distil = Literal["all", "skip", "last", "none"]
-
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-TINY = "tiny"  # a random two-layer BERT: exercises the code, knows nothing
-
-#: FFN width of the models the scales name, so that sizes are checked before loading.
-FFN_WIDTHS = {TINY: 64, MINILM: 1536, "bert-base-uncased": 3072, "bert-large-uncased": 4096}
 
 
 class UserError(ValueError):
@@ -81,6 +75,7 @@ class Settings(BaseModel):
     # Model and data
     model: str = MINILM
     max_length: int = Field(64, ge=8, le=512)  # tokens; the paper: Table 7
+    doc_stride: int = Field(128, ge=1)  # tokens that windows of a long context share; SQuAD
     max_train_examples: int | None = Field(None, ge=8)
     max_eval_examples: int | None = Field(None, ge=8)
 
@@ -88,6 +83,7 @@ class Settings(BaseModel):
     teacher_epochs: float = Field(3.0, gt=0)
     teacher_learning_rate: float = Field(5e-5, gt=0)
     teacher_batch_size: int = Field(32, ge=1)
+    teacher_weight_decay: float = Field(0.0, ge=0)
 
     # Importance (Eq. 4)
     importance_examples: int | None = Field(None, ge=8)  # None: the whole split
@@ -113,11 +109,20 @@ class Settings(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)  # appendix: clipping 1.0, no warm-up
     dropout: float = Field(0.1, ge=0, lt=1)  # BERT's own, student and teacher training
 
+    # Answers that are spans (SQuAD): not in the paper, transformers' usual values
+    n_best: int = Field(20, ge=1)  # start and end candidates of each window
+    max_answer_length: int = Field(30, ge=1)  # tokens
+    null_threshold: float = 0.0  # v2.0: no answer where its score exceeds the best span's by this
+
     # Where paper and release differ; the default is the paper, or the sound choice
+    preset: Literal["paper", "release"] = "paper"  # release: all of them as released
     teacher_dropout: bool = False  # release: on while distilling
+    shared_neurons: Literal["copied", "tied"] = (
+        "copied"  # as the release; tied: one for all experts
+    )
     expert_layer_norm: Literal["per-expert", "shared"] = "per-expert"
     gate_scaling: Literal["inside", "outside"] = "inside"  # release: outside the residual
-    padding_in_loss: bool = False  # release: padding counts in the hidden loss
+    padding_in_loss: bool = False  # release: padding counts in the hidden and the balance loss
 
     # How much evidence the notebooks gather
     n_random_splits: int = Field(5, ge=2)
@@ -137,15 +142,21 @@ class Settings(BaseModel):
             if name not in cls.model_fields:
                 raise UserError(f"unknown setting '{name}'; {nearest(name, cls.model_fields)}")
         task = changes.get("task") or SCALES[scale]["task"]
-        values = {**SCALES[scale], **(paper_task(task) if scale == "paper" else {})}
+        values = defaults(scale, task, changes.get("model") or SCALES[scale].get("model", MINILM))
         try:
             return cls(**{**values, **changes, "scale": scale, "task": task})
         except ValidationError as error:
             raise UserError(_one_line(error)) from None
 
     def but(self, **changes: Any) -> Self:
-        """The same experiment with some settings changed, validated again."""
+        """The same experiment with some settings changed, validated again.
+
+        A changed ``preset`` changes its switches with it.
+        """
         values = self.model_dump()
+        if "preset" in changes:
+            own = {name: type(self).model_fields[name].default for name in RELEASE}
+            values |= RELEASE if changes["preset"] == "release" else own
         for name in changes:
             if name not in values:
                 raise UserError(f"unknown setting '{name}'; {nearest(name, values)}")
@@ -175,6 +186,12 @@ class Settings(BaseModel):
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("true and false are values of a switch only")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        chosen = isinstance(values, dict) and values.get("preset") == "release"
+        return {**RELEASE, **values} if chosen else values
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -215,47 +232,3 @@ def _one_line(error: ValidationError) -> str:
         choices = Settings.model_fields[where].annotation.__args__
         return f"{where}={first['input']!r}: {nearest(str(first['input']), choices)}"
     return f"{where}={first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-#: What each scale decides; everything else keeps the default above.
-SCALES: dict[str, dict[str, Any]] = {
-    "smoke": dict(  # tests: runs every line, teaches nothing
-        task="library",
-        model=TINY,
-        max_length=16,
-        max_train_examples=64,
-        max_eval_examples=48,
-        importance_examples=32,
-        teacher_epochs=1.0,
-        n_random_splits=2,
-        n_seeds=2,
-        teacher_seed=0,
-    ),
-    "quick": dict(  # offline, two CPU cores, minutes
-        task="library",
-        max_length=48,  # the pairs of "follows" need it; batches are padded to their longest
-        max_train_examples=4000,
-        max_eval_examples=600,
-        importance_examples=1000,
-        teacher_epochs=1.0,
-        teacher_learning_rate=1e-4,
-        epochs=0.1,  # 400 sentences a student: what 45 students in minutes allow
-        learning_rate=1e-4,
-        batch_size=32,
-        teacher_seed=0,  # one teacher serves all seeds: intervals leave its variation out
-    ),
-    "small": dict(  # MiniLM on real GLUE: a GPU hour or a CPU night
-        task="sst2",
-        max_length=128,
-        importance_examples=2000,
-        epochs=3.0,
-        n_seeds=3,  # as the paper
-        batch_size=32,
-    ),
-    "paper": dict(task="mnli", model="bert-base-uncased", n_seeds=3),
-}
-
-
-def paper_task(task: str) -> dict[str, Any]:
-    """Table 7's hyper-parameters for a task, or nothing where the paper has none."""
-    return dict(TABLE7.get(task, {})) if isinstance(task, str) else {}

@@ -106,13 +106,14 @@ def fine_tune(
         model: A dense model with a classification head.
         encoded: Training set from ``data.encode``.
         tokenizer: Pads batches.
-        settings: ``teacher_*``, ``seed``, ``weight_decay`` and ``max_grad_norm`` are used.
+        settings: ``teacher_*``, ``seed`` and ``max_grad_norm`` are used.
         folder: For Trainer's own files; nothing is left there.
     """
     seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
     arguments = training_arguments(
         folder, seed=seed, epochs=settings.teacher_epochs, batch_size=settings.teacher_batch_size,
-        learning_rate=settings.teacher_learning_rate, settings=settings,
+        learning_rate=settings.teacher_learning_rate, weight_decay=settings.teacher_weight_decay,
+        settings=settings,
     )  # fmt: skip
     trainer = Trainer(
         model, arguments, train_dataset=encoded, callbacks=[Progress("teacher")],
@@ -136,7 +137,8 @@ def distil(
     """
     arguments = training_arguments(
         folder, seed=settings.seed, epochs=settings.epochs, batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate, settings=settings,
+        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
+        settings=settings,
     )  # fmt: skip
     trainer = DistillationTrainer(
         student, arguments, train_dataset=encoded, callbacks=[Progress("student")],
@@ -150,17 +152,20 @@ def distil(
 
 
 def training_arguments(
-    folder: Path, *, seed: int, epochs: float, batch_size: int, learning_rate: float, settings
-) -> TrainingArguments:
-    """Trainer's arguments for one of our runs: quiet, local, length-grouped, no warm-up."""
-    return TrainingArguments(
+    folder: Path, *, seed: int, epochs: float, batch_size: int, learning_rate: float,
+    weight_decay: float, settings: Settings,
+) -> TrainingArguments:  # fmt: skip
+    """Trainer's arguments for one of our runs: quiet, one device, length-grouped, no warm-up."""
+    arguments = TrainingArguments(
         output_dir=str(folder), seed=seed, data_seed=seed, num_train_epochs=epochs,
         per_device_train_batch_size=batch_size, learning_rate=learning_rate,
-        weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+        weight_decay=weight_decay, max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type="linear", warmup_steps=0, train_sampling_strategy="group_by_length",
         save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(), bf16=torch.cuda.is_available(),
     )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel's replicas would share routes
+    return arguments
 
 
 def _quietly(trainer: Trainer) -> None:

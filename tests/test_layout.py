@@ -16,7 +16,7 @@ ROOMS = {
     "learning": "train distill evaluate routes",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance stability experts routing",
-    "ground": "data tasks corpus glue weights settings paper checks provenance intervals",
+    "ground": "data tasks corpus glue weights settings scales paper checks provenance intervals",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from moebert_lib.settings import MINILM, SCALES, Settings, UserError, nearest
+from moebert_lib.scales import MINILM, RELEASE, SCALES
+from moebert_lib.settings import Settings, UserError, nearest
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -73,3 +74,17 @@ def test_an_unknown_model_is_checked_later():
 
 def test_nearest_prefers_the_close_one():
     assert nearest("SST2", ["sst2", "rte"]) == "did you mean 'sst2'?"
+
+
+def test_the_preset_sets_every_switch_that_was_not_given():
+    released = Settings.at("quick", preset="release")
+    assert {name: getattr(released, name) for name in RELEASE} == RELEASE
+    assert Settings.at("quick", preset="release", gate_scaling="inside").gate_scaling == "inside"
+    assert Settings.at("quick").but(preset="release") == released
+    assert released.but(preset="paper") == Settings.at("quick")
+
+
+def test_bert_large_at_paper_scale_shares_what_the_paper_shares():
+    large = Settings.at("paper", task="rte", model="bert-large-uncased")
+    assert large.sizes(4096) == (1024, 512)
+    assert Settings.at("paper", task="squad").max_length == 384
