@@ -165,6 +165,15 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise UserError(_one_line(error)) from None
 
+    def on(self, task: str, **changes: Any) -> Self:
+        """The same experiment on another task, whose own defaults apply (Table 7 at ``paper``).
+
+        What was chosen here beyond the scale's values for this task and model stays chosen.
+        """
+        usual = type(self).at(self.scale, task=self.task, model=self.model).model_dump()
+        chosen = {name: value for name, value in self if value != usual[name]}
+        return type(self).at(self.scale, **{"model": self.model, **chosen, **changes, "task": task})
+
     @property
     def offline(self) -> bool:
         """Whether the scale uses no network."""

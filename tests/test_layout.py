@@ -12,7 +12,7 @@ ROOMS = {
     "the command line": "cli __main__ commands doctor",
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
     "plots_results tables widgets report bench",
-    "many runs": "batch planning execution publish pages experiment inputs removal store",
+    "many runs": "batch planning execution publish pages experiment grids inputs removal store",
     "learning": "train distill evaluate routes",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance stability experts routing",
