@@ -1,4 +1,4 @@
-"""From a task's name to padded batches: built-in text, local GLUE-format files, or the hub.
+"""From a task's name to padded batches: built-in text, local files, or the hub.
 
 All three sources end in the same :class:`TaskData`; the validation split is never trained on.
 Left out on purpose: GLUE's test sets, whose labels are not public.
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from moebert_lib import corpus, glue, provenance
+from moebert_lib import corpus, files, provenance, spans
 from moebert_lib.settings import Settings, UserError, nearest
 from moebert_lib.tasks import TASKS, Task, build
 
@@ -21,19 +21,28 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "Task", "TaskData", "batches", "check", "digest", "encode", "load"]
 
-HUB = "nyu-mll/glue"
-REVISION = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
+#: Dataset and revision on the hub, by a task's source and, for SQuAD, its name.
+HUB = {
+    "glue": ("nyu-mll/glue", "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"),
+    "squad": ("rajpurkar/squad", "7b6d24c440a36b6815f21b70d25016731768db1f"),
+    "squad_v2": ("rajpurkar/squad_v2", "3ffb306f725f7d2ce8394bc1873b24868140c412"),
+}
 SMOKE_FILES = 5  # of each package: a second to read, enough for every built-in task
+TARGETS = ("labels", "start_positions", "end_positions")  # what a model's loss is computed from
 SUBSAMPLE_SEED = 0  # fixed, so that every run at a scale sees the same examples
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's two splits: columns are the task's fields, ``label`` and ``idx``."""
+    """A task's splits: columns are the task's own (``Task.columns``) and ``idx``.
+
+    ``also`` holds further validation sets by the suffix of their metrics.
+    """
 
     task: Task
     train: "Dataset"
     validation: "Dataset"
+    also: "dict[str, Dataset]"
     digest: str
 
 
@@ -41,15 +50,19 @@ def check(settings: Settings) -> None:
     """Refuse whatever can be refused without compute or network.
 
     Raises:
-        UserError: an unknown task; a GLUE task without files at an offline scale; files for
-            a built-in task; a folder, file, column, example or label that is not as it should be.
+        UserError: an unknown task; a task without files at an offline scale; files for a built-in
+            task; a folder, file, column, example or label that is not as it should be; windows
+            of a span task that do not fit.
     """
     if settings.task not in TASKS:
         raise UserError(f"unknown task '{settings.task}'; {nearest(settings.task, TASKS)}")
     task = TASKS[settings.task]
+    wrong = spans.problem(settings.max_length, settings.doc_stride) if task.kind == "span" else ""
+    if wrong:
+        raise UserError(wrong)
     if settings.data_dir:
-        glue.check(task, settings.data_dir)
-    elif task.source == "glue" and settings.offline:
+        files.check(task, settings.data_dir)
+    elif task.source != "built-in" and settings.offline:
         own = ", ".join(name for name, task in TASKS.items() if task.source == "built-in")
         raise UserError(
             f"task '{task.name}' needs --data-dir DIR with DIR/{task.name}/train.jsonl at scale "
@@ -58,7 +71,7 @@ def check(settings: Settings) -> None:
 
 
 def load(settings: Settings) -> TaskData:
-    """The task's train and validation split, capped as the settings say.
+    """The task's splits, capped as the settings say.
 
     A cap takes a fixed random subsample, whatever the seeds, in which built-in tasks keep their
     balance of classes.
@@ -68,15 +81,10 @@ def load(settings: Settings) -> TaskData:
     """
     check(settings)
     task = TASKS[settings.task]
-    caps = (settings.max_train_examples, settings.max_eval_examples)
-    if task.source == "built-in":
-        train, validation = _built_in(task, settings, caps)
-    else:
-        train, validation = (
-            _subsample(_read(task, settings.data_dir, split), cap)
-            for split, cap in zip(glue.splits(task), caps, strict=True)
-        )
-    return TaskData(task, train, validation, digest(settings))
+    read = _built_in if task.source == "built-in" else _read
+    found = {use: read(task, settings, use) for use in files.splits(task)}
+    train, validation = found.pop("train"), found.pop("validation")
+    return TaskData(task, train, validation, found, digest(settings))
 
 
 def digest(settings: Settings) -> str:
@@ -85,26 +93,34 @@ def digest(settings: Settings) -> str:
     if task.source == "built-in":
         source: Any = corpus.digest(files_per_package=_limit(settings))
     elif settings.data_dir:
-        paths = [
-            p for split in glue.splits(task) for p in glue.files(task, settings.data_dir, split)
-        ]
+        names = files.splits(task).values()
+        paths = [path for name in names for path in files.files(task, settings.data_dir, name)]
         source = {path.name: provenance.file_digest(path) for path in paths}
     else:
-        source = {"hub": HUB, "revision": REVISION}
+        source = _hub(task)
     caps = [settings.max_train_examples, settings.max_eval_examples]
-    code = provenance.code_digest("data", "glue", "tasks")
+    code = provenance.code_digest("data", "files", "tasks")
     return provenance.digest({"task": task.name, "caps": caps, "source": source, "code": code})
 
 
 def encode(
-    dataset: "Dataset", task: Task, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    dataset: "Dataset",
+    task: Task,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    doc_stride: int = 128,
 ) -> "Dataset":
-    """Token ids of every example, not padded.
+    """Token ids of every example, or of every window of a span task, not padded.
 
     Returns:
         Columns ``input_ids``, ``attention_mask``, ``token_type_ids`` (lists of at most
-        ``max_length`` tokens), ``length`` in tokens, and ``labels`` where there is a ``label``.
+        ``max_length`` tokens), ``length`` in tokens, and ``labels`` where there is a ``label``;
+        for a span task those of :func:`spans.encode`.
     """
+    if task.kind == "span":
+        with _no_progress_bars():
+            return spans.encode(dataset, tokenizer, max_length=max_length, doc_stride=doc_stride)
 
     def tokenize(rows: dict[str, list]) -> dict[str, list]:
         texts = [rows[field] for field in task.fields]
@@ -140,8 +156,9 @@ def batches(
         sort: Shortest first, which spares padding; else in the dataset's order.
 
     Yields:
-        ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape ``(B, T)``, ``labels``
-        ``(B,)`` where the dataset has them, and ``index`` ``(B,)``, the positions in ``encoded``.
+        ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape ``(B, T)``; ``labels``, or
+        ``start_positions`` and ``end_positions``, ``(B,)``, where the dataset has them; and
+        ``index`` ``(B,)``, the positions in ``encoded``.
     """
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -151,6 +168,8 @@ def batches(
     if sort:
         lengths = encoded["length"][:]
         order.sort(key=lengths.__getitem__)  # stable: equal lengths keep their order
+    used = [name for name in encoded.column_names if name in (*padding, *TARGETS)]
+    encoded = encoded.select_columns(used)
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         rows = encoded[index]
@@ -159,8 +178,7 @@ def batches(
             for name, value in padding.items()
             if name in rows
         }
-        if "labels" in rows:
-            batch["labels"] = torch.tensor(rows["labels"])
+        batch |= {name: torch.tensor(rows[name]) for name in TARGETS if name in rows}
         batch["index"] = torch.tensor(index)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -169,35 +187,58 @@ def _limit(settings: Settings) -> int | None:
     return SMOKE_FILES if settings.scale == "smoke" else None
 
 
-def _built_in(task: Task, settings: Settings, caps: tuple) -> "Iterator[Dataset]":
+def _cap(settings: Settings, use: str) -> int | None:
+    return settings.max_train_examples if use == "train" else settings.max_eval_examples
+
+
+def _built_in(task: Task, settings: Settings, use: str) -> "Dataset":
     from datasets import Dataset
 
     sentences = corpus.sentences(files_per_package=_limit(settings))
-    for split, cap in zip(glue.splits(task), caps, strict=True):
-        examples = build(task.name, [s for s in sentences if s.split == split])[:cap]
-        yield Dataset.from_list([{**example, "idx": i} for i, example in enumerate(examples)])
+    examples = build(task.name, [s for s in sentences if s.split == use])[: _cap(settings, use)]
+    return Dataset.from_list([{**example, "idx": i} for i, example in enumerate(examples)])
 
 
-def _read(task: Task, data_dir: str, split: str) -> "Dataset":
-    """One split of a GLUE task from local files or the hub."""
+def _read(task: Task, settings: Settings, use: str) -> "Dataset":
+    """One split of a GLUE or SQuAD task from local files or the hub, capped."""
+    split = files.splits(task)[use]
+    with _no_progress_bars():
+        dataset = _local(task, settings.data_dir, split) if settings.data_dir else (
+            _downloaded(task, split)
+        )  # fmt: skip
+    dataset = dataset.select_columns([*task.columns])
+    dataset = dataset.add_column("idx", list(range(len(dataset))))
+    return _subsample(dataset, _cap(settings, use))
+
+
+def _local(task: Task, data_dir: str, split: str) -> "Dataset":
+    from datasets import Dataset, load_dataset
+
+    paths = files.files(task, data_dir, split)
+    if paths[0].suffix == ".json":
+        return Dataset.from_list([row for path in paths for _, row in files.rows(path)])
+    kind = "json" if paths[0].suffix == ".jsonl" else "parquet"
+    names = [str(path) for path in paths]
+    return load_dataset(kind, data_files=names, split="train", keep_in_memory=True)
+
+
+def _hub(task: Task) -> dict[str, str]:
+    name, revision = HUB["glue" if task.source == "glue" else task.name]
+    return {"hub": name, "revision": revision}
+
+
+def _downloaded(task: Task, split: str) -> "Dataset":
     from datasets import load_dataset
 
-    with _no_progress_bars():
-        if data_dir:
-            paths = glue.files(task, data_dir, split)
-            kind = "json" if paths[0].suffix == ".jsonl" else "parquet"
-            files = [str(path) for path in paths]
-            dataset = load_dataset(kind, data_files=files, split="train", keep_in_memory=True)
-        else:
-            try:
-                dataset = load_dataset(HUB, task.name, split=split, revision=REVISION)
-            except (OSError, ValueError) as error:  # offline, unreachable, or not in the cache
-                raise UserError(
-                    f"{HUB} cannot be loaded ({type(error).__name__}); give --data-dir DIR with "
-                    f"DIR/{task.name}/train.jsonl, or try again online"
-                ) from None
-    dataset = dataset.select_columns([*task.fields, "label"])
-    return dataset.add_column("idx", list(range(len(dataset))))
+    name, revision = _hub(task).values()
+    part = [task.name] if task.source == "glue" else []
+    try:
+        return load_dataset(name, *part, split=split, revision=revision)
+    except (OSError, ValueError) as error:  # offline, unreachable, or not in the cache
+        raise UserError(
+            f"{name} cannot be loaded ({type(error).__name__}); give --data-dir DIR with "
+            f"DIR/{task.name}/train.jsonl, or try again online"
+        ) from None
 
 
 def _subsample(dataset: "Dataset", cap: int | None) -> "Dataset":

@@ -116,7 +116,7 @@ def _data(data_dir: str) -> Check:
         return Check("data", f"no folder {folder}", "")
     found, said = [], ""
     for name, task in data.TASKS.items():
-        if task.source != "glue" or not (folder / name).is_dir():
+        if task.source == "built-in" or not (folder / name).is_dir():
             continue
         try:
             data.check(Settings.at("small", task=name, data_dir=str(folder)))

@@ -1,13 +1,15 @@
-"""How good a model is on a task, with scikit-learn's and scipy's metrics."""
+"""How good a model is on a task, with scikit-learn's and scipy's metrics; spans have ``spans``."""
 
 from collections.abc import Iterable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
+from moebert_lib.data import TARGETS
 from moebert_lib.distill import layer_distances
 
 #: Metric name to a function of (labels, predictions). GLUE's F1 is of class 1.
@@ -20,40 +22,54 @@ METRICS = {
 }
 
 
+PADDING = -1e4  #: logit of a position that a shorter batch did not have
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarray:
-    """Logits of every example in the dataset's order. Shape ``(n, C)``, float32.
+    """Logits of every row in the dataset's order, float32.
 
-    The model is put into eval mode and returned to its former one. ``labels`` may be absent.
+    The model is put into eval mode and returned to its former one. Targets may be absent.
 
     Args:
-        model: Dense or MoEBERT, with a classification head.
+        model: Dense or MoEBERT, with a head for classification or spans.
         batches: From ``data.batches``; ``index`` says where each row belongs.
+
+    Returns:
+        Shape ``(n, C)``; for spans ``(n, 2, T)``, start and end, with :data:`PADDING` beyond the
+        tokens of a row's batch.
     """
     training = model.training
     model.eval()
     logits, places = [], []
     for batch in batches:
-        inputs = {name: v for name, v in batch.items() if name not in ("labels", "index")}
-        logits.append(model(**inputs).logits.float().cpu())
+        output = model(**without_targets(batch))
+        spans = "start_logits" in output
+        one = torch.stack([output.start_logits, output.end_logits], 1) if spans else output.logits
+        logits.append(one.float().cpu())
         places.append(batch["index"].cpu())
     model.train(training)
-    rows, order = torch.cat(logits), torch.cat(places)
-    return rows[order.argsort()].numpy()
+    longest = max(rows.shape[-1] for rows in logits)
+    padded = [F.pad(rows, (0, longest - rows.shape[-1]), value=PADDING) for rows in logits]
+    return torch.cat(padded)[torch.cat(places).argsort()].numpy()
 
 
-def score(logits: np.ndarray, labels: np.ndarray, metrics: Iterable[str]) -> dict[str, float]:
+def without_targets(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a model is given to predict from."""
+    return {name: value for name, value in batch.items() if name not in (*TARGETS, "index")}
+
+
+def score(predicted: np.ndarray, labels: np.ndarray, metrics: Iterable[str]) -> dict[str, float]:
     """Metrics of predictions, each as a fraction (0.9 is 90 %) or a correlation.
 
     Args:
-        logits: ``(n, C)``; one column means regression.
-        labels: ``(n,)``, class indices or values.
+        predicted: ``(n,)``, class indices or values.
+        labels: ``(n,)``, the same of the truth.
         metrics: Names out of :data:`METRICS`.
 
     Raises:
         ValueError: an unknown metric.
     """
-    predicted = logits[:, 0] if logits.shape[1] == 1 else logits.argmax(1)
     scores = {}
     for name in metrics:
         if name not in METRICS:
@@ -75,7 +91,7 @@ def state_distances(
     """
     total, tokens = torch.zeros(()), 0
     for batch in batches:
-        inputs = {name: v for name, v in batch.items() if name not in ("labels", "index")}
+        inputs = without_targets(batch)
         own, other = (
             model.eval()(**inputs, output_hidden_states=True).hidden_states
             for model in (student, teacher)

@@ -1,4 +1,4 @@
-"""The unit experiment: teacher, importance, conversion, student; each made once.
+"""The unit experiment: a teacher converted and distilled; each stage made once.
 
 Every stage is an entry of the store, addressed by exactly the settings, data, weights, code
 and library versions that it depends on. Ablations therefore share a teacher and its
@@ -12,58 +12,48 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    set_seed,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from moebert_lib import data, weights
+from moebert_lib import data
 from moebert_lib.convert import to_moebert
-from moebert_lib.evaluate import predict, score, state_distances
+from moebert_lib.evaluate import state_distances
 from moebert_lib.experts import choose_ranking
-from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.inputs import (
-    DATA,
     chosen,
     dataset,
     describe,
     device,
-    new_model,
+    load,
     pretrained,
     token_frequencies,
 )
 from moebert_lib.moe_layer import parameter_counts
 from moebert_lib.scales import FFN_WIDTHS
-from moebert_lib.settings import Settings, home
-from moebert_lib.store import Entry, Store, code_digest, versions
-from moebert_lib.train import distil, fine_tune
+from moebert_lib.settings import Settings
+from moebert_lib.store import Entry, Store, code_digest
+from moebert_lib.teachers import (
+    Teacher,
+    answers,
+    evaluate,
+    importance,
+    importance_key,
+    teacher,
+    teacher_key,
+    truths,
+)
+from moebert_lib.train import distil
 
 __all__ = [
-    "Student", "Teacher", "conversion", "converted", "dataset", "describe", "device", "evaluate",
-    "grid", "importance", "student", "teacher",
+    "Student", "Teacher", "answers", "conversion", "converted", "dataset", "describe", "device",
+    "evaluate", "grid", "importance", "stored", "student", "teacher", "truths",
 ]  # fmt: skip
 
-TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size",
-           "teacher_weight_decay", "max_grad_norm", "dropout")  # fmt: skip
-IMPORTANCE = ("importance_examples", "importance_split")
 CONVERSION = ("n_experts", "routing", "ranking", "seed", "shared_neurons", "expert_layer_norm",
               "gate_scaling")  # fmt: skip
 TRAINING = ("distill", "distill_weight", "epochs", "learning_rate", "batch_size", "weight_decay",
             "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight")  # fmt: skip
 QUIET = 15  # seconds between two lines of a grid's progress
 DISTANCE_EXAMPLES = 100  # validation examples for the layer-by-layer distances
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The fine-tuned dense model, its validation metrics, and where they are kept."""
-
-    model: PreTrainedModel
-    metrics: dict[str, float]
-    entry: Entry
 
 
 @dataclass(frozen=True)
@@ -83,84 +73,7 @@ class Student:
 
     def model(self) -> PreTrainedModel:
         """The trained model; only if it was asked for with ``keep_model=True``."""
-        return AutoModelForSequenceClassification.from_pretrained(self.entry.folder).to(device())
-
-
-def _fixed(settings: Settings, *also: str) -> Settings:
-    """Settings with everything at its default but what the teacher (and ``also``) depends on."""
-    names = {*DATA, *TEACHER, *also, "scale", "data_dir", "model"}
-    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-    return Settings(**chosen(settings, tuple(names)), teacher_seed=seed)
-
-
-def teacher_key(settings: Settings) -> dict:
-    """What the teacher depends on."""
-    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-    return {
-        **chosen(settings, DATA + TEACHER), "teacher_seed": seed, "model": settings.model,
-        "weights": weights.digest(settings.model, hub=not settings.offline),
-        "data": data.digest(settings),
-        "code": code_digest(
-            "data", "corpus", "weights", "inputs", "train", "evaluate", "experiment"
-        ),
-        "versions": versions(),
-    }  # fmt: skip
-
-
-def teacher(settings: Settings) -> Teacher:
-    """The dense model fine-tuned on the task, from the store or trained now."""
-    return _teacher(_fixed(settings), home())
-
-
-@functools.lru_cache(maxsize=2)  # read and verified once a process
-def _teacher(settings: Settings, _root: Path) -> Teacher:
-    transformers_logging.disable_progress_bar()
-
-    def build(folder: Path) -> dict:
-        bundle = dataset(settings)
-        transformers_logging.disable_progress_bar()
-        set_seed(teacher_key(settings)["teacher_seed"])
-        model = new_model(settings, bundle.task).to(device())
-        fine_tune(model, bundle.train, bundle.tokenizer, settings, folder)
-        model.save_pretrained(folder)
-        bundle.tokenizer.save_pretrained(folder)
-        return evaluate(settings, model)
-
-    entry = Store().make("teacher", teacher_key(settings), build)
-    _say(entry, f"teacher for {settings.task}")
-    model = AutoModelForSequenceClassification.from_pretrained(entry.folder)
-    return Teacher(model.to(device()).eval(), entry.row, entry)
-
-
-def importance(settings: Settings) -> Importance:
-    """Eq. 4's scores of the teacher's neurons, from the store or computed now."""
-    return _importance(_fixed(settings, *IMPORTANCE), home())
-
-
-@functools.lru_cache(maxsize=4)
-def _importance(settings: Settings, _root: Path) -> Importance:
-    def build(folder: Path) -> dict:
-        dense, bundle = teacher(settings), dataset(settings)
-        batches = bundle.batches(
-            settings.importance_split, batch_size=32, limit=settings.importance_examples
-        )
-        meta = {
-            "task": settings.task, "split": settings.importance_split, "model": settings.model,
-            "teacher": dense.entry.digest, "data": bundle.digest,
-        }  # fmt: skip
-        scores = ffn_importance(dense.model, batches, meta=meta)
-        scores.save(folder / "importance.safetensors")
-        return {"n_examples": scores.n_examples}
-
-    entry = Store().make("importance", importance_key(settings), build)
-    _say(entry, f"importance for {settings.task}")
-    return Importance.load(entry.folder / "importance.safetensors")
-
-
-def importance_key(settings: Settings) -> dict:
-    """What the scores depend on."""
-    code = code_digest("importance")
-    return {"teacher": teacher_key(settings), **chosen(settings, IMPORTANCE), "code": code}
+        return load(self.entry.folder, data.TASKS[self.row["task"]])
 
 
 def conversion_key(settings: Settings) -> dict:
@@ -193,15 +106,9 @@ def converted(settings: Settings) -> PreTrainedModel:
         n_experts=settings.n_experts, expert_size=expert_size, n_shared=n_shared,
         routing=settings.routing, seed=settings.seed, token_frequencies=frequencies,
         expert_layer_norm=settings.expert_layer_norm, gate_scaling=settings.gate_scaling,
+        shared_neurons=settings.shared_neurons, padding_in_balance=settings.padding_in_loss,
         router_aux_loss_coef=settings.balance_weight, allow_identical=True,
     )  # fmt: skip
-
-
-def evaluate(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
-    """The task's metrics of a model on the validation split."""
-    bundle = dataset(settings)
-    logits = predict(model, bundle.batches("validation", batch_size=settings.eval_batch_size))
-    return score(logits, bundle.validation["labels"], bundle.task.metrics)
 
 
 def conversion(settings: Settings) -> dict[str, float]:
@@ -223,8 +130,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         settings: The experiment.
         keep_model: Also keep the trained weights (90 MB for MiniLM).
     """
-    key = {"conversion": conversion_key(settings), **chosen(settings, TRAINING)}
-    key["code"] = code_digest("distill", "train", "evaluate", "experiment")
+    key = student_key(settings)
 
     def build(folder: Path) -> dict:
         dense, bundle = teacher(settings), dataset(settings)
@@ -241,6 +147,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             bundle.tokenizer.save_pretrained(folder)
         counts = parameter_counts(model)
         return {
+            "task": settings.task,
             **{f"teacher_{name}": value for name, value in dense.metrics.items()},
             **{f"converted_{name}": value for name, value in before.items()},
             **evaluate(settings, model),
@@ -249,10 +156,29 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             "steps": len(curve),
         }  # fmt: skip
 
-    store = Store()
-    with_model = store.find("student", {**key, "keep_model": True})
-    entry = with_model or store.make("student", {**key, "keep_model": keep_model}, build)
+    entry = _with_model(key) or Store().make("student", {**key, "keep_model": keep_model}, build)
     return Student(entry.row, pd.read_csv(entry.folder / "curve.csv"), entry)
+
+
+def student_key(settings: Settings) -> dict:
+    """What a trained student depends on."""
+    key = {"conversion": conversion_key(settings), **chosen(settings, TRAINING)}
+    return {**key, "code": code_digest("distill", "train", "evaluate", "experiment")}
+
+
+def _with_model(key: dict) -> Entry | None:
+    return Store().find("student", {**key, "keep_model": True})
+
+
+def stored(points: list[Settings]) -> pd.DataFrame:
+    """The rows of :func:`grid` for those students that the store has; runs nothing."""
+    rows = []
+    for point in dict.fromkeys(points):
+        key = student_key(point)
+        entry = _with_model(key) or Store().find("student", {**key, "keep_model": False})
+        if entry:
+            rows.append({**point.model_dump(), **entry.row})
+    return pd.DataFrame(rows)
 
 
 def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
@@ -276,8 +202,3 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
         rows.append({**point.model_dump(), **entry.row})
     print(f"· grid: {len(points)} points, {done} run now, {len(points) - done} reused", flush=True)
     return pd.DataFrame(rows)
-
-
-def _say(entry: Entry, what: str) -> None:
-    how = f"reused, runs/{entry.folder.name}" if entry.reused else f"made in {entry.seconds:.0f} s"
-    print(f"· {what}: {how}", flush=True)

@@ -4,9 +4,11 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -15,30 +17,101 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from moebert_lib import data, weights
+from moebert_lib import data, spans, weights
+from moebert_lib.evaluate import score
 from moebert_lib.scales import MINILM, TINY
 from moebert_lib.settings import Settings, home
 from moebert_lib.store import versions
 
-#: The settings that decide a dataset.
-DATA = ("task", "max_length", "max_train_examples", "max_eval_examples")
+#: The settings that decide a dataset and how answers are read off it.
+DATA = ("task", "max_length", "max_train_examples", "max_eval_examples", "doc_stride", "n_best",
+        "max_answer_length", "null_threshold")  # fmt: skip
+HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sentence is classified
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A task's two splits, tokenised. ``train`` and ``validation`` are ``datasets.Dataset``."""
+    """A task's splits, tokenised, and how to read a model's answers.
+
+    Attributes:
+        task: The task.
+        splits: ``train``, ``validation`` and ``task.also``: rows for the model, which are windows
+            of examples where answers are spans.
+        examples: The same splits as text.
+        tokenizer: Of the model.
+        settings: Those that decide a dataset.
+        digest: Of the data.
+    """
 
     task: data.Task
-    train: object
-    validation: object
+    splits: dict
+    examples: dict
     tokenizer: PreTrainedTokenizerBase
+    settings: Settings
     digest: str
 
-    def batches(self, split: str, *, batch_size: int = 64, limit: int | None = None):
-        """Padded batches of ``train`` or ``validation`` on the device, shortest first."""
-        rows = getattr(self, split)
-        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    @property
+    def train(self):
+        """Rows to train on: a ``datasets.Dataset``."""
+        return self.splits["train"]
+
+    @property
+    def validation(self):
+        """Rows of the validation split."""
+        return self.splits["validation"]
+
+    def rows(self, split: str, limit: int | None = None, *, shuffle: bool = False):
+        """A split's rows: all, the first ``limit``, or a fixed random choice of as many."""
+        rows = self.splits[split]
+        if limit is None or limit >= len(rows):
+            return rows
+        order = np.random.default_rng(0).permutation(len(rows)) if shuffle else np.arange(limit)
+        return rows.select(order[:limit])
+
+    def batches(
+        self, split: str, *, batch_size: int = 64, limit: int | None = None, shuffle: bool = False
+    ):
+        """Padded batches of :meth:`rows` on the device, shortest first."""
+        rows = self.rows(split, limit, shuffle=shuffle)
         return data.batches(rows, self.tokenizer, batch_size, device=device())
+
+    def answers(
+        self, logits: np.ndarray, split: str = "validation", limit: int | None = None
+    ) -> np.ndarray:
+        """What logits say: a class index, a value, or a text for each example.
+
+        Args:
+            logits: Of the split's first ``limit`` rows, from ``evaluate.predict``.
+            split: Name of the split.
+            limit: As when the logits were made.
+        """
+        if self.task.kind != "span":
+            return logits[:, 0] if self.task.kind == "regression" else logits.argmax(1)
+        chosen = self.settings
+        with_null = self.task.name == "squad_v2"
+        found = spans.texts(
+            logits, self.rows(split, limit), self.examples[split]["context"][:],
+            n_best=chosen.n_best, max_answer_length=chosen.max_answer_length,
+            null_threshold=chosen.null_threshold if with_null else None,
+        )  # fmt: skip
+        return np.array([found[example] for example in sorted(found)], dtype=object)
+
+    def truths(self, split: str = "validation", limit: int | None = None) -> list:
+        """The right answers of :meth:`answers`: labels, or for spans lists of accepted texts."""
+        rows = self.rows(split, limit)
+        if self.task.kind != "span":
+            return rows["labels"][:]
+        known = self.examples[split]["answers"][:]
+        return [known[example]["text"] for example in sorted(set(rows["example"][:]))]
+
+    def score(
+        self, logits: np.ndarray, split: str = "validation", limit: int | None = None
+    ) -> dict[str, float]:
+        """The task's metrics; arguments as for :meth:`answers`."""
+        answers, truths = self.answers(logits, split, limit), self.truths(split, limit)
+        if self.task.kind == "span":
+            return spans.score(answers, truths)
+        return score(answers, np.asarray(truths), self.task.metrics)
 
 
 def device() -> torch.device:
@@ -57,7 +130,8 @@ def describe(settings: Settings) -> str:
     libraries = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers"))
     return (
         f"{settings.scale}: {settings.model} on {settings.task}, "
-        f"{len(bundle.train):,} training and {len(bundle.validation):,} validation examples "
+        f"{len(bundle.examples['train']):,} training and "
+        f"{len(bundle.examples['validation']):,} validation examples "
         f"(data {bundle.digest[:8]}), "
         f"seed {settings.seed}, {libraries}, {device()}"
     )
@@ -74,11 +148,13 @@ def _dataset(settings: Settings, _root: Path) -> Dataset:
     loaded = data.load(settings)
     with_vocabulary = settings.but(model=MINILM) if settings.model == TINY else settings
     tokenizer = AutoTokenizer.from_pretrained(pretrained(with_vocabulary))
-    train, validation = (
-        data.encode(split, loaded.task, tokenizer, settings.max_length)
-        for split in (loaded.train, loaded.validation)
-    )
-    return Dataset(loaded.task, train, validation, tokenizer, loaded.digest)
+    examples = {"train": loaded.train, "validation": loaded.validation, **loaded.also}
+    lengths = {"max_length": settings.max_length, "doc_stride": settings.doc_stride}
+    splits = {
+        name: data.encode(rows, loaded.task, tokenizer, **lengths)
+        for name, rows in examples.items()
+    }
+    return Dataset(loaded.task, splits, examples, tokenizer, settings, loaded.digest)
 
 
 def token_frequencies(settings: Settings) -> Tensor:
@@ -95,20 +171,27 @@ def pretrained(settings: Settings) -> str:
 
 def new_model(settings: Settings, task: data.Task) -> PreTrainedModel:
     """The settings' model with an untrained head for the task."""
-    labels = dict(enumerate(task.labels)) or {0: "score"}
-    head = dict(
-        num_labels=len(labels), id2label=labels, label2id={v: k for k, v in labels.items()},
-        hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout,
-    )  # fmt: skip
+    auto = HEADS.get(task.kind, AutoModelForSequenceClassification)
+    head = dict(hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout)
+    if task.kind != "span":
+        labels = dict(enumerate(task.labels)) or {0: "score"}
+        names = {name: index for index, name in labels.items()}
+        head |= dict(num_labels=len(labels), id2label=labels, label2id=names)
     if settings.model == TINY:
         config = BertConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
             max_position_embeddings=settings.max_length, **head,
         )  # fmt: skip
-        return AutoModelForSequenceClassification.from_config(config)
+        return auto.from_config(config)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the head is new, and meant to be
     transformers_logging.disable_progress_bar()
-    model = AutoModelForSequenceClassification.from_pretrained(pretrained(settings), **head)
+    model = auto.from_pretrained(pretrained(settings), **head)
     transformers_logging.set_verbosity(level)
     return model
+
+
+def load(folder: Path, task: data.Task) -> PreTrainedModel:
+    """A model saved by an experiment, dense or MoEBERT, on the device."""
+    auto = HEADS.get(task.kind, AutoModelForSequenceClassification)
+    return auto.from_pretrained(folder).to(device())

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_lib import experiment
-from moebert_lib.evaluate import METRICS, predict, score
+from moebert_lib.evaluate import METRICS, predict
 from moebert_lib.experts import random_ranking
+from moebert_lib.inputs import Dataset
 from moebert_lib.settings import Settings
 from moebert_lib.store import Store, code_digest
-from moebert_lib.tasks import Task
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
 
@@ -94,8 +94,7 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
 
 def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
     bundle, model = experiment.dataset(settings), experiment.teacher(settings).model
-    labels = np.asarray(bundle.validation["labels"])[:n_examples]
-    guess = _guessing(bundle.task, np.asarray(bundle.train["labels"]), labels)
+    guess = _guessing(bundle, n_examples)
 
     def row(name: str, draw: int, fraction: float, neurons: Tensor) -> dict:
         batches = bundle.batches(
@@ -103,9 +102,10 @@ def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
         )
         with without(model, neurons):
             logits = predict(model, batches)
-        metrics = score(logits, labels, bundle.task.metrics)
+        metrics = bundle.score(logits, limit=n_examples)
+        loss = _loss(logits, bundle.rows("validation", n_examples))
         about = {"order": name, "draw": draw, "fraction": fraction}
-        return {**about, **metrics, "loss": _loss(logits, labels), "guessing": guess}
+        return {**about, **metrics, "loss": loss, "guessing": guess}
 
     tried = orders(experiment.importance(settings).ranking, settings.n_random_splits)
     n_layers, width = tried[0][2].shape
@@ -118,16 +118,23 @@ def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _guessing(task: Task, training: np.ndarray, labels: np.ndarray) -> float:
-    if not task.labels:
+def _guessing(bundle: Dataset, n_examples: int) -> float:
+    """The headline metric of the label most frequent in training; NaN where there are none."""
+    if bundle.task.kind != "classification":
         return float("nan")
-    most_frequent = np.bincount(training).argmax()
-    return float(METRICS[task.metric](labels, np.full_like(labels, most_frequent)))
+    truths = np.asarray(bundle.truths(limit=n_examples))
+    most_frequent = np.bincount(bundle.truths("train")).argmax()
+    return float(METRICS[bundle.task.metric](truths, np.full_like(truths, most_frequent)))
 
 
-def _loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean loss of predictions: squared error for one column, else cross-entropy."""
-    predicted, truth = torch.as_tensor(logits), torch.as_tensor(labels)
+def _loss(logits: np.ndarray, rows) -> float:
+    """Mean loss of predictions: cross-entropy, of start and end for spans; or squared error."""
+    predicted = torch.as_tensor(logits)
+    if predicted.dim() == 3:  # (n, 2, T)
+        ends = (torch.as_tensor(rows[f"{end}_positions"][:]) for end in ("start", "end"))
+        both = [F.cross_entropy(predicted[:, k], place) for k, place in enumerate(ends)]
+        return float(sum(both) / 2)
+    truth = torch.as_tensor(rows["labels"][:])
     if predicted.shape[1] == 1:
         return float(F.mse_loss(predicted[:, 0], truth.to(predicted)))
     return float(F.cross_entropy(predicted, truth))

@@ -59,7 +59,7 @@ BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
     "paper": TABLE7,
 }
 
-#: What a model changes at scale ``paper``: MoEBERT-large shares 512 of 1024 neurons (Sec. 4.5).
+#: What a model changes at scale ``paper``: MoEBERT-large shares 512 of 1024 neurons (Table 4).
 BY_MODEL: dict[str, dict[str, Any]] = {LARGE: dict(n_shared=512)}
 
 #: The switches as the released code has them (preset ``release``): importance scored on the

@@ -1,11 +1,11 @@
 """The tasks: fields, labels and metrics of each, and how the built-in ones are made.
 
-GLUE's eight tasks have the hub's field names. The three built-in ones have GLUE's shapes and
-labels by construction, from the sentences of ``corpus``:
+GLUE's eight tasks and SQuAD 1.1 and 2.0 have the hub's field names. The four built-in ones have
+their shapes, and labels by construction, from the sentences of ``corpus``:
 ``library`` asks for the topic (as SST-2 for the sentiment: one sentence, one class),
 ``acceptability`` whether a sentence is intact (CoLA), ``follows`` whether two belong together
-(MRPC).
-Left out on purpose: WNLI, as in the paper, and SQuAD.
+(MRPC), ``passage`` for the sentence that is about a topic (SQuAD: the answer is a span).
+Left out on purpose: WNLI, as in the paper.
 """
 
 import hashlib
@@ -25,16 +25,16 @@ TOPICS = ("networkx", "pandas", "scipy", "sympy", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Task:
-    """One classification or regression task.
+    """One task.
 
     Attributes:
         name: As on the command line and the hub.
         fields: One or two text columns.
-        labels: Class names in the order of their indices; empty for regression.
-        metric: The headline metric, one of ``metrics``.
-        metrics: Names known to ``evaluate``, in the paper's order.
+        labels: Class names in the order of their indices; empty for regression and spans.
+        metrics: Names known to ``evaluate`` or ``spans``, the headline metric first.
         question: The task in one sentence.
-        source: ``built-in`` or ``glue``.
+        source: ``built-in``, ``glue`` or ``squad``.
+        also: Further validation sets: the suffix of their metrics, and the name of their file.
     """
 
     name: str
@@ -43,13 +43,27 @@ class Task:
     metrics: tuple[str, ...]
     question: str
     source: str = "glue"
+    also: tuple[tuple[str, str], ...] = ()
 
     @property
     def metric(self) -> str:
         """The headline metric: the first."""
         return self.metrics[0]
 
+    @property
+    def kind(self) -> str:
+        """``classification``, ``regression``, or ``span`` for an answer cut from a text."""
+        if self.fields == _SPAN:
+            return "span"
+        return "classification" if self.labels else "regression"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of its data: the fields, and ``label``, or ``answers`` for a span."""
+        return (*self.fields, "answers" if self.kind == "span" else "label")
+
+
+_SPAN = ("question", "context")
 _PAIR = ("sentence1", "sentence2")
 _ALL = (
     Task("library", ("sentence",), TOPICS, ("accuracy",),
@@ -58,6 +72,8 @@ _ALL = (
          "Is the sentence intact, or were two of its words swapped?", "built-in"),
     Task("follows", _PAIR, ("elsewhere", "follows"), ("f1", "accuracy"),
          "Does the second sentence follow the first, or is it from elsewhere?", "built-in"),
+    Task("passage", _SPAN, (), ("f1", "exact_match"),
+         "Which sentence of the passage is about this library?", "built-in"),
     Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy"),
          "Is the sentence acceptable English?"),
     Task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",),
@@ -69,11 +85,16 @@ _ALL = (
     Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy"),
          "Do the two questions ask the same?"),
     Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
-         ("accuracy",), "Does the premise entail or contradict the hypothesis, or neither?"),
+         ("accuracy",), "Does the premise entail or contradict the hypothesis, or neither?",
+         also=(("mismatched", "validation_mismatched"),)),
     Task("qnli", ("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",),
          "Does the sentence answer the question?"),
     Task("rte", _PAIR, ("entailment", "not_entailment"), ("accuracy",),
          "Does the first sentence entail the second?"),
+    Task("squad", _SPAN, (), ("f1", "exact_match"),
+         "Which words of the text answer the question?", "squad"),
+    Task("squad_v2", _SPAN, (), ("f1", "exact_match"),
+         "Which words of the text answer the question, if any?", "squad"),
 )  # fmt: skip
 TASKS = {task.name: task for task in _ALL}
 
@@ -86,12 +107,12 @@ def build(name: str, sentences: Sequence[Sentence]) -> list[Example]:
         sentences: Of one split.
 
     Returns:
-        Dicts of the task's fields and ``label``; the same for the same sentences.
+        Dicts of the task's columns; the same for the same sentences.
     """
     shuffled = sorted(sentences, key=lambda s: _digest(s.docstring, str(s.position)))
-    return {"library": _library, "acceptability": _acceptability, "follows": _follows}[name](
-        shuffled
-    )
+    make = {"library": _library, "acceptability": _acceptability, "follows": _follows,
+            "passage": _passage}  # fmt: skip
+    return make[name](shuffled)
 
 
 def swap_words(text: str, seed: str) -> str:
@@ -158,3 +179,21 @@ def _follows(shuffled: list[Sentence]) -> list[Example]:
     return [
         {"sentence1": a.text, "sentence2": b.text, "label": i % 2} for i, (a, b) in enumerate(mixed)
     ]
+
+
+def _passage(shuffled: list[Sentence]) -> list[Example]:
+    """Three sentences of three topics; the one asked for stands first, second or third in turn."""
+    fitting = [s for s in shuffled if 8 <= _n_words(s) <= 14]
+    classes = [[s.text for s in fitting if s.library == name] for name in TOPICS]
+    made: list[Example] = []
+    for texts in zip(*classes, strict=False):  # ends with the rarest class
+        order = sorted(range(len(TOPICS)), key=lambda i: _digest(texts[i], "order"))
+        for half in (order[:3], order[3:]):
+            place = len(made) % 3
+            before = sum(len(texts[i]) + 1 for i in half[:place])
+            made.append({
+                "question": f"Which sentence is about {TOPICS[half[place]]}?",
+                "context": " ".join(texts[i] for i in half),
+                "answers": {"text": [texts[half[place]]], "answer_start": [before]},
+            })  # fmt: skip
+    return made

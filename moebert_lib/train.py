@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from moebert_lib.distill import distillation_terms
+from moebert_lib.evaluate import without_targets
 from moebert_lib.settings import Settings
 
 
@@ -77,9 +78,8 @@ class DistillationTrainer(Trainer):
         task = loss = student.loss
         hidden = prediction = torch.zeros_like(loss)
         if self.distill != "none":
-            inputs = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.no_grad():
-                teacher = self.teacher(**inputs, output_hidden_states=True)
+                teacher = self.teacher(**without_targets(inputs), output_hidden_states=True)
             mask = None if self.padding_in_loss else inputs["attention_mask"]
             hidden, prediction = distillation_terms(
                 student, teacher, mask=mask, layers=self.distill

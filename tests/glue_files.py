@@ -1,4 +1,4 @@
-"""A made-up GLUE: a few dozen examples of each task, in the hub's own field names."""
+"""A made-up GLUE and SQuAD: a few dozen examples of each task, in the hub's own field names."""
 
 import itertools
 import json
@@ -42,8 +42,42 @@ def rows(task: str, *, start: int, count: int) -> list[dict]:
     return made
 
 
+def span_rows(*, start: int, count: int, with_null: bool) -> list[dict]:
+    """Who does what? The answer is in one of two sentences, or for every fifth row in none."""
+    made = []
+    for idx in range(count):
+        first, second = (
+            _SENTENCES[(37 * (start + idx) + 411 * k) % len(_SENTENCES)] for k in (0, 1)
+        )
+        context = f"{first} {second}"
+        answer = " ".join((second if idx % 2 else first).split()[-3:-1])
+        answers = {"text": [answer], "answer_start": [context.index(answer)]}
+        if with_null and idx % 5 == 0:
+            answers = {"text": [], "answer_start": []}
+        made.append({"id": f"q{idx}", "question": f"Who likes row {idx}?", "context": context,
+                     "answers": answers})  # fmt: skip
+    return made
+
+
+def nested(rows) -> dict:
+    """The same in SQuAD's own layout, one article of one paragraph a row."""
+    paragraphs = []
+    for row in rows:
+        pairs = zip(*row["answers"].values(), strict=True)
+        answers = [{"text": text, "answer_start": at} for text, at in pairs]
+        qa = {"id": str(row["idx"]), "question": row["question"], "answers": answers,
+              "is_impossible": not answers}  # fmt: skip
+        paragraphs.append({"context": row["context"], "qas": [qa]})
+    return {"version": "made up", "data": [{"title": "made up", "paragraphs": paragraphs}]}
+
+
 def write(folder: Path) -> Path:
     """Write ``folder/<task>/{train,validation}.jsonl``; mnli has its two validation sets."""
+    for task in ("squad", "squad_v2"):
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        for split, count in (("train", N_TRAIN), ("validation", N_VALIDATION)):
+            examples = span_rows(start=len(split), count=count, with_null=task == "squad_v2")
+            _dump(folder / task / f"{split}.jsonl", examples)
     for task in SHAPES:
         (folder / task).mkdir(parents=True, exist_ok=True)
         kinds = ("_matched", "_mismatched") if task == "mnli" else ("",)

@@ -1,6 +1,7 @@
 import json
 
 import datasets
+import glue_files
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -9,7 +10,7 @@ from moebert_lib import data, weights
 from moebert_lib.settings import MINILM, Settings, UserError
 
 BUILT_IN = [name for name, task in data.TASKS.items() if task.source == "built-in"]
-GLUE = [name for name, task in data.TASKS.items() if task.source == "glue"]
+FROM_FILES = [name for name, task in data.TASKS.items() if task.source != "built-in"]
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +49,14 @@ def test_a_folder_without_data_is_refused_whatever_the_task(tmp_path):
 @pytest.mark.parametrize("task", BUILT_IN)
 def test_a_built_in_task_loads_offline(task):
     loaded = data.load(Settings.at("smoke", task=task))
-    assert len(loaded.train) == 64 and 10 < len(loaded.validation) <= 48
-    assert loaded.train.column_names == [*loaded.task.fields, "label", "idx"]
+    assert 50 < len(loaded.train) <= 64 and 10 < len(loaded.validation) <= 48
+    assert loaded.train.column_names == [*loaded.task.columns, "idx"]
 
 
-@pytest.mark.parametrize("task", GLUE)
-def test_a_glue_task_loads_from_files(task, tiny_glue):
+@pytest.mark.parametrize("task", FROM_FILES)
+def test_a_task_loads_from_files(task, tiny_glue):
     loaded = data.load(glue_settings(task, tiny_glue))
-    assert loaded.train.column_names == [*loaded.task.fields, "label", "idx"]
+    assert loaded.train.column_names == [*loaded.task.columns, "idx"]
     assert loaded.train["idx"][:] == list(range(64)) and len(loaded.validation) == 32
 
 
@@ -63,6 +64,21 @@ def test_mnli_is_validated_on_the_matched_set(tiny_glue):
     lines = (tiny_glue / "mnli" / "validation_matched.jsonl").read_text().splitlines()
     loaded = data.load(glue_settings("mnli", tiny_glue))
     assert loaded.validation["premise"][:] == [json.loads(line)["premise"] for line in lines]
+    other = (tiny_glue / "mnli" / "validation_mismatched.jsonl").read_text().splitlines()
+    mismatched = loaded.also["mismatched"]["premise"][:]
+    assert mismatched == [json.loads(line)["premise"] for line in other] != lines
+
+
+def test_squads_own_nested_file_gives_the_same_as_jsonl(tiny_glue, tmp_path):
+    flat = data.load(glue_settings("squad_v2", tiny_glue))
+    folder = tmp_path / "squad_v2"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = getattr(flat, split)
+        (folder / f"{split}.json").write_text(json.dumps(glue_files.nested(rows)))
+    again = data.load(glue_settings("squad_v2", tmp_path))
+    assert again.train.to_dict() == flat.train.to_dict()
+    assert [] in [answers["text"] for answers in again.validation["answers"]]
 
 
 def test_real_files_load(data_dir):
@@ -87,8 +103,9 @@ def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch, tiny_glue):
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", hub)
     data.load(Settings.at("small", task="cola"))
-    pinned = ("nyu-mll/glue", "cola")
-    assert asked == [(*pinned, split, data.REVISION) for split in ("train", "validation")]
+    name, revision = data.HUB["glue"]
+    assert asked == [(name, "cola", split, revision) for split in ("train", "validation")]
+    assert all(len(revision) == 40 for _, revision in data.HUB.values())
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line():

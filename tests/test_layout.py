@@ -12,11 +12,13 @@ ROOMS = {
     "the command line": "cli __main__ commands doctor",
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
     "plots_results tables widgets report bench",
-    "many runs": "batch planning execution publish pages experiment grids inputs removal store",
+    "many runs": "batch planning execution publish pages experiment teachers grids inputs "
+    "removal store",
     "learning": "train distill evaluate routes",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance stability experts routing",
-    "ground": "data tasks corpus glue weights settings scales paper checks provenance intervals",
+    "ground": "data tasks corpus files spans weights settings scales paper checks "
+    "provenance intervals",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}
 

@@ -4,11 +4,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from moebert_lib import spans
 from moebert_lib.corpus import sentences
 from moebert_lib.evaluate import METRICS
 from moebert_lib.tasks import TASKS, TOPICS, build, swap_words
 
 BUILT_IN = [name for name, task in TASKS.items() if task.source == "built-in"]
+CLASSES = [name for name in BUILT_IN if TASKS[name].kind == "classification"]
 
 
 @pytest.fixture(scope="module")
@@ -18,18 +20,25 @@ def splits():
 
 
 def test_every_metric_can_be_computed():
-    assert {metric for task in TASKS.values() for metric in task.metrics} == set(METRICS)
+    for task in TASKS.values():
+        assert set(task.metrics) <= set(spans.METRICS if task.kind == "span" else METRICS)
+
+
+def test_kinds_follow_from_the_fields_and_labels():
+    kinds = {name: TASKS[name].kind for name in ("squad", "squad_v2", "passage", "stsb", "mnli")}
+    assert list(kinds.values()) == [*["span"] * 3, "regression", "classification"]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_examples_have_the_tasks_fields_and_labels(name, splits):
+def test_examples_have_the_tasks_columns_and_labels(name, splits):
     task = TASKS[name]
     examples = build(name, splits["train"])
-    assert all(set(example) == {*task.fields, "label"} for example in examples)
-    assert {example["label"] for example in examples} == set(range(len(task.labels)))
+    assert examples and all(set(example) == set(task.columns) for example in examples)
+    labels = {example.get("label", "none") for example in examples}
+    assert labels == (set(range(len(task.labels))) if task.labels else {"none"})
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", CLASSES)
 def test_any_prefix_has_balanced_classes(name, splits):
     labels = [example["label"] for example in build(name, splits["train"])]
     for n in (12, 30, 60):
@@ -44,8 +53,9 @@ def test_examples_do_not_depend_on_the_order_of_the_sentences(name, splits):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_no_text_is_in_both_splits(name, splits):
+    fields = [field for field in TASKS[name].fields if field != "question"]  # six in all
     train, validation = (
-        {example[field] for example in build(name, splits[split]) for field in TASKS[name].fields}
+        {example[field] for example in build(name, splits[split]) for field in fields}
         for split in splits
     )
     assert train.isdisjoint(validation) and validation
@@ -55,6 +65,19 @@ def test_a_topics_label_is_the_library_the_sentence_is_from(splits):
     library = {s.text: s.library for s in splits["train"]}
     for example in build("library", splits["train"]):
         assert TOPICS[example["label"]] == library[example["sentence"]]
+
+
+def test_a_passages_answer_is_its_one_sentence_about_the_library_asked_for(splits):
+    library = {s.text: s.library for s in splits["train"]}
+    places = Counter()
+    for example in build("passage", splits["train"]):
+        (answer,), (start,) = example["answers"].values()
+        assert example["context"][start:].startswith(answer)
+        assert example["question"] == f"Which sentence is about {library[answer]}?"
+        others = example["context"].replace(answer, "").strip()
+        assert library[answer] not in {library[text] for text in library if text in others}
+        places[start == 0, example["context"].endswith(answer)] += 1
+    assert len(places) == 3 and max(places.values()) - min(places.values()) <= 2
 
 
 def test_an_intact_sentence_is_in_the_corpus_and_a_swapped_one_is_not(splits):

@@ -1,0 +1,139 @@
+"""The dense model: fine-tuned on the task, judged, and its neurons scored; each made once.
+
+Both stages are entries of the store, addressed by exactly the settings, data, weights, code
+and library versions that they depend on, so that all ablations share them.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel, set_seed
+from transformers.utils import logging as transformers_logging
+
+from moebert_lib import data, weights
+from moebert_lib.evaluate import predict
+from moebert_lib.importance import Importance, ffn_importance
+from moebert_lib.inputs import DATA, chosen, dataset, device, load, new_model
+from moebert_lib.settings import Settings, home
+from moebert_lib.store import Entry, Store, code_digest, versions
+from moebert_lib.train import fine_tune
+
+TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size",
+           "teacher_weight_decay", "max_grad_norm", "dropout")  # fmt: skip
+IMPORTANCE = ("importance_examples", "importance_split")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The fine-tuned dense model, its validation metrics, and where they are kept."""
+
+    model: PreTrainedModel
+    metrics: dict[str, float]
+    entry: Entry
+
+
+def _fixed(settings: Settings, *also: str) -> Settings:
+    """Settings with everything at its default but what the teacher (and ``also``) depends on."""
+    names = {*DATA, *TEACHER, *also, "scale", "data_dir", "model"}
+    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+    return Settings(**chosen(settings, tuple(names)), teacher_seed=seed)
+
+
+def teacher_key(settings: Settings) -> dict:
+    """What the teacher depends on."""
+    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+    return {
+        **chosen(settings, DATA + TEACHER), "teacher_seed": seed, "model": settings.model,
+        "weights": weights.digest(settings.model, hub=not settings.offline),
+        "data": data.digest(settings), "device": device().type,  # bf16 on a GPU
+        "code": code_digest("data", "corpus", "spans", "weights", "inputs", "train", "evaluate",
+                            "teachers"),
+        "versions": versions(),
+    }  # fmt: skip
+
+
+def teacher(settings: Settings) -> Teacher:
+    """The dense model fine-tuned on the task, from the store or trained now."""
+    return _teacher(_fixed(settings), home())
+
+
+@functools.lru_cache(maxsize=2)  # read and verified once a process
+def _teacher(settings: Settings, _root: Path) -> Teacher:
+    transformers_logging.disable_progress_bar()
+
+    def build(folder: Path) -> dict:
+        bundle = dataset(settings)
+        transformers_logging.disable_progress_bar()
+        set_seed(teacher_key(settings)["teacher_seed"])
+        model = new_model(settings, bundle.task).to(device())
+        fine_tune(model, bundle.train, bundle.tokenizer, settings, folder)
+        model.save_pretrained(folder)
+        bundle.tokenizer.save_pretrained(folder)
+        return evaluate(settings, model)
+
+    entry = Store().make("teacher", teacher_key(settings), build)
+    _say(entry, f"teacher for {settings.task}")
+    model = load(entry.folder, data.TASKS[settings.task])
+    return Teacher(model.eval(), entry.row, entry)
+
+
+def importance(settings: Settings) -> Importance:
+    """Eq. 4's scores of the teacher's neurons, from the store or computed now."""
+    return _importance(_fixed(settings, *IMPORTANCE), home())
+
+
+@functools.lru_cache(maxsize=4)
+def _importance(settings: Settings, _root: Path) -> Importance:
+    def build(folder: Path) -> dict:
+        dense, bundle = teacher(settings), dataset(settings)
+        batches = bundle.batches(
+            settings.importance_split, batch_size=32, limit=settings.importance_examples,
+            shuffle=True,
+        )  # fmt: skip
+        meta = {
+            "task": settings.task, "split": settings.importance_split, "model": settings.model,
+            "teacher": dense.entry.digest, "data": bundle.digest,
+        }  # fmt: skip
+        scores = ffn_importance(dense.model, batches, meta=meta)
+        scores.save(folder / "importance.safetensors")
+        return {"n_examples": scores.n_examples}
+
+    entry = Store().make("importance", importance_key(settings), build)
+    _say(entry, f"importance for {settings.task}")
+    return Importance.load(entry.folder / "importance.safetensors")
+
+
+def importance_key(settings: Settings) -> dict:
+    """What the scores depend on."""
+    code = code_digest("importance")
+    return {"teacher": teacher_key(settings), **chosen(settings, IMPORTANCE), "code": code}
+
+
+def evaluate(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
+    """The task's metrics of a model on the validation split, and on further ones by suffix."""
+    bundle, found = dataset(settings), {}
+    for split in [split for split in bundle.splits if split != "train"]:
+        logits = predict(model, bundle.batches(split, batch_size=settings.eval_batch_size))
+        suffix = "" if split == "validation" else f"_{split}"
+        scores = bundle.score(logits, split)
+        found |= {f"{name}{suffix}": value for name, value in scores.items()}
+    return found
+
+
+def answers(settings: Settings, model: PreTrainedModel) -> np.ndarray:
+    """What a model says to each validation example: a class index, a value, or a text."""
+    bundle = dataset(settings)
+    logits = predict(model, bundle.batches("validation", batch_size=settings.eval_batch_size))
+    return bundle.answers(logits)
+
+
+def truths(settings: Settings) -> list:
+    """The right answers to the validation examples; for spans lists of accepted texts."""
+    return dataset(settings).truths()
+
+
+def _say(entry: Entry, what: str) -> None:
+    how = f"reused, runs/{entry.folder.name}" if entry.reused else f"made in {entry.seconds:.0f} s"
+    print(f"· {what}: {how}", flush=True)
