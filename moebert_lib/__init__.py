@@ -3,8 +3,8 @@
 Shapes are written in one alphabet: ``B`` batch, ``T`` tokens, ``D`` hidden size, ``F`` neurons
 of a dense FFN, ``E`` experts, ``K`` neurons of an expert, ``L`` layers.
 
-Importing this package registers MoEBERT with transformers' ``AutoConfig`` and
-``AutoModelForSequenceClassification``.
+Importing this package registers MoEBERT with transformers' ``AutoConfig``, ``AutoModel``,
+``AutoModelForSequenceClassification`` and ``AutoModelForQuestionAnswering``.
 """
 
 import importlib
@@ -21,6 +21,7 @@ _PUBLIC = {
     "Importance": "importance", "ffn_importance": "importance",
     "deal_neurons": "experts", "to_moebert": "convert",
     "MoEBertConfig": "modeling", "MoEBertForSequenceClassification": "modeling",
+    "MoEBertForQuestionAnswering": "modeling",
     "parameter_counts": "moe_layer", "record_routes": "moe_layer",
     "DistillationTrainer": "train", "Settings": "settings",
 }  # fmt: skip

@@ -45,10 +45,18 @@ def _double(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double().eval()
 
 
+_TARGETS = ("labels", "start_positions", "end_positions")
+
+
 def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "index")}
+    """Logits ``(B, C)``; of a span head where starts and ends are, real tokens only, ``(n, 2)``."""
+    inputs = {name: v for name, v in batch.items() if name not in (*_TARGETS, "index")}
     with torch.no_grad():
-        return model(**inputs).logits
+        output = model(**inputs)
+    if "start_logits" not in output:
+        return output.logits
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    return torch.stack([output.start_logits[mask], output.end_logits[mask]], -1)
 
 
 def one_expert_is_dense(dense: nn.Module, moebert: nn.Module, batch: dict) -> Check:
@@ -126,7 +134,7 @@ def importance_equals_slow_loop(score, dense: nn.Module, batch: dict) -> Check:
     model = _double(dense)
     fast = score(model, [batch]).scores
     slow = torch.zeros_like(fast)
-    for i in range(len(batch["labels"])):
+    for i in range(len(batch["input_ids"])):
         example = {name: value[i : i + 1] for name, value in batch.items() if name != "index"}
         model.zero_grad()
         model(**example).loss.backward()

@@ -2,20 +2,32 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import BertForSequenceClassification, PreTrainedModel
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    PreTrainedModel,
+)
 
 from moebert_lib.experts import deal_layers
 from moebert_lib.importance import Importance
-from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification
+from moebert_lib.modeling import (
+    MoEBertConfig,
+    MoEBertForQuestionAnswering,
+    MoEBertForSequenceClassification,
+)
 from moebert_lib.moe_layer import MoEOutput, moe_layers
-from moebert_lib.routing import HashRouter, balanced_table, random_table
+from moebert_lib.routing import BalancedHash, HashRouter, RandomHash
 from moebert_lib.settings import nearest
 
 #: What may follow the named arguments of :func:`to_moebert`.
-OPTIONS = ("expert_layer_norm", "gate_scaling", "router_aux_loss_coef", "allow_identical")
+OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "router_aux_loss_coef",
+           "padding_in_balance", "allow_identical")  # fmt: skip
 
 #: Dense class to the MoEBERT class with the same head.
-HEADS = {BertForSequenceClassification: MoEBertForSequenceClassification}
+HEADS = {
+    BertForSequenceClassification: MoEBertForSequenceClassification,
+    BertForQuestionAnswering: MoEBertForQuestionAnswering,
+}
 
 
 def to_moebert(
@@ -33,10 +45,11 @@ def to_moebert(
     """Split every feed-forward layer of ``model`` into experts.
 
     The dense model is left as it is. Each expert is a copy of the neurons it was dealt, with
-    the layer's output bias and LayerNorm.
+    the layer's output bias and LayerNorm. Every routing serves both heads; with
+    ``gate-sentence``, question and context are one sentence and go to one expert.
 
     Args:
-        model: A fine-tuned ``BertForSequenceClassification``.
+        model: A fine-tuned ``BertForSequenceClassification`` or ``BertForQuestionAnswering``.
         importance: Scores from :func:`ffn_importance`, or a ranking ``(L, F)``, int64, most
             important neuron first.
         n_experts: Experts per layer (the paper: 4).
@@ -47,7 +60,8 @@ def to_moebert(
         seed: Of the hash tables (one a layer) and the gates' initial weights.
         token_frequencies: Occurrences of each vocabulary entry in the training set,
             ``(vocab,)``; ``hash-balance`` needs them.
-        config: ``expert_layer_norm``, ``gate_scaling``, ``router_aux_loss_coef``, or
+        config: ``shared_neurons``, ``expert_layer_norm``, ``gate_scaling``,
+            ``router_aux_loss_coef`` or ``padding_in_balance`` of :class:`MoEBertConfig`, or
             ``allow_identical`` to permit experts that are all the same.
 
     Returns:
@@ -56,7 +70,7 @@ def to_moebert(
     Raises:
         TypeError: an unknown argument.
         ValueError: an unsupported model, a ranking of another shape, sizes that do not fit,
-            or ``hash-balance`` without frequencies.
+            or ``hash-balance`` without a frequency for each vocabulary entry.
     """
     head = _head(model)
     _check_names(config)
@@ -114,9 +128,11 @@ def _fill_layer(layer: MoEOutput, old: nn.Module, neurons: Tensor) -> None:
     up, down = old.intermediate.dense, old.output.dense
     neurons = neurons.to(up.weight.device)
     layer.neurons.copy_(neurons)
-    layer.experts.up_proj.copy_(up.weight[neurons])  # (E, K, D)
-    layer.experts.up_proj_bias.copy_(up.bias[neurons])  # (E, K)
-    layer.experts.down_proj.copy_(down.weight.T[neurons].transpose(1, 2))  # (E, D, K)
+    layer.experts.set_neurons(
+        up.weight[neurons],  # (E, K, D)
+        up.bias[neurons],  # (E, K)
+        down.weight.T[neurons].mT,  # (E, D, K)
+    )
     layer.experts.down_proj_bias.copy_(down.bias.expand_as(layer.experts.down_proj_bias))
     layer.LayerNorm.weight.copy_(old.output.LayerNorm.weight.expand_as(layer.LayerNorm.weight))
     layer.LayerNorm.bias.copy_(old.output.LayerNorm.bias.expand_as(layer.LayerNorm.bias))
@@ -125,20 +141,25 @@ def _fill_layer(layer: MoEOutput, old: nn.Module, neurons: Tensor) -> None:
 @torch.no_grad()
 def _set_routers(student: nn.Module, *, seed: int, token_frequencies: Tensor | None) -> None:
     config, layers = student.config, moe_layers(student)
-    if config.routing == "hash-balance" and token_frequencies is None:
-        raise ValueError(
-            "routing='hash-balance' needs token_frequencies, one count a vocabulary id"
-        )
     generator = torch.Generator().manual_seed(seed)
     for index, layer in enumerate(layers):
-        layer_seed = seed * len(layers) + index  # a table of its own for every layer
-        if not isinstance(layer.router, HashRouter):
+        if isinstance(layer.router, HashRouter):
+            own_seed = seed * len(layers) + index  # a table of its own for every layer
+            fresh = _hash_router(config, token_frequencies, seed=own_seed)
+            layer.router.tid2eid.copy_(fresh.tid2eid)
+        else:
             weight = layer.router.gate.weight
             drawn = torch.randn(weight.shape, generator=generator) * config.initializer_range
             weight.copy_(drawn)
-        elif config.routing == "hash-balance":
-            table = balanced_table(token_frequencies, config.n_experts, seed=layer_seed)
-            layer.router.tid2eid.copy_(table.view(-1, 1))
-        else:
-            table = random_table(config.vocab_size, config.n_experts, seed=layer_seed)
-            layer.router.tid2eid.copy_(table.view(-1, 1))
+
+
+def _hash_router(config: MoEBertConfig, frequencies: Tensor | None, *, seed: int) -> HashRouter:
+    if config.routing == "hash-random":
+        return RandomHash(config.vocab_size, config.n_experts, seed=seed)
+    if frequencies is None or len(frequencies) != config.vocab_size:
+        given = "none" if frequencies is None else len(frequencies)
+        raise ValueError(
+            "routing='hash-balance' needs token_frequencies, one count for each of the "
+            f"{config.vocab_size} vocabulary ids, not {given}"
+        )
+    return BalancedHash(frequencies, config.n_experts, seed=seed)

@@ -86,13 +86,23 @@ def prediction_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return (forward + backward) / 2
 
 
+def _predicted(output) -> list[Tensor]:
+    """Logits of each distribution that a model predicts: one, or a span's start and end."""
+    if hasattr(output, "start_logits"):
+        return [output.start_logits, output.end_logits]  # (B, T) each
+    return [output.logits]  # (B, C)
+
+
 def distillation_terms(
     student, teacher, *, mask: Tensor | None, layers: str = "all"
 ) -> DistillationTerms:
     """Eq. 5 and Eq. 6 for one batch.
 
+    Eq. 6 of a span is the mean of start's and end's, as its task loss is.
+
     Args:
-        student: Model output with ``hidden_states`` and ``logits``.
+        student: Model output with ``hidden_states`` and ``logits``, or ``start_logits`` and
+            ``end_logits``.
         teacher: The same of the teacher, without gradient.
         mask: ``(B, T)``, 1 for tokens whose states count; ``None`` for all.
         layers: ``all``, ``skip`` or ``last`` (Fig. 3b).
@@ -100,7 +110,6 @@ def distillation_terms(
     chosen = chosen_layers(len(student.hidden_states) - 1, layers)
     own = [student.hidden_states[index] for index in chosen]
     other = [teacher.hidden_states[index] for index in chosen]
-    return DistillationTerms(
-        layer_distances(own, other, mask).sum(),
-        prediction_loss(student.logits, teacher.logits),
-    )
+    pairs = zip(_predicted(student), _predicted(teacher), strict=True)
+    prediction = torch.stack([prediction_loss(*pair) for pair in pairs]).mean()
+    return DistillationTerms(layer_distances(own, other, mask).sum(), prediction)

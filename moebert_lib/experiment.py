@@ -5,7 +5,6 @@ and library versions that it depends on. Ablations therefore share a teacher and
 importance scores, and a grid runs only what is missing.
 """
 
-import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +44,7 @@ from moebert_lib.train import distil
 
 __all__ = [
     "Student", "Teacher", "answers", "conversion", "converted", "dataset", "describe", "device",
-    "evaluate", "grid", "importance", "stored", "student", "teacher", "truths",
+    "distances", "evaluate", "grid", "importance", "stored", "student", "teacher", "truths",
 ]  # fmt: skip
 
 CONVERSION = ("n_experts", "routing", "ranking", "seed", "shared_neurons", "expert_layer_norm",
@@ -61,8 +60,7 @@ class Student:
     """A distilled MoEBERT's results.
 
     Attributes:
-        row: ``teacher_*``, ``converted_*`` and final metrics, parameter counts, and
-            ``distances_before`` / ``distances_after``, ``L + 1`` values each.
+        row: ``teacher_*``, ``converted_*`` and final metrics, and parameter counts.
         curve: Loss terms by step.
         entry: The store's entry.
     """
@@ -123,6 +121,12 @@ def _conversion(settings: Settings) -> Entry:
     return Store().make("converted", conversion_key(settings), build)
 
 
+def distances(settings: Settings, model: PreTrainedModel) -> torch.Tensor:
+    """Eq. 5's term at each layer, on validation examples, of a model to its teacher. ``(L + 1,)``"""
+    near = dataset(settings).batches("validation", limit=DISTANCE_EXAMPLES)
+    return state_distances(model, teacher(settings).model, near)
+
+
 def student(settings: Settings, *, keep_model: bool = False) -> Student:
     """Convert, distil and evaluate; from the store or done now.
 
@@ -136,11 +140,8 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         dense, bundle = teacher(settings), dataset(settings)
         before = conversion(settings)
         model = converted(settings)
-        near = functools.partial(bundle.batches, "validation", limit=DISTANCE_EXAMPLES)
-        distances = [state_distances(model, dense.model, near())]
         set_seed(settings.seed)
         curve = distil(model, dense.model, bundle.train, bundle.tokenizer, settings, folder)
-        distances.append(state_distances(model, dense.model, near()))
         curve.to_csv(folder / "curve.csv", index=False)
         if keep_model:
             model.save_pretrained(folder)
@@ -152,7 +153,6 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             **{f"converted_{name}": value for name, value in before.items()},
             **evaluate(settings, model),
             "effective_parameters": counts.effective, "stored_parameters": counts.stored,
-            "distances_before": distances[0].tolist(), "distances_after": distances[1].tolist(),
             "steps": len(curve),
         }  # fmt: skip
 

@@ -31,7 +31,8 @@ class Importance:
     Attributes:
         scores: Eq. 4, summed over examples. Shape ``(L, F)``, float64.
         blocks: The same sum over disjoint sets of examples, ``(M, L, F)``; they add up to
-            ``scores`` and carry the sampling error.
+            ``scores`` and carry the sampling error. None (``M = 0``) where only the sums are
+            known, as in the release's files.
         counts: Examples in each block, ``(M,)``, int64.
         meta: Where it came from: task, split, model, digests.
     """
@@ -42,8 +43,9 @@ class Importance:
     meta: dict = field(default_factory=dict)
 
     @property
-    def n_examples(self) -> int:
-        return int(self.counts.sum())
+    def n_examples(self) -> int | None:
+        """Examples scored; ``None`` where unknown."""
+        return int(self.counts.sum()) if len(self.counts) else None
 
     @property
     def ranking(self) -> Tensor:
@@ -56,9 +58,13 @@ class Importance:
         return sorted_scores[:, :top].sum(-1) / sorted_scores.sum(-1)
 
     def bootstrap(self, n: int, *, seed: int = 0) -> Tensor:
-        """Scores of ``n`` resamples of the blocks with replacement. Shape ``(n, L, F)``."""
+        """Scores of ``n`` resamples of the blocks with replacement. Shape ``(n, L, F)``.
+
+        Raises:
+            ValueError: there are no blocks.
+        """
         generator = torch.Generator().manual_seed(seed)
-        M = len(self.blocks)
+        M = self._n_blocks()
         drawn = torch.randint(M, (n, M), generator=generator)
         weights = torch.zeros(n, M, dtype=self.blocks.dtype)
         weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=weights.dtype))
@@ -73,12 +79,18 @@ class Importance:
         Raises:
             ValueError: two sets of that size are more blocks than there are.
         """
-        M = len(self.blocks)
+        M = self._n_blocks()
         if not 1 <= size <= M // 2:
             raise ValueError(f"size={size} must lie in 1..{M // 2}, half of the {M} blocks")
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.rand(n, M, generator=generator).argsort(-1)[:, : 2 * size]
         return self.blocks[drawn.view(n, 2, size)].sum(2)
+
+    def _n_blocks(self) -> int:
+        if not len(self.blocks):
+            raise ValueError("these scores are sums only, without blocks of examples; what other "
+                             "examples would change cannot be known")  # fmt: skip
+        return len(self.blocks)
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with ``meta`` as JSON in the header; replaces atomically."""
@@ -120,15 +132,16 @@ def ffn_importance(
 
     Args:
         model: A BERT with a head whose forward returns the mean ``loss`` of the batch.
-        batches: Dictionaries of model inputs with ``labels``; each on the model's device. An
-            entry ``index`` is ignored.
+        batches: Dictionaries of model inputs with ``labels``, or with ``start_positions`` and
+            ``end_positions`` inside the input; each on the model's device. An entry ``index``
+            is ignored.
         meta: Stored with the result.
 
     Returns:
         Scores ``(L, F)`` in float64, on the CPU.
 
     Raises:
-        ValueError: no batch, a batch without labels, or a model without BERT layers.
+        ValueError: no batch, a batch without targets, or a model without BERT layers.
 
     Source: Eq. 4; derivation in this module's header.
     """
@@ -143,8 +156,11 @@ def ffn_importance(
     seen = 0
     with _frozen(model):
         for batch in batches:
-            if "labels" not in batch:
-                raise ValueError("importance needs labels: Eq. 4 scores the task loss")
+            if "labels" not in batch and not {"start_positions", "end_positions"} <= {*batch}:
+                raise ValueError(
+                    "importance needs labels, or start_positions and end_positions: "
+                    "Eq. 4 scores the task loss"
+                )
             scores = batch_scores(model, layers, batch)  # (L, B, F)
             block = (torch.arange(scores.shape[1]) + seen) % N_BLOCKS
             blocks.index_add_(0, block, scores.transpose(0, 1).double().cpu())
@@ -173,7 +189,8 @@ def batch_scores(model: nn.Module, layers: list[nn.Module], batch: dict[str, Ten
     try:
         with torch.enable_grad():
             inputs = {name: value for name, value in batch.items() if name != "index"}
-            loss = model(**inputs).loss * len(batch["labels"])  # the sum over examples
+            targets = batch["labels"] if "labels" in batch else batch["start_positions"]
+            loss = model(**inputs).loss * len(targets)  # the sum over examples
             wanted = [tensor for pair in flows for tensor in pair]
             grads = torch.autograd.grad(loss, wanted)
     finally:

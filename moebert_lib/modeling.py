@@ -3,8 +3,8 @@
 ``BertLayer`` computes ``output(intermediate(x), x)``. With the identity at ``intermediate``
 and ``moe_layer.MoEOutput`` at ``output`` the FFN is replaced at one seam, and every other line
 that runs is transformers' own. Saving, loading, pipelines and ``Trainer`` therefore work
-unchanged, and ``AutoModelForSequenceClassification`` finds the model once
-``moebert_lib`` is imported.
+unchanged, and ``AutoModel``, ``AutoModelForSequenceClassification`` and
+``AutoModelForQuestionAnswering`` find the model once ``moebert_lib`` is imported.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,21 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
     PreTrainedModel,
 )
 from transformers import initialization as init
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import (
+    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
 from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.moe_layer import Experts, MoEOutput, RoutingContext
@@ -36,11 +43,14 @@ class MoEBertConfig(BertConfig):
         n_experts: Experts per layer ``E``; one is active for each token.
         expert_size: Neurons in each expert ``K``.
         n_shared: Neurons that every expert of a layer started with.
+        shared_neurons: ``copied``, a set for each expert that training moves apart (as the
+            release), or ``tied``, one set for all.
         routing: ``hash-random``, ``hash-balance``, ``gate-token`` or ``gate-sentence``.
         expert_layer_norm: ``per-expert`` (as the release) or ``shared``.
         gate_scaling: where a gate's probability multiplies, ``inside`` the residual as in
             Eq. 2, or ``outside`` it after LayerNorm, as the release does.
         router_aux_loss_coef: Weight of the gates' load-balance loss in ``loss``.
+        padding_in_balance: Count padding in that loss, as the release does.
     """
 
     model_type = "moebert"
@@ -49,13 +59,16 @@ class MoEBertConfig(BertConfig):
     n_experts: int = 4
     expert_size: int = 768
     n_shared: int = 512
+    shared_neurons: str = "copied"
     routing: str = "hash-random"
     expert_layer_norm: str = "per-expert"
     gate_scaling: str = "inside"
     router_aux_loss_coef: float = 0.01
+    padding_in_balance: bool = False
 
     def __post_init__(self, **kwargs):
         _one_of("routing", self.routing, ROUTINGS)
+        _one_of("shared_neurons", self.shared_neurons, ("copied", "tied"))
         _one_of("expert_layer_norm", self.expert_layer_norm, ("per-expert", "shared"))
         _one_of("gate_scaling", self.gate_scaling, ("inside", "outside"))
         super().__post_init__(**kwargs)
@@ -86,15 +99,25 @@ class MoEBertPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Experts):
-            for weight in (module.up_proj, module.down_proj):
-                init.normal_(weight, mean=0.0, std=self.config.initializer_range)
-            for bias in (module.up_proj_bias, module.down_proj_bias):
-                init.zeros_(bias)
+            for name, values in module.named_parameters():
+                if name.endswith("bias"):
+                    init.zeros_(values)
+                else:
+                    init.normal_(values, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, HashRouter):
             fresh = RandomHash(self.config.vocab_size, self.config.n_experts)
             init.copy_(module.tid2eid, fresh.tid2eid)
         elif isinstance(module, MoEOutput):
             init.zeros_(module.neurons)
+
+    def _with_aux_loss(self, output: ModelOutput, kind: type[ModelOutput]) -> ModelOutput:
+        """A head's output as ``kind``, with ``aux_loss``, and its weighted part in ``loss``."""
+        balance_losses = self.base_model.context.balance_losses
+        aux_loss = sum(balance_losses) if balance_losses else None
+        balance_losses.clear()
+        if aux_loss is not None and output.loss is not None:
+            output.loss = output.loss + self.config.router_aux_loss_coef * aux_loss
+        return kind(**output, aux_loss=aux_loss)
 
 
 class MoEBertModel(MoEBertPreTrainedModel, BertModel):
@@ -151,13 +174,40 @@ class MoEBertForSequenceClassification(MoEBertPreTrainedModel, BertForSequenceCl
             input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
             labels=labels, **kwargs,
         )  # fmt: skip
-        balance_losses = self.bert.context.balance_losses
-        aux_loss = sum(balance_losses) if balance_losses else None
-        balance_losses.clear()
-        if aux_loss is not None and output.loss is not None:
-            output.loss = output.loss + self.config.router_aux_loss_coef * aux_loss
-        return MoEBertSequenceClassifierOutput(**output, aux_loss=aux_loss)
+        return self._with_aux_loss(output, MoEBertSequenceClassifierOutput)
+
+
+@dataclass
+class MoEBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """``QuestionAnsweringModelOutput`` plus ``aux_loss``, as for sequence classification."""
+
+    aux_loss: Tensor | None = None
+
+
+class MoEBertForQuestionAnswering(MoEBertPreTrainedModel, BertForQuestionAnswering):
+    """``BertForQuestionAnswering`` with experts for feed-forward layers."""
+
+    def __init__(self, config: MoEBertConfig):
+        super(BertForQuestionAnswering, self).__init__(config)  # as above
+        self.num_labels = config.num_labels
+        self.bert = MoEBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, start_positions=None,
+        end_positions=None, **kwargs,
+    ) -> MoEBertQuestionAnsweringOutput:  # fmt: skip
+        """As ``BertForQuestionAnswering.forward``; the positions may be absent."""
+        output = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            start_positions=start_positions, end_positions=end_positions, **kwargs,
+        )  # fmt: skip
+        return self._with_aux_loss(output, MoEBertQuestionAnsweringOutput)
 
 
 AutoConfig.register("moebert", MoEBertConfig)
+AutoModel.register(MoEBertConfig, MoEBertModel)
+AutoModelForQuestionAnswering.register(MoEBertConfig, MoEBertForQuestionAnswering)
 AutoModelForSequenceClassification.register(MoEBertConfig, MoEBertForSequenceClassification)

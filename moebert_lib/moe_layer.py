@@ -29,13 +29,23 @@ class Experts(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
+        self.num_experts = config.n_experts
+        self._add_neurons(config)
+        self.down_proj_bias = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def _add_neurons(self, config: PreTrainedConfig) -> None:
         E, K, D = config.n_experts, config.expert_size, config.hidden_size
-        self.num_experts = E
         self.up_proj = nn.Parameter(torch.empty(E, K, D))  # W1 of Eq. 1, transposed
         self.up_proj_bias = nn.Parameter(torch.zeros(E, K))
         self.down_proj = nn.Parameter(torch.empty(E, D, K))  # W2 of Eq. 1, transposed
-        self.down_proj_bias = nn.Parameter(torch.zeros(E, D))
-        self.act_fn = ACT2FN[config.hidden_act]
+
+    @torch.no_grad()
+    def set_neurons(self, up: Tensor, up_bias: Tensor, down: Tensor) -> None:
+        """Copy weights in: ``(E, K, D)``, ``(E, K)`` and ``(E, D, K)``, shared neurons first."""
+        self.up_proj.copy_(up)
+        self.up_proj_bias.copy_(up_bias)
+        self.down_proj.copy_(down)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``weight * E_i(a)`` for each token's expert ``i`` (Eq. 2).
@@ -50,12 +60,58 @@ class Experts(nn.Module):
         """
         expert_of = top_k_index[:, 0]
         output = torch.zeros_like(hidden_states)
+        w1, b1, w2, b2 = self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias
         for e in range(self.num_experts):
             tokens = (expert_of == e).nonzero()[:, 0]  # (n_e,)
-            up = F.linear(hidden_states[tokens], self.up_proj[e], self.up_proj_bias[e])
-            down = F.linear(self.act_fn(up), self.down_proj[e], self.down_proj_bias[e])
-            output = output.index_copy(0, tokens, down.to(output.dtype))
+            h = self.act_fn(F.linear(hidden_states[tokens], w1[e], b1[e]))  # (n_e, K)
+            served = F.linear(h, w2[e], b2[e])
+            output = output.index_copy(0, tokens, served.to(output.dtype))
         return output * top_k_weights
+
+
+class TiedExperts(Experts):
+    """Experts whose first ``s`` neurons are one set of parameters, so they stay the same.
+
+    What each expert has of its own is stored beside them. ``up_proj``, ``up_proj_bias`` and
+    ``down_proj`` are put together on every access, in the shapes of :class:`Experts`, so every
+    implementation of transformers runs, and gradients add up over the experts.
+    """
+
+    def _add_neurons(self, config: PreTrainedConfig) -> None:
+        E, s, D = config.n_experts, config.n_shared, config.hidden_size
+        n_own = config.expert_size - s
+        self.shared_up = nn.Parameter(torch.empty(s, D))
+        self.shared_up_bias = nn.Parameter(torch.zeros(s))
+        self.shared_down = nn.Parameter(torch.empty(D, s))
+        self.own_up = nn.Parameter(torch.empty(E, n_own, D))
+        self.own_up_bias = nn.Parameter(torch.zeros(E, n_own))
+        self.own_down = nn.Parameter(torch.empty(E, D, n_own))
+
+    def _joined(self, shared: Tensor, own: Tensor, dim: int) -> Tensor:
+        return torch.cat([shared.expand(self.num_experts, *shared.shape), own], dim)
+
+    @property
+    def up_proj(self) -> Tensor:
+        return self._joined(self.shared_up, self.own_up, 1)  # (E, K, D)
+
+    @property
+    def up_proj_bias(self) -> Tensor:
+        return self._joined(self.shared_up_bias, self.own_up_bias, 1)  # (E, K)
+
+    @property
+    def down_proj(self) -> Tensor:
+        return self._joined(self.shared_down, self.own_down, 2)  # (E, D, K)
+
+    @torch.no_grad()
+    def set_neurons(self, up: Tensor, up_bias: Tensor, down: Tensor) -> None:
+        s = len(self.shared_up)
+        for shared, own, values in (
+            (self.shared_up, self.own_up, up),
+            (self.shared_up_bias, self.own_up_bias, up_bias),
+            (self.shared_down.T, self.own_down.mT, down.mT),
+        ):
+            shared.copy_(values[0, :s])
+            own.copy_(values[:, s:])
 
 
 class ExpertLayerNorm(nn.Module):
@@ -95,12 +151,14 @@ class MoEOutput(nn.Module):
         super().__init__()
         self.context = context
         self.router = _router(config)
-        self.experts = Experts(config)
+        tied = config.shared_neurons == "tied"
+        self.experts = TiedExperts(config) if tied else Experts(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.per_expert = config.expert_layer_norm == "per-expert"
         norm = ExpertLayerNorm if self.per_expert else _shared_layer_norm
         self.LayerNorm = norm(config)
         self.outside = config.gate_scaling == "outside"
+        self.padding_in_balance = config.padding_in_balance
         shape = (config.n_experts, config.expert_size)
         self.register_buffer("neurons", torch.zeros(shape, dtype=torch.int64), persistent=True)
 
@@ -108,7 +166,8 @@ class MoEOutput(nn.Module):
         """Both arguments are the attention output, ``(B, T, D)``, and so is the result."""
         route = self.router(hidden_states, self.context.input_ids, self.context.mask)
         if route.probabilities is not None:
-            self.context.balance_losses.append(balance_loss(route, self.context.mask))
+            mask = None if self.padding_in_balance else self.context.mask
+            self.context.balance_losses.append(balance_loss(route, mask))
         tokens = hidden_states.flatten(0, 1)  # (B*T, D)
         weights = torch.ones_like(route.weights) if self.outside else route.weights
         served = self.dropout(self.experts(tokens, route.experts, weights))
@@ -166,12 +225,14 @@ class ParameterCounts(NamedTuple):
 def parameter_counts(model: nn.Module) -> ParameterCounts:
     """Count parameters; effective leaves out the experts that a token does not visit.
 
-    Buffers (hash tables) are no parameters. Works on the meta device.
+    Tied neurons are stored once and used by every token. Buffers (hash tables) are no
+    parameters. Works on the meta device.
     """
     stored = sum(p.numel() for p in model.parameters())
     idle = 0
     for layer in moe_layers(model):
-        per_expert = [*layer.experts.parameters()]
+        named = layer.experts.named_parameters()
+        per_expert = [p for name, p in named if not name.startswith("shared_")]
         if layer.per_expert:
             per_expert += [*layer.LayerNorm.parameters()]
         n_experts = layer.experts.num_experts

@@ -49,6 +49,9 @@ class RandomHash(HashRouter):
 class BalancedHash(HashRouter):
     """``hash-balance``: entries are assigned so that the experts' loads are close.
 
+    The seed places only tokens that never occur: where every token occurs, all layers of a
+    model have the same table, unlike those of ``hash-random``.
+
     Args:
         frequencies: How often each token occurs in the training set, ``(vocab,)``.
         n_experts: Number of experts.

@@ -4,12 +4,13 @@ GLUE's eight tasks and SQuAD 1.1 and 2.0 have the hub's field names. The four bu
 their shapes, and labels by construction, from the sentences of ``corpus``:
 ``library`` asks for the topic (as SST-2 for the sentiment: one sentence, one class),
 ``acceptability`` whether a sentence is intact (CoLA), ``follows`` whether two belong together
-(MRPC), ``passage`` for the sentence that is about a topic (SQuAD: the answer is a span).
+(MRPC), ``passage`` for the sentence that mentions two words (SQuAD: the answer is a span).
 Left out on purpose: WNLI, as in the paper.
 """
 
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -73,7 +74,7 @@ _ALL = (
     Task("follows", _PAIR, ("elsewhere", "follows"), ("f1", "accuracy"),
          "Does the second sentence follow the first, or is it from elsewhere?", "built-in"),
     Task("passage", _SPAN, (), ("f1", "exact_match"),
-         "Which sentence of the passage is about this library?", "built-in"),
+         "Which sentence of the passage mentions these two words?", "built-in"),
     Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy"),
          "Is the sentence acceptable English?"),
     Task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",),
@@ -182,18 +183,23 @@ def _follows(shuffled: list[Sentence]) -> list[Example]:
 
 
 def _passage(shuffled: list[Sentence]) -> list[Example]:
-    """Three sentences of three topics; the one asked for stands first, second or third in turn."""
-    fitting = [s for s in shuffled if 8 <= _n_words(s) <= 14]
-    classes = [[s.text for s in fitting if s.library == name] for name in TOPICS]
+    """Three sentences; two words of one are named, and that sentence is the answer.
+
+    The words are in no other sentence of the passage; the answer stands first, second or third in
+    turn.
+    """
+    fitting = [s.text for s in shuffled if _n_words(s) <= 11]
     made: list[Example] = []
-    for texts in zip(*classes, strict=False):  # ends with the rarest class
-        order = sorted(range(len(TOPICS)), key=lambda i: _digest(texts[i], "order"))
-        for half in (order[:3], order[3:]):
-            place = len(made) % 3
-            before = sum(len(texts[i]) + 1 for i in half[:place])
+    for texts in zip(fitting[::3], fitting[1::3], fitting[2::3], strict=False):
+        place = len(made) % 3
+        answer, others = texts[place], " ".join(texts[:place] + texts[place + 1 :]).lower()
+        own = {word for word in re.findall(r"[a-z]{5,}", answer) if word not in others}
+        chosen = sorted(own, key=_digest)[:2]
+        if len(chosen) == 2:
+            start = sum(len(text) + 1 for text in texts[:place])
             made.append({
-                "question": f"Which sentence is about {TOPICS[half[place]]}?",
-                "context": " ".join(texts[i] for i in half),
-                "answers": {"text": [texts[half[place]]], "answer_start": [before]},
+                "question": " ".join(chosen),
+                "context": " ".join(texts),
+                "answers": {"text": [answer], "answer_start": [start]},
             })  # fmt: skip
     return made

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_spans import span_batch, span_bert
 from transformers import BertConfig, BertForMaskedLM
 
 from moebert_lib import checks
@@ -21,6 +22,18 @@ def test_one_full_width_expert_is_the_dense_model(tiny_bert, tiny_batch, routing
         dense, RANKING, n_experts=1, routing=routing, token_frequencies=torch.arange(99)
     )
     checks.one_expert_is_dense(dense, one, tiny_batch())
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_full_width_expert_is_the_dense_model_of_spans(tiny_bert, tiny_batch, routing):
+    dense, batch = span_bert(tiny_bert()), span_batch(tiny_batch())
+    one = to_moebert(
+        dense, RANKING, n_experts=1, routing=routing, token_frequencies=torch.arange(99),
+        router_aux_loss_coef=0.0, gate_scaling="outside",
+    )  # fmt: skip
+    own, other = one(**batch), dense(**batch)
+    for name in ("loss", "start_logits", "end_logits"):
+        assert torch.allclose(own[name], other[name], atol=1e-12)
 
 
 def test_full_width_identical_experts_are_the_dense_model(tiny_bert, tiny_batch):
@@ -109,11 +122,22 @@ def test_seeds_decide_tables_and_gates(tiny_bert):
         assert torch.equal(one[key], same[key]) and not torch.equal(one[key], other[key])
 
 
+def test_balanced_tables_differ_between_layers_only_in_tokens_that_never_occur(tiny_bert):
+    frequencies = torch.arange(99) % 3  # every third never occurs
+    moe = to_moebert(
+        tiny_bert(), RANKING, routing="hash-balance", token_frequencies=frequencies, seed=1
+    )
+    one, two = (layer.router.tid2eid[:, 0] for layer in moe_layers(moe))
+    assert torch.equal(one[frequencies > 0], two[frequencies > 0])
+    assert not torch.equal(one, two)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (dict(expert_size=40, n_shared=4), "148 neurons are needed.*largest expert_size is 19"),
-        (dict(routing="hash-balance"), "token_frequencies"),
+        (dict(routing="hash-balance"), "token_frequencies.*99 vocabulary ids, not none"),
+        (dict(routing="hash-balance", token_frequencies=torch.ones(1)), "99 vocab.*, not 1"),
         (dict(routing="hash"), "routing='hash' must be one of"),
         (dict(expert_size=16, n_shared=16), "identical"),
     ],
@@ -124,7 +148,14 @@ def test_what_does_not_fit_is_refused(tiny_bert, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"), [("n_expert", "n_experts"), ("routings", "routing"), ("gate_scale", "gate_")]
+    ("typo", "meant"),
+    [
+        ("n_expert", "n_experts"),
+        ("routings", "routing"),
+        ("gate_scale", "gate_"),
+        ("padding_in_loss", "padding_in_balance"),
+        ("shared_neuron", "shared_neurons"),
+    ],
 )
 def test_a_misspelt_argument_is_refused(tiny_bert, typo, meant):
     with pytest.raises(TypeError, match=f"no argument '{typo}'; did you mean '{meant}"):

@@ -87,6 +87,24 @@ def test_regression_compares_the_scores():
     assert prediction_loss(torch.tensor([[2.0]]), torch.tensor([[5.0]])) == 9
 
 
+def test_a_span_costs_the_mean_of_its_start_and_its_end():
+    noise = torch.Generator().manual_seed(4)
+    student, teacher = (
+        SimpleNamespace(
+            hidden_states=states(seed=seed),
+            start_logits=torch.randn(2, 4, generator=noise).double(),
+            end_logits=torch.randn(2, 4, generator=noise).double(),
+        )
+        for seed in (0, 1)
+    )
+    terms = distillation_terms(student, teacher, mask=None)
+    start = prediction_loss(student.start_logits, teacher.start_logits)
+    end = prediction_loss(student.end_logits, teacher.end_logits)
+    assert abs(start - end) > 0.1 and torch.allclose(terms.prediction, (start + end) / 2)
+    each = layer_distances(student.hidden_states, teacher.hidden_states, None)
+    assert torch.allclose(terms.hidden, each.sum())
+
+
 def test_a_model_against_itself_costs_nothing():
     def loss(own, other, logits, teacher_logits):
         student = SimpleNamespace(hidden_states=own, logits=logits)

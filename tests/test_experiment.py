@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moebert_lib import experiment, inputs
+from moebert_lib import experiment, inputs, teachers
 from moebert_lib.moe_layer import moe_layers
 from moebert_lib.settings import Settings
 from moebert_lib.store import Store
@@ -13,7 +13,7 @@ SETTINGS = Settings.at("smoke")
 
 def forget():
     """As a new process would start: nothing in memory, only what the store holds."""
-    for cached in (experiment._teacher, experiment._importance, inputs._dataset):
+    for cached in (teachers._teacher, teachers._importance, inputs._dataset):
         cached.cache_clear()
 
 
@@ -62,9 +62,34 @@ def test_a_grid_runs_only_what_is_missing(home, capsys):
 def test_a_row_holds_what_the_notebooks_draw(shared):
     row = experiment.student(SETTINGS).row
     assert {"teacher_accuracy", "converted_accuracy", "accuracy", "steps"} <= set(row)
-    assert len(row["distances_before"]) == len(row["distances_after"]) == 3
     assert row["effective_parameters"] < row["stored_parameters"]
-    assert row["distances_before"][0] == 0 < row["distances_before"][2]
+
+
+def test_conversion_leaves_the_embeddings_and_moves_the_layers(shared):
+    apart = experiment.distances(SETTINGS, experiment.converted(SETTINGS))
+    assert apart.shape == (3,) and apart[0] == 0 < apart[2]
+
+
+@pytest.mark.parametrize("task", ["passage", "squad_v2", "mnli", "stsb"])
+def test_every_kind_of_task_goes_the_whole_way(shared, tiny_glue, task):
+    data_dir = "" if task == "passage" else str(tiny_glue)
+    settings = Settings.at("smoke", task=task, data_dir=data_dir, doc_stride=8, max_length=48)
+    row, bundle = experiment.student(settings, keep_model=True).row, experiment.dataset(settings)
+    names = [*bundle.task.metrics, *(["accuracy_mismatched"] if task == "mnli" else [])]
+    assert {f"{when}{name}" for name in names for when in ("", "teacher_", "converted_")} <= set(
+        row
+    )
+    model = experiment.student(settings).model()
+    assert experiment.evaluate(settings, model) == {name: row[name] for name in names}
+    answers, truths = experiment.answers(settings, model), experiment.truths(settings)
+    assert len(answers) == len(truths) == len(bundle.examples["validation"])
+
+
+def test_only_what_is_stored_is_looked_up(home):
+    points = [SETTINGS, SETTINGS.but(distill="last")]
+    assert experiment.stored(points).empty
+    made = experiment.grid(points[:1])
+    assert experiment.stored(points).equals(made) and count("student") == 1
 
 
 def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch):

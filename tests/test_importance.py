@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_spans import span_batch, span_bert
 
 from moebert_lib import checks
 from moebert_lib.importance import Importance, ffn_importance
@@ -13,6 +14,20 @@ def test_scores_equal_the_per_example_loop_in_float64(tiny_bert, tiny_batch):
         ffn_importance, tiny_bert(num_labels=3), tiny_batch(n=6, num_labels=3)
     )
     assert check.difference < 1e-10
+
+
+def test_scores_of_a_span_model_equal_the_per_example_loop(tiny_bert, tiny_batch):
+    model, batch = span_bert(tiny_bert()), span_batch(tiny_batch(n=6))
+    slow = torch.zeros(2, 64).double()
+    for i in range(6):
+        model.zero_grad()
+        model(**{name: value[i : i + 1] for name, value in batch.items()}).loss.backward()
+        for row, layer in zip(slow, model.bert.encoder.layer, strict=True):
+            w1, w2 = layer.intermediate.dense.weight, layer.output.dense.weight
+            row += ((w1 * w1.grad).sum(1) + (w2 * w2.grad).sum(0)).abs().detach()
+    fast = ffn_importance(model, [{**batch, "index": torch.arange(6)}])
+    assert fast.n_examples == 6 and slow.max() > 1e-3
+    assert torch.allclose(fast.scores, slow, rtol=0, atol=1e-12)
 
 
 def test_the_check_can_fail(tiny_bert, tiny_batch):
@@ -128,7 +143,11 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("batches", "message"),
-    [([], "no batches"), ([{"input_ids": torch.ones(1, 3).long()}], "needs labels")],
+    [
+        ([], "no batches"),
+        ([{"input_ids": torch.ones(1, 3).long()}], "needs labels, or start_positions and end"),
+        ([{"start_positions": torch.ones(1).long()}], "needs labels, or start_positions and end"),
+    ],
 )
 def test_missing_examples_or_labels_are_refused(tiny_bert, batches, message):
     with pytest.raises(ValueError, match=message):

@@ -4,15 +4,27 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+from tiny_spans import span_batch, span_bert
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    pipeline,
+)
 
 import moebert_lib
 from moebert_lib import checks
 from moebert_lib.convert import to_moebert
 from moebert_lib.experts import random_ranking
-from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification, MoEBertModel
+from moebert_lib.modeling import (
+    MoEBertConfig,
+    MoEBertForQuestionAnswering,
+    MoEBertForSequenceClassification,
+    MoEBertModel,
+)
 from moebert_lib.moe_layer import moe_layers, parameter_counts, record_routes
-from moebert_lib.routing import ROUTINGS
+from moebert_lib.routing import ROUTINGS, balance_loss
 
 RANKING = random_ranking(2, 64, seed=0)
 
@@ -21,10 +33,11 @@ RANKING = random_ranking(2, 64, seed=0)
 def moebert(tiny_bert):
     """Maker of a converted tiny BERT whose experts' LayerNorms have drifted apart."""
 
-    def make(**changes):
+    def make(*, spans=False, **changes):
         frequencies = torch.arange(99)
+        dense = span_bert(tiny_bert()) if spans else tiny_bert()
         model = to_moebert(
-            tiny_bert(), RANKING, n_experts=4, expert_size=16, n_shared=8,
+            dense, RANKING, n_experts=4, expert_size=16, n_shared=8,
             **{"token_frequencies": frequencies, **changes},
         )  # fmt: skip
         for layer in moe_layers(model):
@@ -136,6 +149,68 @@ def test_loss_includes_the_gates_balance(moebert, tiny_batch):
     assert moebert()(**batch).aux_loss is None
 
 
+def test_the_balance_counts_padding_only_on_request(moebert, tiny_batch):
+    batch = tiny_batch()
+    for routing in ("gate-token", "gate-sentence"):
+        without, counted = (
+            moebert(routing=routing, padding_in_balance=flag) for flag in (False, True)
+        )
+        counted.load_state_dict(without.state_dict())
+        with record_routes(counted) as routes:
+            output = counted(**batch)
+        expected = sum(balance_loss(calls[0]) for calls in routes)
+        assert torch.allclose(output.aux_loss, expected, atol=1e-12)
+        assert not torch.allclose(output.aux_loss, without(**batch).aux_loss, atol=1e-6)
+
+
+def test_spans_have_the_outputs_of_transformers_and_no_pooler(moebert, tiny_batch):
+    model, batch = moebert(spans=True), span_batch(tiny_batch())
+    assert type(model) is MoEBertForQuestionAnswering and model.bert.pooler is None
+    output = model(**batch, output_hidden_states=True)
+    assert output.start_logits.shape == output.end_logits.shape == (4, 12)
+    assert len(output.hidden_states) == 3
+    as_tuple = model(**batch, return_dict=False)
+    own = (output.loss, output.start_logits, output.end_logits)
+    for one, other in zip(own, as_tuple[:3], strict=True):
+        assert torch.equal(one, other)
+    only = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert model(**only).loss is None
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_the_loss_of_spans_includes_the_gates_balance(moebert, tiny_batch, routing):
+    batch = span_batch(tiny_batch())
+    model = moebert(spans=True, routing=routing, router_aux_loss_coef=0.5)
+    output = model(**batch)
+    task = sum(
+        torch.nn.functional.cross_entropy(logits, batch[f"{side}_positions"]) / 2
+        for side, logits in (("start", output.start_logits), ("end", output.end_logits))
+    )
+    assert (output.aux_loss is None) == routing.startswith("hash")
+    balance = 0 if output.aux_loss is None else output.aux_loss
+    assert torch.allclose(output.loss, task + 0.5 * balance, atol=1e-12)
+
+
+def test_a_saved_span_model_is_found_by_its_auto_class(moebert, tiny_batch, tmp_path):
+    model, batch = moebert(spans=True, routing="gate-token"), tiny_batch()
+    del batch["labels"]
+    model.save_pretrained(tmp_path)
+    back = AutoModelForQuestionAnswering.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(back) is moebert_lib.MoEBertForQuestionAnswering
+    logits = model(**batch).end_logits
+    assert torch.allclose(back.eval()(**batch).end_logits, logits, rtol=0, atol=1e-12)
+
+
+def test_the_encoder_alone_is_found_by_its_auto_class(moebert, tiny_batch, tmp_path):
+    model, batch = moebert(), tiny_batch()
+    del batch["labels"]
+    model.save_pretrained(tmp_path)
+    back = AutoModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert type(back) is MoEBertModel
+    states = model.bert(**batch).last_hidden_state
+    assert torch.allclose(back(**batch).last_hidden_state, states, rtol=0, atol=1e-12)
+
+
 def test_padding_does_not_change_a_sentence(moebert, tiny_batch):
     batch = tiny_batch(n=1)
     del batch["labels"]
@@ -193,7 +268,12 @@ def test_a_classification_pipeline_runs(moebert, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("routing", "hash"), ("expert_layer_norm", "none"), ("gate_scaling", "both")],
+    [
+        ("routing", "hash"),
+        ("expert_layer_norm", "none"),
+        ("gate_scaling", "both"),
+        ("shared_neurons", "glued"),
+    ],
 )
 def test_an_unknown_choice_is_refused(name, value):
     with pytest.raises(Exception, match=f"{name}='{value}' must be one of"):
