@@ -142,7 +142,8 @@ def _run(kinds: Any) -> None:
                          help="number, name or path: 01, 01_importance, mine.ipynb")  # fmt: skip
     _values(command)
     command.add_argument("--force", action="store_true", help="run even what is stored")
-    command.add_argument("--plan", action="store_true", help="only say what would run")
+    command.add_argument("--plan", action="store_true",
+                         help="only list what would run, and its time and memory")  # fmt: skip
     command.set_defaults(function=commands.run)
 
 
@@ -161,9 +162,10 @@ def _sweep(kinds: Any) -> None:
 def _status(kinds: Any) -> None:
     command = kinds.add_parser(
         "status", help="what is stored, what failed and where",
-        description="List the stored runs, and the failed ones with their cell.",
-        example="moebert status",
+        description="Count the stored runs by kind, and list the newest, and the failed ones.",
+        example="moebert status --all",
     )  # fmt: skip
+    command.add_argument("--all", action="store_true", help="list all stored runs")
     command.set_defaults(function=commands.status)
 
 
@@ -179,10 +181,14 @@ def _report(kinds: Any) -> None:
 def _importance(kinds: Any) -> None:
     command = kinds.add_parser(
         "importance", help="score a fine-tuned model's neurons on a task (Eq. 4)",
-        description="Fine-tune the scale's model on a task, or reuse it, and score its neurons.",
-        example="moebert importance --task library --scale quick --out importance.safetensors",
+        description="Fine-tune the scale's model on a task, or reuse it, and score its neurons; "
+        "or import a file of the paper's release.",
+        example="moebert importance --task library --scale quick --out importance.safetensors\n"
+        "  moebert importance --import importance_rte.pkl --out rte.safetensors",
     )  # fmt: skip
     command.add_argument("--task", default=None, metavar="T", help="the scale's own by default")
+    command.add_argument("--import", dest="release", type=Path, default=None, metavar="FILE",
+                         help="a pickle of the release; nothing in it is run")  # fmt: skip
     command.add_argument("--out", type=Path, required=True, metavar="FILE")
     _values(command)
     command.set_defaults(function=commands.importance)

@@ -29,6 +29,7 @@ from moebert_lib.inputs import (
 from moebert_lib.moe_layer import parameter_counts
 from moebert_lib.scales import FFN_WIDTHS
 from moebert_lib.settings import Settings
+from moebert_lib.stages import CONVERSION, TRAINING
 from moebert_lib.store import Entry, Store, code_digest
 from moebert_lib.teachers import (
     Teacher,
@@ -44,13 +45,9 @@ from moebert_lib.train import distil
 
 __all__ = [
     "Student", "Teacher", "answers", "conversion", "converted", "dataset", "describe", "device",
-    "distances", "evaluate", "grid", "importance", "stored", "student", "teacher", "truths",
+    "distances", "evaluate", "grid", "importance", "student", "teacher", "truths",
 ]  # fmt: skip
 
-CONVERSION = ("n_experts", "routing", "ranking", "seed", "shared_neurons", "expert_layer_norm",
-              "gate_scaling")  # fmt: skip
-TRAINING = ("distill", "distill_weight", "epochs", "learning_rate", "batch_size", "weight_decay",
-            "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight")  # fmt: skip
 QUIET = 15  # seconds between two lines of a grid's progress
 DISTANCE_EXAMPLES = 100  # validation examples for the layer-by-layer distances
 
@@ -122,7 +119,7 @@ def _conversion(settings: Settings) -> Entry:
 
 
 def distances(settings: Settings, model: PreTrainedModel) -> torch.Tensor:
-    """Eq. 5's term at each layer, on validation examples, of a model to its teacher. ``(L + 1,)``"""
+    """Eq. 5's term at each layer, ``(L + 1,)``: a model to its teacher, validation examples."""
     near = dataset(settings).batches("validation", limit=DISTANCE_EXAMPLES)
     return state_distances(model, teacher(settings).model, near)
 
@@ -156,7 +153,8 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             "steps": len(curve),
         }  # fmt: skip
 
-    entry = _with_model(key) or Store().make("student", {**key, "keep_model": keep_model}, build)
+    with_model = Store().find("student", {**key, "keep_model": True})
+    entry = with_model or Store().make("student", {**key, "keep_model": keep_model}, build)
     return Student(entry.row, pd.read_csv(entry.folder / "curve.csv"), entry)
 
 
@@ -166,21 +164,6 @@ def student_key(settings: Settings) -> dict:
     return {**key, "code": code_digest("distill", "train", "evaluate", "experiment")}
 
 
-def _with_model(key: dict) -> Entry | None:
-    return Store().find("student", {**key, "keep_model": True})
-
-
-def stored(points: list[Settings]) -> pd.DataFrame:
-    """The rows of :func:`grid` for those students that the store has; runs nothing."""
-    rows = []
-    for point in dict.fromkeys(points):
-        key = student_key(point)
-        entry = _with_model(key) or Store().find("student", {**key, "keep_model": False})
-        if entry:
-            rows.append({**point.model_dump(), **entry.row})
-    return pd.DataFrame(rows)
-
-
 def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
     """One row for each point: its settings beside its results; runs only what is missing.
 
@@ -188,9 +171,11 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
         points: Experiments; doubles are run once.
         run: :func:`student` or :func:`conversion`.
     """
-    rows, done = [], 0
+    rows, done = {}, 0
     started = said = time.monotonic()
-    for index, point in enumerate(points, start=1):
+    order = sorted(range(len(points)), key=lambda i: _dense(points[i]))  # a teacher is loaded once
+    for index, place in enumerate(order, start=1):
+        point = points[place]
         result = _conversion(point) if run is conversion else run(point)
         entry = getattr(result, "entry", result)
         done += not entry.reused
@@ -199,6 +184,12 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
             left = (said - started) / done * (len(points) - index) / 60
             print(f"· run {index}/{len(points)} took {entry.seconds:.0f} s, "
                   f"at most {left:.1f} min left", flush=True)  # fmt: skip
-        rows.append({**point.model_dump(), **entry.row})
+        rows[place] = {**point.model_dump(), **entry.row}
     print(f"· grid: {len(points)} points, {done} run now, {len(points) - done} reused", flush=True)
-    return pd.DataFrame(rows)
+    return pd.DataFrame([rows[place] for place in range(len(points))])
+
+
+def _dense(settings: Settings) -> tuple:
+    """What the teacher differs by within a grid."""
+    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+    return settings.model, settings.task, seed

@@ -4,16 +4,19 @@ Every point is a complete, validated experiment. Points that several notebooks a
 equal, so the store runs them once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
+from typing import Any, get_args
 
 from moebert_lib.paper import TABLE7
-from moebert_lib.routing import ROUTINGS
 from moebert_lib.scales import LARGE
-from moebert_lib.settings import Settings
+from moebert_lib.settings import Routing, Settings
 from moebert_lib.tasks import TASKS
 
 Grid = dict[str, list[Settings]]
+
+ROUTINGS: tuple[str, ...] = get_args(Routing)  # not routing.ROUTINGS: a plan needs no torch
 
 #: Tasks of Table 3 (no distillation) and Table 4 (BERT-large).
 TABLE3_TASKS = ("rte", "mnli", "squad_v2")
@@ -39,22 +42,27 @@ def ablations(
     settings: Settings,
     width: int,
     *,
-    fractions: Sequence[int] = (24, 8, 4, 2),
-    numbers: Sequence[int] = (1, 2, 4, 8),
-    thirds: Sequence[int] = (0, 1, 2, 3),
+    fractions: Sequence[int] = (),
+    numbers: Sequence[int] = (),
+    thirds: Sequence[int] = (),
 ) -> Grid:
-    """Notebook 4: Figures 2a-c, 3a-b and Table 3, one setting changed at a time.
+    """Notebook 4: Figures 2a-c and 3a-b, one setting changed at a time.
 
     Args:
         settings: The default configuration, part of every figure.
         width: Neurons of a dense FFN.
         fractions: Fig. 2a: ``width`` over the expert size; two thirds are shared throughout.
+            None here and below: the paper's points at scale ``paper``, else one fewer.
         numbers: Fig. 2b: experts; those that the layer cannot fill are left out.
         thirds: Fig. 2c: shared thirds of an expert.
     """
+    whole = settings.scale == "paper"
+    fractions = fractions or ((24, 8, 4, 2) if whole else (8, 4, 2))
+    numbers = numbers or ((1, 2, 4, 8) if whole else (1, 4, 8))
+    thirds = thirds or ((0, 1, 2, 3) if whole else (0, 2, 3))
     size, shared = settings.sizes(width)
     base = settings.but(expert_size=size, n_shared=shared)
-    widths = [(width // f, -(-2 * (width // f) // 3)) for f in fractions]
+    widths = [(k, shared if k == size else -(-2 * k // 3)) for f in fractions if (k := width // f)]
     fitting = [n for n in numbers if shared + n * (size - shared) <= width]
     varied = {
         "figure2a": [base.but(expert_size=k, n_shared=s) for k, s in widths],
@@ -62,7 +70,6 @@ def ablations(
         "figure2c": [base.but(n_shared=size * t // 3) for t in thirds],
         "figure3a": [base.but(ranking=deal) for deal in ("importance", "random", "inverse")],
         "figure3b": [base.but(distill=which) for which in ("all", "skip", "last")],
-        "table3": [base.but(distill=which) for which in ("all", "none")],
     }
     return {name: [run for point in points for run in over_seeds(point)]
             for name, points in varied.items()}  # fmt: skip
@@ -86,14 +93,39 @@ def tasks(settings: Settings, asked: Sequence[str] = ()) -> list[str]:
 
 
 def on_task(settings: Settings, task: str) -> Settings:
-    """The experiment on another task: in brief at the offline scales, else in full."""
+    """The experiment on another task: in full, or at the offline scales in brief.
+
+    In brief there is less to learn from; students see as many examples as on the main task.
+    """
     if task == settings.task:
         return settings
     built_in = TASKS[task].source == "built-in"
     other = settings.on(task, **({"data_dir": ""} if built_in else {}))
     if not settings.offline:
         return other
-    return other.but(**{name: min(n, getattr(other, name) or n) for name, n in BRIEF.items()})
+    less = {name: min(n, getattr(other, name) or n) for name, n in BRIEF.items()}
+    again = (other.max_train_examples or 0) / less["max_train_examples"]
+    return other.but(**less, epochs=other.epochs * max(again, 1.0))
+
+
+def plain_training(settings: Settings) -> Grid:
+    """Notebook 4: Table 3 by task, with and without distillation.
+
+    At scale ``paper`` on the paper's three tasks, if the experiment is on one of them.
+    """
+    whole = settings.scale == "paper" and settings.task in TABLE3_TASKS
+    names = [t for t in TABLE3_TASKS if t in tasks(settings)] if whole else [settings.task]
+    both = [settings.but(distill=which) for which in ("all", "none")]
+    return {
+        name: [run for point in both for run in over_seeds(on_task(point, name))] for name in names
+    }
+
+
+def others(settings: Settings, asked: Sequence[str] = ()) -> list[Settings]:
+    """Notebook 1: tasks to compare with; if none is asked for, the built-in ones offline."""
+    built_in = [name for name, task in TASKS.items() if task.source == "built-in"]
+    names = asked or (built_in if settings.offline else [])
+    return [on_task(settings, name) for name in dict.fromkeys(names) if name != settings.task]
 
 
 def results(settings: Settings, names: Sequence[str]) -> Grid:
@@ -112,6 +144,21 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
         "table4": [run for task in large
                    for run in over_seeds(settings.on(task, model=LARGE, expert_size=None))],
     }  # fmt: skip
+
+
+def claims(settings: Settings, names: Sequence[str], width: int, *, ablate: bool = True) -> Grid:
+    """All that notebook 6 judges: :func:`results`, and on the main task notebooks 4's and 5's runs.
+
+    Args:
+        settings: The default configuration.
+        names: Tasks.
+        width: Neurons of a dense FFN.
+        ablate: Whether to ask for the runs of notebooks 4 and 5.
+    """
+    more = ablate and settings.task in names
+    return results(settings, names) | (
+        ablations(settings, width) | routers(settings) if more else {}
+    )
 
 
 def switches(settings: Settings) -> Grid:
@@ -133,3 +180,35 @@ def switches(settings: Settings) -> Grid:
         "gate, outside": gate.but(gate_scaling="outside"),
     }
     return {name: over_seeds(point) for name, point in points.items()}
+
+
+def asked(
+    notebook: str, settings: Settings, parameters: Mapping[str, Any], width: int
+) -> tuple[list[Settings], list[Settings]]:
+    """What a notebook asks for: experiments whose neurons are scored, and students.
+
+    Args:
+        notebook: Its name, ``04_ablations``; others than the workbook's ask for nothing.
+        settings: As the notebook makes them.
+        parameters: Its own parameters by name.
+        width: Neurons of a dense FFN.
+    """
+    sizes = {n: parameters[n] for n in ("fractions", "numbers", "thirds") if n in parameters}
+    if notebook == "01_importance":
+        return [settings, *others(settings, parameters.get("other_tasks", ()))], []
+    if notebook == "02_experts":
+        fixed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
+        return [settings.but(teacher_seed=fixed)], []
+    grid: Grid = {}
+    if notebook == "03_distillation":
+        grid = ladder(settings)
+    elif notebook == "04_ablations":
+        grid = ablations(settings, width, **sizes) | plain_training(settings)
+    elif notebook == "05_routing":
+        grid = routers(settings)
+    elif notebook == "06_results":
+        names = tasks(settings, parameters.get("tasks", ()))
+        grid = claims(settings, names, width, ablate=parameters.get("ablate", True))
+    elif notebook.startswith("08_"):
+        grid = switches(settings)
+    return [], list(chain.from_iterable(grid.values()))

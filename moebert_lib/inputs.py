@@ -21,11 +21,9 @@ from moebert_lib import data, spans, weights
 from moebert_lib.evaluate import score
 from moebert_lib.scales import MINILM, TINY
 from moebert_lib.settings import Settings, home
+from moebert_lib.stages import DATA
 from moebert_lib.store import versions
 
-#: The settings that decide a dataset and how answers are read off it.
-DATA = ("task", "max_length", "max_train_examples", "max_eval_examples", "doc_stride", "n_best",
-        "max_answer_length", "null_threshold")  # fmt: skip
 HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sentence is classified
 
 

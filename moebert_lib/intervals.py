@@ -1,8 +1,11 @@
 """How far the mean of a few runs can be trusted, and what it lets one say.
 
-Fewer than five runs get no interval: their points are the evidence.
+Levels get Student's t interval, paired differences a BCa bootstrap interval. Fewer than five
+runs get none: their points are the evidence. For many comparisons at once there are
+permutation tests and Holm's correction.
 """
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -13,6 +16,8 @@ from scipy import stats
 
 FEWEST = 5  #: runs below which an interval says more about its formula than about the runs
 LEVEL = 0.95
+RESAMPLES = 9999  #: of a bootstrap, and of a permutation test that is too large to enumerate
+ENUMERATED = 12  #: pairs up to which a permutation test tries every pattern of signs
 
 
 class Interval(NamedTuple):
@@ -52,11 +57,65 @@ def t_interval(values: Iterable[float]) -> Interval:
         Interval(mean=2.0, low=nan, high=nan, n=2)
     """
     runs = np.asarray(list(values), dtype=float)
+    low, high = student(runs) if len(runs) >= FEWEST else (float("nan"), float("nan"))
+    return Interval(float(runs.mean()), low, high, len(runs))
+
+
+def student(values: Iterable[float]) -> tuple[float, float]:
+    """Both ends of Student's t interval of the mean, however few the values; NaN for one.
+
+    It takes the values for normal. With two to four nothing in them can show whether they are.
+    """
+    runs = np.asarray(list(values), dtype=float)
+    if len(runs) < 2:
+        return float("nan"), float("nan")
+    mean = float(runs.mean())
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(runs) - 1) * stats.sem(runs))
+    return mean - reach, mean + reach
+
+
+def bca_interval(values: Iterable[float]) -> Interval:
+    """Mean and BCa bootstrap interval (bias-corrected and accelerated; Efron 1987).
+
+    It takes no distribution for granted, but can only resample what is there: with five normal
+    values it holds the true mean far less often than it says, in about 82 of 100 samples, with
+    twelve in about 90 (:func:`chance` measures the rest). Values that are all equal are their
+    own interval. The same values give the same interval.
+
+    Example:
+        >>> [round(number, 2) for number in bca_interval([1, 2, 3, 4, 5])]
+        [3.0, 1.8, 4.2, 5]
+    """
+    runs = np.asarray(list(values), dtype=float)
     mean, n = float(runs.mean()), len(runs)
     if n < FEWEST:
         return Interval(mean, float("nan"), float("nan"), n)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, n - 1) * runs.std(ddof=1) / np.sqrt(n))
-    return Interval(mean, mean - reach, mean + reach, n)
+    if np.ptp(runs) == 0:
+        return Interval(mean, mean, mean, n)
+    low, high = _bca(runs, RESAMPLES)
+    return Interval(mean, float(low), float(high), n)
+
+
+def _bca(samples: np.ndarray, n_resamples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the interval along the last axis."""
+    return stats.bootstrap(
+        (samples,), np.mean, axis=-1, confidence_level=LEVEL, method="BCa",
+        n_resamples=n_resamples, rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+
+
+@functools.cache
+def chance(n: int, *, n_samples: int = 1000) -> float:
+    """How often ``n`` differences without any effect have an interval that excludes zero.
+
+    Five in a hundred by name. :func:`student`, for two to four, keeps to that; BCa's rate is
+    measured, on ``n_samples`` samples of normal values. One difference has no interval: 0.
+    """
+    if n < FEWEST:
+        return (1 - LEVEL) * (n > 1)
+    noise = np.random.default_rng(n).normal(size=(n_samples, n))
+    low, high = _bca(noise, 999)
+    return float(((low > 0) | (high < 0)).mean())
 
 
 def differences(
@@ -88,8 +147,62 @@ def differences(
 
 
 def paired(frame: pd.DataFrame, metric: str, **pair: object) -> Interval:
-    """Interval of the mean of :func:`differences`, which says what ``pair`` may hold."""
-    return t_interval(differences(frame, metric, **pair))
+    """BCa interval of the mean of :func:`differences`, which says what ``pair`` may hold."""
+    return bca_interval(differences(frame, metric, **pair))
+
+
+def permutation_p(values: Iterable[float], alternative: str = "two-sided") -> float:
+    """p of a sign-flip test of paired differences: is their mean zero?
+
+    Without an effect each difference could as well have had the other sign. ``p`` is the share
+    of all patterns of signs whose mean is at least as extreme as the one observed: exact up to
+    twelve pairs, a seeded sample beyond. The observed pattern and its mirror image are always
+    among them, so a two-sided ``p`` of ``n`` pairs is never below ``2 ** (1 - n)``: fewer than
+    six pairs cannot reach 0.05, whatever they show.
+
+    Args:
+        values: Differences, one per pair; none give NaN.
+        alternative: ``two-sided``, ``greater`` (the mean is above zero) or ``less``.
+
+    Example:
+        >>> permutation_p([0.5, 0.25, 0.75])
+        0.25
+    """
+    if alternative not in ("two-sided", "greater", "less"):
+        raise ValueError(f"alternative={alternative!r}: choose from two-sided, greater, less")
+    gaps = np.asarray(list(values), dtype=float)
+    n = len(gaps)
+    if n == 0:
+        return float("nan")
+    if exact := n <= ENUMERATED:
+        signs = np.array(list(itertools.product([1.0, -1.0], repeat=n)))
+    else:
+        signs = np.random.default_rng(0).choice([1.0, -1.0], size=(RESAMPLES, n))
+    sums, seen = signs @ gaps, gaps.sum()
+    if alternative == "two-sided":
+        sums, seen = np.abs(sums), abs(seen)
+    elif alternative == "less":
+        sums, seen = -sums, -seen
+    extreme = int((sums >= seen - 1e-9 * np.abs(gaps).sum()).sum())
+    return extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
+
+
+def holm(p_values: Iterable[float]) -> np.ndarray:
+    """Holm's step-down adjustment: p-values of several tests, each fit to be held against 0.05.
+
+    The smallest of ``m`` is multiplied by ``m``, the next by ``m - 1`` and so on; none becomes
+    smaller than one before it, or larger than 1. NaN stays NaN and does not count.
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
+        [0.03, 0.06, 0.06]
+    """
+    p = np.asarray(list(p_values), dtype=float)
+    adjusted = np.full(len(p), np.nan)
+    order = np.argsort(p)[: int(np.isfinite(p).sum())]  # NaN is sorted last
+    steps = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return adjusted
 
 
 def agreed(values: Iterable[float]) -> str:
@@ -104,7 +217,7 @@ def agreed(values: Iterable[float]) -> str:
     """
     runs = np.asarray(list(values), dtype=float)
     if len(runs) >= FEWEST:
-        return t_interval(runs).sign
+        return bca_interval(runs).sign
     if len(runs) < 2:
         return "?"
     return ">" if (runs > 0).all() else "<" if (runs < 0).all() else "?"

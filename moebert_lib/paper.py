@@ -5,7 +5,6 @@ Scores are percentages and means over three runs; the paper gives no spread. Tab
 copied from the text. Figures carry no printed values, so theirs were read off the bitmap.
 """
 
-import itertools
 from typing import Any
 
 import pandas as pd
@@ -81,15 +80,35 @@ _TABLE2 = {
 }
 
 # Table 3, printed: layer-wise distillation left out.
-_TABLE3_COLUMNS = ("RTE Acc", "MNLI m", "MNLI mm", "SQuAD v2.0 EM", "SQuAD v2.0 F1")
+_TABLE3_COLUMNS = {
+    ("rte", "accuracy"): "RTE Acc",
+    ("mnli", "accuracy"): "MNLI m",
+    ("mnli", "accuracy_mismatched"): "MNLI mm",
+    ("squad_v2", "exact_match"): "SQuAD v2.0 EM",
+    ("squad_v2", "f1"): "SQuAD v2.0 F1",
+}
 _TABLE3 = {
     "MoEBERT": (74.0, 84.5, 84.8, 73.6, 76.8),
     "-distill": (73.3, 83.2, 84.0, 72.5, 76.0),
 }
 
 # Table 4, printed: distilling BERT-large (FFN 4096 -> 4 experts of 1024, 512 shared).
-_TABLE4_COLUMNS = ("RTE", "MNLI-m", "MNLI-mm")
+_TABLE4_COLUMNS = {
+    ("rte", "accuracy"): "RTE",
+    ("mnli", "accuracy"): "MNLI-m",
+    ("mnli", "accuracy_mismatched"): "MNLI-mm",
+}
 _TABLE4 = {"BERT-large": (71.1, 86.3, 86.2), "MoEBERT-large": (72.2, 86.3, 86.5)}
+
+#: Tables 5 and 6, printed: examples to train on and in the development set; Table 6 rounds.
+TABLE5 = {"squad": (87_599, 10_570), "squad_v2": (130_319, 11_873)}
+TABLE6 = {
+    "cola": (8_500, 1_000), "sst2": (67_000, 872), "mnli": (393_000, 20_000),
+    "rte": (2_500, 276), "qqp": (364_000, 40_000), "mrpc": (3_700, 408),
+    "qnli": (108_000, 5_700), "stsb": (7_000, 1_500),
+}  # fmt: skip
+
+_COLUMNS = {1: _TABLE1_COLUMNS, 2: _TABLE2_COLUMNS, 3: _TABLE3_COLUMNS, 4: _TABLE4_COLUMNS}
 
 #: Values read off the figures (DIGITISED). Keys are the values of the matching setting.
 #: Figures 2 and 3: mean of MNLI-m and MNLI-mm accuracy, %. Figure 4: examples a second.
@@ -165,8 +184,8 @@ def table(n: int) -> pd.DataFrame:
     tables = {
         1: (_TABLE1, list(_TABLE1_COLUMNS.values()), "method"),
         2: (_TABLE2, list(_TABLE2_COLUMNS.values()), "method"),
-        3: (_TABLE3, list(_TABLE3_COLUMNS), "method"),
-        4: (_TABLE4, list(_TABLE4_COLUMNS), "method"),
+        3: (_TABLE3, list(_TABLE3_COLUMNS.values()), "method"),
+        4: (_TABLE4, list(_TABLE4_COLUMNS.values()), "method"),
         7: ({k: tuple(v.values()) for k, v in TABLE7.items()}, list(_SETTING_NAMES), "task"),
     }
     if n not in tables:
@@ -175,6 +194,23 @@ def table(n: int) -> pd.DataFrame:
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=columns)
     frame.index.name = index
     return frame
+
+
+def figure(name: str) -> pd.DataFrame:
+    """A figure's values as rows, to stand below ours in a saved table.
+
+    Args:
+        name: ``figure2a`` to ``figure3c``.
+
+    Returns:
+        The setting that the figure varies, ``source``, and ``paper_percent``: accuracy on MNLI.
+
+    Example:
+        >>> figure("figure2c")["paper_percent"].max()
+        np.float64(84.7)
+    """
+    values = pd.Series(FIGURES[name], name="paper_percent").rename_axis(FIGURE_SETTINGS[name])
+    return values.reset_index().assign(source="paper")
 
 
 def moebert(task: str) -> dict[str, float]:
@@ -195,36 +231,44 @@ def bert_base(task: str) -> dict[str, float]:
     return _scores("BERT-base", task)
 
 
-def smallest_step(shown_in: str) -> float:
-    """Least difference between neighbouring values of what a claim is shown in, in points.
+#: One configuration, the default, as two figures show it: a lower bound of the paper's noise.
+DEFAULT_TWICE = (FIGURES["figure3b"]["all"], FIGURES["figure3a"]["importance"])
+NOISE_FLOOR = DEFAULT_TWICE[1] - DEFAULT_TWICE[0]
+
+
+def column(task: str, metric: str, *, table: int | None = None) -> str:
+    """Name of a task's metric among the columns of a table; empty where there is none.
 
     Args:
-        shown_in: Key of :data:`CLAIMS`. Table 3: the least loss; Figure 4 (speed): NaN.
-
-    Example:
-        >>> round(smallest_step("figure2b"), 2)
-        0.05
-    """
-    if shown_in == "table3":
-        return float((table(3).loc["MoEBERT"] - table(3).loc["-distill"]).min())
-    if shown_in not in FIGURE_SETTINGS:
-        return _NONE
-    values = sorted(FIGURES[shown_in].values())
-    return min(high - low for low, high in itertools.pairwise(values))
-
-
-#: One configuration, the default, as two figures show it: a lower bound of the paper's noise.
-NOISE_FLOOR = FIGURES["figure3a"]["importance"] - FIGURES["figure3b"]["all"]
-
-
-def column(task: str, metric: str) -> str:
-    """Name of a task's metric among the columns of Tables 1 to 3; empty where there is none.
+        task: A task.
+        metric: One of its metrics.
+        table: 1 to 4; None for the one of Tables 1 (GLUE) and 2 (SQuAD) that has the task.
 
     Example:
         >>> column("mnli", "accuracy"), column("library", "accuracy")
         ('MNLI m', '')
     """
-    return {**_TABLE1_COLUMNS, **_TABLE2_COLUMNS}.get((task, metric), "")
+    columns = _COLUMNS[table] if table else {**_TABLE1_COLUMNS, **_TABLE2_COLUMNS}
+    return columns.get((task, metric), "")
+
+
+def printed(method: str, task: str, metric: str) -> float:
+    """One cell of Tables 1 to 4 in %; NaN where the paper has none.
+
+    Args:
+        method: ``MoEBERT``, ``BERT-base``, ``-distill``, ``MoEBERT-large``, or any other row.
+        task: A task.
+        metric: One of its metrics.
+
+    Example:
+        >>> printed("-distill", "squad_v2", "f1"), printed("MoEBERT", "library", "accuracy")
+        (76.0, nan)
+    """
+    for n in _COLUMNS:
+        rows, name = table(n), column(task, metric, table=n)
+        if method in rows.index and name:
+            return float(rows.loc[method, name])
+    return _NONE
 
 
 def _scores(method: str, task: str) -> dict[str, float]:

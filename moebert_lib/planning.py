@@ -6,6 +6,7 @@ A notebook has one cell tagged ``parameters`` with lines such as ``seed: int = 0
 """
 
 import ast
+import itertools
 import json
 import math
 import re
@@ -14,9 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from moebert_lib import estimate, grids, knobs
+from moebert_lib.provenance import checksums
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.settings import Settings, UserError, home, nearest
 from moebert_lib.store import code_digest, digest, versions
+
+#: Notebooks' parameters that name a folder: a key holds the digests of its files.
+FOLDERS = {"importance_dir"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,9 @@ class Job:
     def key(self) -> dict[str, Any]:
         """Everything that decides the result; data by its digest, not by where it lies."""
         settings = self.settings and self.settings.model_dump() | {"data_dir": ""}
-        parameters = {name: self.parameters[name] for name in self.parameters if name != "data_dir"}
+        parameters = {name: value for name, value in self.parameters.items() if name != "data_dir"}
+        for name in FOLDERS & parameters.keys():
+            parameters[name] = checksums(Path(folder)) if (folder := parameters[name]) else {}
         return {
             "notebook": self.name,
             "cells": digest([(cell["cell_type"], _source(cell)) for cell in _cells(self.notebook)]),
@@ -96,12 +104,13 @@ def plan(
                         "such as {epochs: 2}")  # fmt: skip
     values |= overrides
     Settings.at(values["scale"])  # refuses an unknown scale
-    if isinstance(values.get("data_dir"), str) and values["data_dir"]:
-        values["data_dir"] = str(Path(values["data_dir"]).expanduser().resolve())
+    for name in ("data_dir", *FOLDERS):
+        if isinstance(values.get(name), str) and values[name]:
+            values[name] = str(Path(values[name]).expanduser().resolve())
     own = {path: _parameters(path) for path in paths}
     _check_names(values, own)
     jobs = [_job(path, own[path], values) for path in paths]
-    _check_data([job.settings for job in jobs if job.settings])
+    _check_data(jobs)
     return jobs
 
 
@@ -186,6 +195,7 @@ def _job(path: Path, own: dict[str, tuple[Any, Any]], values: dict[str, Any]) ->
     given = {name: value for name, value in mine.items() if value != defaults[name]}
     given |= {"overrides": {**defaults["overrides"], **rest}} if rest else {}
     parameters = defaults | given
+    knobs.check(parameters, settings)
     return Job(path, given, parameters, settings, changed=bool(given.keys() - {"scale"}))
 
 
@@ -214,12 +224,29 @@ def _finite(name: str, value: Any) -> Any:
     return value
 
 
-def _check_data(settings: Sequence[Settings]) -> None:
+def _check_data(jobs: Sequence[Job]) -> None:
+    """Refuse models, data and points of a grid that cannot be had."""
     from moebert_lib import data
 
-    for one in dict.fromkeys(settings):
+    settings = dict.fromkeys(job.settings for job in jobs if job.settings)
+    for one in settings:
         data.check(one)
         _check_model(one)
+    runs = itertools.chain.from_iterable(points for job in jobs for points in asked(job))
+    for one in {_what_is_read(run): run for run in runs}.values():
+        data.check(one)
+
+
+def asked(job: Job) -> tuple[list[Settings], list[Settings]]:
+    """Experiments of a job: those whose neurons are scored, and those of its students."""
+    if job.settings is None:
+        return [], []
+    width = estimate.shape(job.settings.model).neurons
+    return grids.asked(job.name, job.settings, job.parameters, width)
+
+
+def _what_is_read(settings: Settings) -> tuple:
+    return settings.task, settings.data_dir, settings.max_length, settings.doc_stride
 
 
 def _check_model(settings: Settings) -> None:

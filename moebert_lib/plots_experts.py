@@ -4,6 +4,7 @@ An assignment has shape ``(E, K)``: row ``e`` lists the neurons of expert ``e``.
 has shape ``(F,)``: neurons, most important first.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -35,9 +36,9 @@ def owners(assignment: ArrayLike, n_neurons: int) -> np.ndarray:
         >>> owners([[5, 2, 1], [5, 0, 3]], n_neurons=6).tolist()
         [1, 0, 0, 1, -2, -1]
     """
-    assignment = np.asarray(assignment)
     owner = np.full(n_neurons, DROPPED)
     for expert, hand in enumerate(assignment):
+        hand = np.asarray(hand, dtype=int)
         owner[hand] = np.where(owner[hand] == DROPPED, expert, SHARED)
     return owner
 
@@ -49,7 +50,7 @@ def owner_color(owner: int) -> str:
 
 
 def deal(
-    assignment: ArrayLike,
+    assignment: ArrayLike | Sequence[Sequence[int]],
     ranking: ArrayLike,
     *,
     scores: Sequence[float] | None = None,
@@ -59,30 +60,30 @@ def deal(
     """The deal as cards (Fig. 1): one row sorted by importance, below it every hand.
 
     Args:
-        assignment: Shape ``(E, K)``, neurons of each expert.
-        ranking: Shape ``(F,)``, neurons, most important first. About 16 cards fit.
-        scores: Shape ``(F,)``, importance of each neuron, printed above its card.
+        assignment: Neurons of each expert, ``(E, K)`` or lists of any lengths.
+        ranking: Neurons, most important first: all of a layer, or some. About 16 cards fit.
+        scores: Importance by neuron, printed above its card.
         ax: Where to draw; none makes a new figure.
         title: The finding.
     """
-    assignment, ranking = np.asarray(assignment), np.asarray(ranking)
-    n_experts, size = assignment.shape
+    ranking = np.asarray(ranking)
+    hands = [np.asarray(hand, dtype=int) for hand in assignment]
+    lefts = np.cumsum([0, *(len(hand) + 0.7 for hand in hands)])
     ax = axes(ax, (WIDE[0], 3.0))
-    owner = owners(assignment, len(ranking))
-    width = n_experts * size + 0.7 * (n_experts - 1)
+    owner = owners(hands, ranking.max() + 1)
+    width = lefts[-1] - 0.7
     top = {neuron: place + (width - len(ranking)) / 2 for place, neuron in enumerate(ranking)}
     for neuron, x in top.items():
         _card(ax, x, 1.9, neuron, owner[neuron])
         if scores is not None:
             ax.text(x + 0.5, 2.72, f"{scores[neuron]:.2g}", ha="center", fontsize=9, color=MUTED)
-    for expert, hand in enumerate(assignment):
-        left = expert * (size + 0.7)
-        ax.text(left + size / 2, -0.14, f"expert {expert + 1}", ha="center", va="top")
+    for expert, (hand, left) in enumerate(zip(hands, lefts[:-1], strict=True)):
+        ax.text(left + len(hand) / 2, -0.14, f"expert {expert + 1}", ha="center", va="top")
         for place, neuron in enumerate(hand):
             _card(ax, left + place, 0, neuron, owner[neuron])
             _thread(ax, top[neuron] + 0.5, left + place + 0.5, owner_color(owner[neuron]))
     low = min(0.0, (width - len(ranking)) / 2)
-    if (owner == DROPPED).any():
+    if (owner[ranking] == DROPPED).any():
         ax.text(max(top.values()) + 1.15, 2.28, "dropped", va="center", color=MUTED)
     ax.text(low - 0.25, 2.28, "by\nimportance", ha="right", va="center")
     ax.text(low - 0.25, 0.38, "dealt", ha="right", va="center")
@@ -92,6 +93,29 @@ def deal(
     return ax
 
 
+def spaced(
+    assignment: ArrayLike, ranking: ArrayLike, *, n: int
+) -> tuple[list[int], list[list[int]]]:
+    """``n`` neurons at even distances in a ranking, and which of them each expert holds.
+
+    The distance has no common factor with the number of experts: the deal goes around the
+    table, and would else show the same expert again and again.
+
+    Args:
+        assignment: Shape ``(E, K)``, neurons of each expert.
+        ranking: Shape ``(F,)``, neurons, most important first.
+        n: Neurons to pick, at most ``F``.
+
+    Example:
+        >>> spaced([[5, 2, 1], [5, 0, 3]], [5, 2, 0, 1, 3, 4], n=6)
+        ([5, 2, 0, 1, 3, 4], [[5, 2, 1], [5, 0, 3]])
+    """
+    ranking, hands = np.asarray(ranking).tolist(), np.asarray(assignment).tolist()
+    step = next(s for s in range(len(ranking) // n, 0, -1) if math.gcd(s, len(hands)) == 1)
+    seen = ranking[step // 2 :: step][:n]
+    return seen, [[neuron for neuron in seen if neuron in hand] for hand in hands]
+
+
 def _card(ax: Axes, x: float, y: float, neuron: int, owner: int) -> None:
     color = owner_color(owner)
     ax.add_patch(FancyBboxPatch(
@@ -99,7 +123,7 @@ def _card(ax: Axes, x: float, y: float, neuron: int, owner: int) -> None:
         fc=color, ec="white", lw=0.8, zorder=3, gid=f"neuron {neuron}",
     ))  # fmt: skip
     ax.text(x + 0.5, y + 0.37, rf"$h_{{{neuron}}}$", ha="center", va="center", zorder=4,
-            color=ink_on(color), fontsize=12)  # fmt: skip
+            color=ink_on(color), fontsize=12 - max(0, len(str(neuron)) - 2))  # fmt: skip
 
 
 def _thread(ax: Axes, x_from: float, x_to: float, color: str) -> None:

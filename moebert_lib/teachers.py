@@ -15,14 +15,11 @@ from transformers.utils import logging as transformers_logging
 from moebert_lib import data, weights
 from moebert_lib.evaluate import predict
 from moebert_lib.importance import Importance, ffn_importance
-from moebert_lib.inputs import DATA, chosen, dataset, device, load, new_model
+from moebert_lib.inputs import chosen, dataset, device, load, new_model
 from moebert_lib.settings import Settings, home
+from moebert_lib.stages import DATA, IMPORTANCE, TEACHER
 from moebert_lib.store import Entry, Store, code_digest, versions
 from moebert_lib.train import fine_tune
-
-TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size",
-           "teacher_weight_decay", "max_grad_norm", "dropout")  # fmt: skip
-IMPORTANCE = ("importance_examples", "importance_split")
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,30 @@ def test_run_prints_progress_and_where_things_are_and_then_reuses(home, capsys):
 
 def test_plan_says_what_would_run_and_runs_nothing(home, capsys):
     assert cli.main(["run", "03", "--plan", "-p", "seed=2"]) == 0
-    assert "03_distillation seed=2: to run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "03_distillation seed=2: to run" in out and "student" in out and "seeds 2-4" in out
+    assert out.splitlines()[-1] == "1 notebook runs planned, nothing was executed"
     assert not (home / "runs").exists()
+
+
+def test_a_plan_at_scale_paper_is_there_at_once_and_offline(moebert_home):
+    code = (
+        "import sys; sys.orig_argv[1:3] = ['-m', 'moebert_lib']\n"
+        "from moebert_lib import cli; status = cli.main(['run', '--scale', 'paper', '--plan'])\n"
+        "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("in all") and "CPU" in line and "GPU" in line for line in lines)
+    assert os.listdir(moebert_home) == ["notebooks"]
+
+
+def test_a_plan_says_what_is_stored(home, capsys):
+    assert cli.main(["run", "03", "--scale", "smoke"]) == 0
+    assert cli.main(["run", "00", "03", "--scale", "smoke", "--plan"]) == 0
+    out = capsys.readouterr().out
+    assert "03_distillation scale=smoke: stored, 0." in out and "00_the_idea: to run" in out
 
 
 def test_a_failing_notebook_is_one_line_and_status_1(home, capsys):

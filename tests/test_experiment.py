@@ -85,13 +85,6 @@ def test_every_kind_of_task_goes_the_whole_way(shared, tiny_glue, task):
     assert len(answers) == len(truths) == len(bundle.examples["validation"])
 
 
-def test_only_what_is_stored_is_looked_up(home):
-    points = [SETTINGS, SETTINGS.but(distill="last")]
-    assert experiment.stored(points).empty
-    made = experiment.grid(points[:1])
-    assert experiment.stored(points).equals(made) and count("student") == 1
-
-
 def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch):
     first = experiment.student(SETTINGS)
     monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))

@@ -5,7 +5,20 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from moebert_lib.intervals import Interval, agreed, chain, differences, paired, steps, t_interval
+from moebert_lib.intervals import (
+    Interval,
+    agreed,
+    bca_interval,
+    chain,
+    chance,
+    differences,
+    holm,
+    paired,
+    permutation_p,
+    steps,
+    student,
+    t_interval,
+)
 
 
 def runs(**scores):
@@ -19,8 +32,9 @@ def test_the_interval_is_student_s():
     assert t_interval(values)[:3] == pytest.approx((np.mean(values), low, high))
 
 
-def test_fewer_than_five_runs_decide_nothing():
-    few = t_interval([0.9, 0.9, 0.9, 0.9])
+@pytest.mark.parametrize("interval", [t_interval, bca_interval])
+def test_fewer_than_five_runs_decide_nothing(interval):
+    few = interval([0.9, 0.9, 0.9, 0.8])
     assert np.isnan([few.low, few.high]).all()
     assert few.sign == "?" and "no interval, n = 4" in few.points()
 
@@ -70,3 +84,86 @@ def test_an_order_is_compared_step_by_step_in_points():
     compared = steps(frame, "accuracy", column="kind", order=["a", "b", "c"])
     assert compared["mean"].tolist() == [25, -12.5] and compared["lowest"].tolist() == [25, -25]
     assert compared["pairs"].tolist() == [2, 2] and chain(compared) == "a > b ? c"
+
+
+def test_student_s_interval_of_two_values_is_the_hand_worked_one():
+    # mean 2, standard error 1, t of one degree of freedom 12.706
+    assert student([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706), abs=1e-3)
+    assert np.isnan(student([1.0])).all()
+
+
+def test_a_paired_interval_is_scipy_s_bca_and_the_same_every_time():
+    one = np.array([0.1, 0.5, 0.3, 0.9, 0.7, 0.2])
+    gaps = np.array([0.01, 0.04, -0.01, 0.03, 0.02, 0.09])
+    pair = dict(column="kind", better="a", worse="b")
+    mine = paired(runs(a=one + gaps, b=one), "accuracy", **pair)
+    theirs = stats.bootstrap((gaps,), np.mean, method="BCa", rng=7).confidence_interval
+    assert mine[1:3] == pytest.approx(tuple(theirs), abs=0.005)
+    assert mine == paired(runs(a=one + gaps, b=one), "accuracy", **pair)
+
+
+def test_bca_leans_to_the_side_of_the_long_tail_as_student_s_does_not():
+    mean, low, high, _ = bca_interval([0, 0, 0, 0, 1, 1, 2, 9])
+    assert high - mean > 1.5 * (mean - low)
+
+
+@pytest.mark.parametrize("n, least, most", [(5, 0.77, 0.87), (12, 0.86, 0.94)])
+def test_bca_of_few_values_covers_less_than_it_says(n, least, most):
+    samples = np.random.default_rng(1).normal(size=(300, n))
+    covered = [low <= 0 <= high for _, low, high, _ in map(bca_interval, samples)]
+    assert least < np.mean(covered) < most
+    assert 1 - chance(n) == pytest.approx(np.mean(covered), abs=0.05)
+
+
+def test_chance_is_the_nominal_rate_for_student_s_and_none_for_one_pair():
+    assert [chance(n) for n in (0, 1, 2, 4)] == pytest.approx([0, 0, 0.05, 0.05])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
+def test_the_least_p_of_a_permutation_test_is_two_to_the_one_minus_n(n):
+    assert permutation_p(np.arange(1, n + 1)) == 2 ** (1 - n)
+
+
+def test_a_permutation_test_by_hand():
+    # Sums of (1, 2, -4) over all signs: 7, 5, 3, 1 and their opposites, -1, -1 ... observed -1.
+    assert permutation_p([1, 2, -4]) == 1.0
+    assert permutation_p([1, -2, 4]) == 0.75  # 3; as extreme: 3, 5, 7 and their opposites
+    assert permutation_p([1, -2, 4], "greater") == 3 / 8
+    assert permutation_p([1, -2, 4], "less") == 6 / 8
+
+
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_permutation_tests_are_scipy_s(alternative, rng):
+    gaps = rng.normal(0.4, size=9)
+    theirs = stats.permutation_test(
+        (gaps,), np.mean, permutation_type="samples", alternative=alternative, n_resamples=np.inf
+    )
+    assert permutation_p(gaps, alternative) == pytest.approx(theirs.pvalue)
+
+
+def test_beyond_twelve_pairs_the_test_is_sampled_reproducibly_and_never_zero(rng):
+    gaps = rng.normal(0.5, size=14)
+    signs = np.array(np.meshgrid(*[[1, -1]] * 14)).reshape(14, -1).T
+    exact = (np.abs(signs @ gaps) >= abs(gaps.sum()) - 1e-9).mean()
+    assert permutation_p(gaps) == pytest.approx(exact, abs=0.01)
+    assert permutation_p(gaps) == permutation_p(gaps)
+    assert permutation_p(np.full(20, 1.0)) > 0
+
+
+def test_a_permutation_test_of_nothing_is_nan_and_of_zeros_is_one():
+    assert np.isnan(permutation_p([])) and permutation_p([0.0, 0.0, 0.0]) == 1
+
+
+def test_an_unknown_alternative_is_refused():
+    with pytest.raises(ValueError, match="choose from two-sided, greater, less"):
+        permutation_p([1.0], "bigger")
+
+
+def test_holm_by_hand():
+    # 0.01 x 4, then 0.02 x 3, then 0.03 x 2 which may not fall below 0.06, then 0.5
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+
+
+def test_holm_leaves_tests_without_runs_out_of_its_count():
+    assert holm([np.nan, 0.04, 0.01]) == pytest.approx([np.nan, 0.04, 0.02], nan_ok=True)
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]

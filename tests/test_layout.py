@@ -11,13 +11,14 @@ from checkout import LIBRARY, PYTHON, ROOT, files, text, tree
 ROOMS = {
     "the command line": "cli __main__ commands doctor",
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
-    "plots_results tables widgets report bench",
-    "many runs": "batch planning execution publish pages experiment teachers grids inputs "
-    "removal store",
+    "plots_results plots_claims plots_release tables widgets report bench",
+    "notebooks, planned and run": "batch planning knobs forecast estimate execution publish pages",
+    "what runs say": "claims verdicts",
+    "experiments, each made once": "grids experiment teachers removal inputs store",
     "learning": "train distill evaluate routes",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
-    "the method: tensors in, tensors out": "importance stability experts routing",
-    "ground": "data tasks corpus files spans weights settings scales paper checks "
+    "the method: tensors in, tensors out": "importance release stability experts routing",
+    "ground": "data tasks corpus files spans weights settings scales stages paper checks "
     "provenance intervals",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}

@@ -1,9 +1,14 @@
 """The paper's numbers agree with themselves where it prints them twice."""
 
+from math import isnan
+
 import pytest
 
 from moebert_lib import paper
 from moebert_lib.settings import Settings
+from moebert_lib.tasks import TASKS
+
+METRICS = ("accuracy", "accuracy_mismatched", "f1", "matthews", "exact_match")
 
 
 def test_moebert_beats_bert_base_on_every_glue_metric_or_ties_as_table_1_prints():
@@ -67,3 +72,34 @@ def test_speedups_are_ratios_of_figure_4():
 def test_a_table_the_paper_has_no_numbers_for_is_refused():
     with pytest.raises(ValueError, match="no Table 5 here; choose from 1, 2, 3, 4, 7"):
         paper.table(5)
+
+
+@pytest.mark.parametrize(
+    "method, task, metric, value",
+    [
+        ("PKD", "mnli", "accuracy_mismatched", 81.0),
+        ("BERT-base", "squad_v2", "exact_match", 74.5),
+        ("-distill", "squad_v2", "f1", 76.0),
+        ("MoEBERT-large", "mnli", "accuracy_mismatched", 86.5),
+    ],
+)
+def test_a_cell_is_found_in_whichever_table_prints_it(method, task, metric, value):
+    assert paper.printed(method, task, metric) == value
+
+
+def test_cells_that_the_paper_has_not_are_nan():
+    assert isnan(paper.printed("DistilBERT", "mrpc", "accuracy"))  # a dash
+    assert isnan(paper.printed("MoEBERT-large", "cola", "matthews"))
+    assert isnan(paper.printed("MoEBERT", "library", "accuracy"))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_every_column_is_some_task_s_metric(n):
+    pairs = [(task, metric) for task in TASKS for metric in METRICS]
+    named = {paper.column(task, metric, table=n) for task, metric in pairs} - {""}
+    assert named == set(paper.table(n).columns)
+
+
+def test_the_noise_floor_is_the_distance_of_one_configuration_from_itself():
+    assert paper.DEFAULT_TWICE == (84.60, 84.70)
+    assert pytest.approx(0.1) == paper.NOISE_FLOOR

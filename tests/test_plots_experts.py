@@ -3,11 +3,13 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
 from moebert_lib import plots_experts as drawn
+from moebert_lib.experts import deal_neurons
 from moebert_lib.plots import COLORS, EXPERTS
 
 HANDS = np.array([[5, 2, 1], [5, 0, 3]])
@@ -40,6 +42,32 @@ def test_scores_are_printed_above_their_own_neuron():
     ax = drawn.deal(HANDS, RANKING, scores=[0.3, 0.2, 0.4, 0.1, 0.0, 0.9])
     printed = [t.get_text() for t in ax.texts if t.get_position()[1] == 2.72]
     assert printed == ["0.9", "0.4", "0.3", "0.2", "0.1", "0"]
+
+
+def test_hands_may_be_of_different_lengths_and_neurons_of_any_number():
+    ax = drawn.deal([[905, 12], [905], []], [905, 12, 7])
+    assert [patch.get_gid() for patch in ax.patches] == [
+        f"neuron {n}" for n in (905, 12, 7, 905, 12, 905)
+    ]
+    colors = [to_hex(patch.get_facecolor()).upper() for patch in ax.patches[:3]]
+    assert colors == [COLORS["shared"], EXPERTS[0].upper(), COLORS["dropped"]]
+
+
+@pytest.mark.parametrize("width, n_experts", [(1536, 4), (3072, 4), (4096, 8), (64, 3), (12, 1)])
+def test_neurons_spaced_along_a_ranking_show_the_deal_in_proportion(width, n_experts, generator):
+    ranking = torch.randperm(width, generator=generator)
+    size = width // n_experts
+    sizes = dict(n_experts=n_experts, expert_size=size, n_shared=2 * size // 3)
+    experts = deal_neurons(ranking, **sizes)
+    seen, hands = drawn.spaced(experts, ranking, n=12)
+    ranks = [ranking.tolist().index(neuron) for neuron in seen]
+    assert len(set(seen)) == 12 and len(set(np.diff(ranks))) == 1
+    for hand, held in zip(hands, experts.tolist(), strict=True):
+        assert set(hand) == set(seen) & set(held)
+    own = [neuron for hand in hands for neuron in hand if sum(neuron in h for h in hands) == 1]
+    if width > 1000:  # a round of cards shows every expert before it shows one again
+        owners = [next(e for e, h in enumerate(hands) if n in h) for n in seen if n in own]
+        assert len(set(owners[:n_experts])) == min(n_experts, len(owners))
 
 
 def test_each_experts_strip_marks_exactly_its_neurons_along_the_ranking():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import fixture_home
 import pytest
+from checkout import NOTEBOOKS
 
 from moebert_lib import cli
 
@@ -107,6 +108,39 @@ REFUSED = {
     "bench of no sentences": (["bench", "--batch", "0"], "at least 1"),
 }  # fmt: skip
 
+#: Asked of the workbook's own notebooks.
+REFUSED_KNOBS = {
+    "layer zero": ("02", "layer=0", "layer=0: expected 1 to 2, counted from 1"),
+    "layer beyond the last": ("02", "layer=3", "expected 1 to 2"),
+    "layer in words": ("02", "layer=first", "valid integer"),
+    "no resamples": ("01", "n_resamples=0", "n_resamples=0: expected at least 1"),
+    "nothing removed from": ("01", "removal_examples=-1", "expected at least 1"),
+    "misspelt other task": ("01", "other_tasks=[folows]", "did you mean 'follows'?"),
+    "other task without data": ("01", "other_tasks=[rte]", "task 'rte' needs --data-dir"),
+    "one task, not a list": ("01", "other_tasks=follows", "valid list"),
+    "fraction of one": ("04", "fractions=[1, 2]", "whole numbers from 2 to 64"),
+    "one point": ("04", "fractions=[4]", "two or more different"),
+    "point in words": ("04", "fractions=[four, 2]", "valid integer"),
+    "half a number": ("04", "numbers=[1.5, 2]", "numbers=[1.5, 2]"),
+    "no experts": ("04", "numbers=[0, 4]", "from 1 to"),
+    "no number that fits": ("04", "numbers=[4, 4000]", "from 1 to 9, which is what fits"),
+    "four thirds": ("04", "thirds=[0, 4]", "two or more different thirds from 0 to 3"),
+    "a third twice": ("04", "thirds=[1, 1]", "different thirds"),
+    "number for a sentence": ("05", "sentence=7", "valid string"),
+    "misspelt task of the table": ("06", "tasks=[libary]", "did you mean 'library'?"),
+    "task of the table without data": ("06", "tasks=[library, cola]", "task 'cola' needs"),
+    "no sentence at once": ("07", "batch=0", "batch=0: expected at least 1"),
+    "no round": ("07", "repeats=0", "expected at least 1"),
+    "no tokens": ("07", "lengths=[0, 8]", "tokens from 1 to 512, ascending"),
+    "no lengths": ("07", "lengths=[]", "ascending"),
+    "lengths falling": ("07", "lengths=[64, 16]", "ascending"),
+    "lengths too long": ("07", "lengths=[16, 1024]", "from 1 to 512"),
+    "length in words": ("07", "lengths=[long]", "valid integer"),
+    "toy of no expert": ("00", "n_experts=0", "n_experts=0: expected at least 1"),
+    "toy of empty experts": ("00", "expert_size=0", "expected at least 1"),
+    "toy sharing less than nothing": ("00", "n_shared=-1", "expected at least 0"),
+}  # fmt: skip
+
 GRIDS = {
     "typo": "seed: [0, 1]\n",
     "setting": "settings: {n_share: [0]}\n",
@@ -140,6 +174,28 @@ def test_it_is_refused_in_one_line_before_any_compute(place, capfd, argv, said):
     assert len(err.splitlines()) == 1 and err.startswith("moebert: ")
     assert said in err
     assert sorted(os.listdir(place / "home")) == ["notebooks"]
+
+
+@pytest.mark.parametrize("number, given, said", REFUSED_KNOBS.values(), ids=REFUSED_KNOBS)
+def test_a_notebooks_own_parameters_are_refused_out_of_range(
+    moebert_home, capfd, number, given, said
+):
+    scale = [] if number == "00" else ["--scale", "smoke"]
+    assert cli.main(["run", number, *scale, "-p", given]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and said in err
+    assert sorted(os.listdir(moebert_home)) == ["notebooks"]
+
+
+def test_more_experts_than_the_toy_has_neurons_need_something_shared(moebert_home, capfd):
+    assert cli.main(["run", "00", "-p", "n_experts=8", "-p", "n_shared=0"]) == 2
+    assert "expected 1 to 6 if nothing is shared" in capfd.readouterr().err
+    assert cli.main(["run", "00", "--plan", "-p", "n_experts=8"]) == 0
+
+
+def test_every_notebook_is_planned_with_its_own_defaults(moebert_home, capfd):
+    for path in NOTEBOOKS:
+        assert cli.main(["run", path.stem, "--plan", "--scale", "smoke"]) == 0, path.stem
 
 
 def test_there_are_at_least_25_of_them():

@@ -1,0 +1,215 @@
+"""Verdicts on the paper's claims, by a stated rule, and the tables that go with them.
+
+Differences are in points of each task's headline metric, as ``claims`` says.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pandas as pd
+
+from moebert_lib import paper
+from moebert_lib.claims import CLAIMS, SPANS, differences
+from moebert_lib.intervals import (
+    FEWEST,
+    bca_interval,
+    chance,
+    holm,
+    permutation_p,
+    student,
+    t_interval,
+)
+from moebert_lib.scales import LARGE
+from moebert_lib.settings import Settings
+from moebert_lib.tasks import TASKS
+
+MARGIN = 0.5  #: points within which two arms count as equal; ours, the paper names none
+REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "not reproduced", "undecided"
+TOLD = (REPRODUCED, CONTRADICTED, UNDECIDED)  #: what runs can say
+NO_RUNS, ELSEWHERE = "no runs", "see notebook 7"
+
+#: Where the interval must lie, in points, for a comparison of each kind.
+CLAIMED = {
+    "better": (0.0, np.inf),
+    "equal": (-MARGIN, MARGIN),
+    "not worse": (-MARGIN, np.inf),
+}
+
+
+def judge(gaps: Iterable[float], kind: str) -> tuple[str, float, float]:
+    """Verdict on one comparison, and the 95% interval of the mean difference that decides it.
+
+    The interval: BCa bootstrap from five pairs on. For two to four, Student's t, which takes
+    differences for normal; there is no better choice, since a permutation test of three pairs
+    cannot go below p = 0.25. One pair, or two to four that are all equal, have no interval.
+
+    * "better" is reproduced if the interval lies wholly above zero, and not reproduced if
+      wholly below.
+    * "equal" is reproduced if it lies wholly within half a point of zero, and not reproduced if
+      wholly outside.
+    * "not worse" is reproduced if it lies wholly above minus half a point, and not reproduced if
+      wholly below.
+    * Anything else is undecided. Without pairs there are no runs.
+    * A claim is reproduced if all its comparisons are, not reproduced if any of them is "not
+      reproduced", and else undecided. Comparisons without runs are left out, and counted.
+    """
+    gaps = np.asarray(list(gaps), dtype=float)
+    low = high = float("nan")
+    if len(gaps) >= FEWEST:
+        low, high = bca_interval(gaps)[1:3]
+    elif len(gaps) and np.ptp(gaps):
+        low, high = student(gaps)
+    floor, roof = CLAIMED[kind]
+    inside = low > floor and high < roof
+    outside = high < floor or low > roof
+    told = REPRODUCED if inside else CONTRADICTED if outside else UNDECIDED
+    return told if len(gaps) else NO_RUNS, low, high
+
+
+def compare(frame: pd.DataFrame) -> pd.DataFrame:
+    """Every comparison of every claim: one row each, differences in points.
+
+    Args:
+        frame: As :func:`collect` returns it.
+
+    Returns:
+        Columns ``claim``, ``comparison``, ``kind``, ``tasks``, ``pairs``, ``mean``, ``low`` and
+        ``high`` (the interval that decides, see :func:`judge`), ``lowest``, ``highest``,
+        ``paper``, ``p`` (two-sided sign-flip test), ``p_holm`` (over all rows) and ``verdict``.
+    """
+    rows = []
+    for claim in CLAIMS:
+        for one in claim.comparisons:
+            gaps = differences(frame, one)
+            verdict, low, high = judge(gaps, one.kind)
+            rows.append({
+                "claim": claim.key, "comparison": str(one), "kind": one.kind,
+                "tasks": gaps.index.get_level_values("task").nunique(), "pairs": len(gaps),
+                "mean": gaps.mean(), "low": low, "high": high,
+                "lowest": gaps.min(), "highest": gaps.max(), "paper": one.printed,
+                "p": permutation_p(gaps), "verdict": verdict,
+            })  # fmt: skip
+    table = pd.DataFrame(rows)
+    table.insert(len(table.columns) - 1, "p_holm", holm(table["p"]))
+    return table
+
+
+def verdicts(compared: pd.DataFrame) -> pd.DataFrame:
+    """One row per claim, from the rows of :func:`compare`; the index is the claim's key.
+
+    Returns:
+        Columns ``claim``, ``shown in``, ``comparisons``, ``tested`` (those with runs), ``pairs``
+        (the fewest of a tested one) and ``verdict``.
+    """
+    rows = {}
+    for claim in CLAIMS:
+        mine = compared[(compared["claim"] == claim.key) & (compared["pairs"] > 0)]
+        rows[claim.key] = {
+            "claim": claim.statement, "shown in": claim.shown_in,
+            "comparisons": len(claim.comparisons), "tested": len(mine),
+            "pairs": 0 if mine.empty else int(mine["pairs"].min()),
+            "verdict": _together(set(mine["verdict"])) if claim.comparisons else ELSEWHERE,
+        }  # fmt: skip
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("key")
+
+
+def _together(told: set[str]) -> str:
+    if not told:
+        return NO_RUNS
+    if CONTRADICTED in told:
+        return CONTRADICTED
+    return told.pop() if len(told) == 1 else UNDECIDED
+
+
+def by_chance(compared: pd.DataFrame) -> tuple[int, int, float]:
+    """Of the comparisons that claim a direction and have runs: decided, still so after Holm, luck.
+
+    Returns:
+        How many have a verdict, how many of these have ``p_holm`` of 0.05 at most, and how many
+        verdicts to expect if no arm differed from any other (:func:`intervals.chance`).
+    """
+    told = compared[(compared["kind"] == "better") & (compared["pairs"] > 0)]
+    decided = told[told["verdict"] != UNDECIDED]
+    luck = sum(chance(int(n)) for n in told["pairs"])
+    return len(decided), int((decided["p_holm"] <= 0.05).sum()), luck
+
+
+def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
+    """The default runs beside Tables 1, 2 and 4: one row per task and metric, in %.
+
+    Args:
+        runs: Rows of ``experiment.grid``, one or several seeds for each task.
+
+    Returns:
+        Columns ``model``, ``task``, ``metric``, ``ours`` (mean), ``low`` and ``high`` (95% t
+        interval; below five runs the lowest and highest run), ``n``, ``teacher`` and ``gap``
+        (ours minus it), ``paper``, ``over paper`` (ours minus it) and ``paper gap`` (MoEBERT
+        minus BERT).
+    """
+    rows = []
+    for model, task, metric, group in _by_metric(runs):
+        methods = ("MoEBERT-large", "BERT-large") if model == LARGE else ("MoEBERT", "BERT-base")
+        mean, low, high, n = t_interval(100 * group[metric])
+        if n < FEWEST:
+            low, high = 100 * group[metric].min(), 100 * group[metric].max()
+        theirs, bert = (paper.printed(method, task, metric) for method in methods)
+        teacher = 100 * group[f"teacher_{metric}"].mean()
+        rows.append((model, task, metric, mean, low, high, n, teacher, mean - teacher, theirs,
+                     mean - theirs, theirs - bert))  # fmt: skip
+    names = "model task metric ours low high n teacher gap paper"
+    return pd.DataFrame(rows, columns=[*names.split(), "over paper", "paper gap"])
+
+
+def beneath(n: int, beside: pd.DataFrame, *, source: str) -> pd.DataFrame:
+    """Table ``n`` of the paper, its rows ``quoted``, with ours beneath: teacher and student.
+
+    Args:
+        n: 1 (GLUE), 2 (SQuAD) or 4 (BERT-large).
+        beside: Rows of :func:`beside_paper`. Those that belong to another table are left out;
+            a task that the paper has not gets a column of its own, for its headline metric.
+        source: What our rows are marked with.
+    """
+    ours: list[dict] = [{"method": "dense teacher"}, {"method": "MoEBERT"}]
+    for row in beside.itertuples():
+        spans, own = row.task in SPANS, not paper.column(row.task, row.metric)
+        if (row.model == LARGE) != (n == 4) or (n != 4 and spans != (n == 2)):
+            continue
+        if own and row.metric != TASKS[row.task].metric:
+            continue
+        place = paper.column(row.task, row.metric, table=n) or f"{row.task} {row.metric}, here only"
+        ours[0][place], ours[1][place] = row.teacher, row.ours
+    quoted = paper.table(n).reset_index().assign(source="quoted")
+    mine = pd.DataFrame([row for row in ours if len(row) > 1]).assign(source=source)
+    return pd.concat([quoted, mine], ignore_index=True).set_index(["source", "method"])
+
+
+def gaps(runs: pd.DataFrame) -> pd.DataFrame:
+    """Student minus teacher, in points: the paper's (Tables 1 and 2), and every run of ours.
+
+    Args:
+        runs: Rows of ``experiment.grid``.
+
+    Returns:
+        Columns ``task`` (with its metric), ``gap`` and ``source``, as ``plots_learning.gaps``
+        draws them.
+    """
+    tables = [paper.table(1), paper.table(2).add_prefix("SQuAD ")]
+    printed = pd.concat([table.loc["MoEBERT"] - table.loc["BERT-base"] for table in tables])
+    theirs = printed.rename_axis("task").reset_index(name="gap")
+    frames = [theirs.assign(source="paper")]
+    for _, task, metric, group in _by_metric(runs):
+        gap = 100 * (group[metric] - group[f"teacher_{metric}"])
+        place = paper.column(task, metric) or f"{task} {metric}, here"
+        place = f"SQuAD {place}" if paper.column(task, metric, table=2) else place
+        frames.append(pd.DataFrame({"task": place, "gap": gap, "source": "here"}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _by_metric(runs: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
+    """Model, task, metric and runs of each, the headline metric of a task first."""
+    for (model, task), group in runs.groupby(["model", "task"], sort=False):
+        scores = [name for name in group if f"teacher_{name}" in group]
+        metrics = set(scores) - set(Settings.model_fields)  # teacher_seed is a setting
+        names = [name for name in scores if name in metrics and group[name].notna().all()]
+        for metric in sorted(names, key=lambda name, task=task: name != TASKS[task].metric):
+            yield model, task, metric, group

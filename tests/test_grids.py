@@ -1,0 +1,193 @@
+"""What notebooks ask for, and what a plan makes of it: every run once, as the store counts."""
+
+import itertools
+
+import pytest
+from checkout import NOTEBOOKS
+
+from moebert_lib import batch, experiment, forecast, grids
+from moebert_lib.paper import FIGURE_SETTINGS, FIGURES, TABLE7
+from moebert_lib.routing import ROUTINGS
+from moebert_lib.scales import BASE, LARGE
+from moebert_lib.settings import Settings, UserError
+
+
+@pytest.fixture
+def paper_plan(moebert_home) -> list[forecast.Run]:
+    """All runs of the whole workbook at scale paper."""
+    jobs = batch.plan(NOTEBOOKS, scale="paper")
+    return [run for new in forecast.runs(jobs) for run in new]
+
+
+def students(plan, **settings):
+    """Students of a plan whose settings have these values."""
+    return [run for run in plan if run.stage == "student"
+            and all(getattr(run.settings, name) == v for name, v in settings.items())]  # fmt: skip
+
+
+def usual(plan, task, model=BASE):
+    """Students with the scale's own settings."""
+    own = Settings.at("paper", task=task, model=model)
+    width = 4096 if model == LARGE else 3072
+    varied = ("n_experts", "ranking", "routing", "distill", "preset", "gate_scaling",
+              "teacher_dropout", "padding_in_loss", "shared_neurons", "expert_layer_norm",
+              "importance_split")  # fmt: skip
+    same = {name: getattr(own, name) for name in varied} | {"task": task, "model": model}
+    return [r for r in students(plan, **same) if r.settings.sizes(width) == own.sizes(width)]
+
+
+@pytest.mark.parametrize("task", TABLE7)
+def test_the_paper_plan_trains_each_task_of_tables_1_and_2_with_three_seeds(paper_plan, task):
+    found = usual(paper_plan, task)
+    assert sorted(run.settings.seed for run in found) == [0, 1, 2]
+    for run in found:
+        asked = {name: getattr(run.settings, name) for name in TABLE7[task]}
+        assert asked == TABLE7[task]
+
+
+@pytest.mark.parametrize("task", grids.TABLE3_TASKS)
+def test_it_has_table_3s_plain_training(paper_plan, task):
+    plain = students(paper_plan, task=task, distill="none", model=BASE)
+    assert sorted(run.settings.seed for run in plain) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("task", grids.TABLE4_TASKS)
+def test_it_has_table_4s_large_models_with_their_experts(paper_plan, task):
+    found = usual(paper_plan, task, LARGE)
+    assert sorted(run.settings.seed for run in found) == [0, 1, 2]
+    assert {run.settings.sizes(4096) for run in found} == {(1024, 512)}
+
+
+def spelt_out(run) -> dict:
+    """A run's settings, sizes left to the paper's proportions worked out."""
+    sizes = zip(("expert_size", "n_shared"), run.settings.sizes(3072), strict=True)
+    return run.settings.model_dump() | dict(sizes)
+
+
+@pytest.mark.parametrize("figure", FIGURE_SETTINGS)
+def test_it_has_every_point_of_every_figure_three_times(paper_plan, figure):
+    setting = FIGURE_SETTINGS[figure]
+    on_mnli = students(paper_plan, task="mnli", model=BASE)
+    for value in FIGURES[figure]:
+        found = [run.settings.seed for run in on_mnli if spelt_out(run)[setting] == value]
+        assert set(found) == {0, 1, 2}, value
+
+
+def test_no_run_comes_twice(paper_plan):
+    keys = [run.key() for run in paper_plan]
+    assert len(set(keys)) == len(keys)
+
+
+def test_every_student_has_its_teacher_and_scores_in_the_plan(paper_plan):
+    made = {run.key() for run in paper_plan}
+    for run in students(paper_plan):
+        assert forecast.Run("teacher", run.settings).key() in made
+        assert run.settings.ranking == "random" or (
+            forecast.Run("importance", run.settings).key() in made
+        )
+
+
+def test_two_points_are_one_run_exactly_if_the_store_has_one_key_for_them():
+    base = Settings.at("smoke")
+    points = [
+        base, base.but(split_seed=3), base.but(seed=1), base.but(ranking="random"),
+        base.but(ranking="random", split_seed=3), base.but(expert_size=16, n_shared=10),
+        base.but(n_shared=8), base.but(distill="none"), base.but(importance_examples=16),
+        base.but(teacher_seed=1), base.but(n_seeds=5), base.but(max_grad_norm=2.0),
+    ]  # fmt: skip
+    for one, other in itertools.combinations(points, 2):
+        same = forecast.Run("student", one).key() == forecast.Run("student", other).key()
+        assert same == (experiment.student_key(one) == experiment.student_key(other)), (one, other)
+
+
+def test_the_default_is_in_every_figure_and_one_setting_changes():
+    settings = Settings.at("paper")
+    grid = grids.ablations(settings, 3072)
+    base = settings.but(expert_size=768, n_shared=512, split_seed=0)
+    for name, points in grid.items():
+        assert base in points
+        for point in points:
+            changed = {k for k, v in point if v != getattr(base, k)} - {"seed", "split_seed"}
+            assert changed <= {FIGURE_SETTINGS[name]} | (
+                {"n_shared"} if name == "figure2a" else set()
+            )
+
+
+def test_numbers_of_experts_that_the_layer_cannot_fill_are_left_out():
+    grid = grids.ablations(Settings.at("smoke"), 64, numbers=[1, 2, 500])
+    assert {point.n_experts for point in grid["figure2b"]} == {1, 2}
+
+
+def test_empty_lists_are_the_papers_points_at_its_scale_and_fewer_below():
+    whole = grids.ablations(Settings.at("paper"), 3072)
+    fewer = grids.ablations(Settings.at("quick"), 1536)
+    assert {p.expert_size for p in whole["figure2a"]} == set(FIGURES["figure2a"])
+    assert {p.n_experts for p in whole["figure2b"]} == set(FIGURES["figure2b"])
+    assert {p.n_shared for p in whole["figure2c"]} == set(FIGURES["figure2c"])
+    assert all(len(fewer[name]) < len(whole[name]) for name in ("figure2a", "figure2b", "figure2c"))
+
+
+def test_table_3_spans_the_papers_tasks_at_its_scale_only():
+    assert set(grids.plain_training(Settings.at("paper"))) == set(grids.TABLE3_TASKS)
+    assert set(grids.plain_training(Settings.at("paper", task="cola"))) == {"cola"}
+    assert set(grids.plain_training(Settings.at("quick"))) == {"library"}
+
+
+def test_the_routers_are_those_of_the_library():
+    assert grids.ROUTINGS == ROUTINGS
+    asked = grids.routers(Settings.at("smoke"))["figure3c"]
+    assert [point.routing for point in asked[::2]] == list(ROUTINGS)
+
+
+def test_a_notebook_asked_for_twice_adds_nothing(moebert_home):
+    paths = [path for path in NOTEBOOKS if path.stem[:2] in ("01", "03", "04")]
+    once = forecast.runs(batch.plan(paths, scale="smoke"))
+    again = forecast.runs(batch.plan([*paths, paths[-1]], scale="smoke"))
+    assert again[:-1] == once and again[-1] == [] and all(once)
+
+
+def test_a_notebook_of_ones_own_asks_for_nothing():
+    assert grids.asked("mine", Settings.at("smoke"), {}, 64) == ([], [])
+
+
+def test_a_plan_reads_as_one_line_for_each_group_and_a_sum(moebert_home):
+    paths = [path for path in NOTEBOOKS if path.stem[:2] in ("00", "03")]
+    jobs = batch.plan(paths, scale="smoke")
+    lines = list(forecast.lines(jobs, ["to run", "to run"]))
+    assert lines[0] == "00_the_idea: to run" and lines[1].strip() == "trains nothing"
+    (plain,) = [line for line in lines if "distill=none" in line]
+    assert "seeds 0-1" in plain and "batch 16" in plain and "CPU" in plain and "GPU" in plain
+    (total,) = [line for line in lines if line.startswith("in all")]
+    assert "1 teacher, 1 scoring, 4 students" in total
+    assert any("factor of about three" in line for line in lines)
+
+
+def test_a_line_says_what_differs_from_the_scales_default(moebert_home):
+    path = next(path for path in NOTEBOOKS if path.stem.startswith("08"))
+    lines = list(forecast.lines(batch.plan([path], scale="quick"), ["to run"]))
+    trained = [line for line in lines if "student" in line and "seeds" in line]
+    assert sum("default" in line for line in trained) == 1
+    assert any("importance_split=validation" in line for line in trained)
+    assert any("shared_neurons=tied " in line for line in trained)
+
+
+def test_what_is_stored_is_not_listed_but_still_made_already(moebert_home):
+    paths = [path for path in NOTEBOOKS if path.stem[:2] in ("03", "04")]
+    jobs = batch.plan(paths, scale="smoke")
+    lines = list(forecast.lines(jobs, ["stored, 0.1 min", "to run"]))
+    assert lines[1].startswith("04") and not any("teacher" in line for line in lines[2:-3])
+
+
+def test_points_that_do_not_fit_are_refused_when_planned(moebert_home):
+    path = next(path for path in NOTEBOOKS if path.stem.startswith("04"))
+    with pytest.raises(UserError, match="largest expert_size that fits"):
+        batch.plan([path], scale="quick", parameters={"n_experts": 8, "expert_size": 192})
+
+
+def test_every_task_that_a_grid_reads_is_checked_when_planned(moebert_home, tiny_glue, tmp_path):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "sst2").symlink_to(tiny_glue / "sst2", target_is_directory=True)
+    path = next(path for path in NOTEBOOKS if path.stem.startswith("01"))
+    values = {"task": "sst2", "other_tasks": ["squad"]}
+    with pytest.raises(UserError, match="squad"):
+        batch.plan([path], scale="small", parameters=values, data_dir=str(tmp_path / "some"))
