@@ -27,7 +27,6 @@ __all__ = [
     "published",
     "run",
     "select",
-    "summary",
 ]
 
 
@@ -70,20 +69,15 @@ def failed_runs() -> list[dict[str, Any]]:
     return [json.loads(path.read_text("utf-8")) | {"folder": str(path.parent)} for path in found]
 
 
+def changed(job: Job) -> dict[str, Any]:
+    """The values that make a job more than its scale, by name; also what a folder's name holds."""
+    return {name: value for name, value in _given(job).items() if name != "scale"}
+
+
 def published(job: Job) -> Path:
     """The folder that a job's figures go to."""
     settings = job.settings and job.settings.model_dump()
-    return publish.destination(settings, changed=job.changed)
-
-
-def summary(entry: Entry) -> str:
-    """What an entry is, in a few words: notebook or task, and what sets it apart."""
-    settings = entry.key.get("settings") or {}
-    words = [entry.key.get("notebook"), settings.get("scale"), settings.get("task")]
-    flat = _deep(entry.key) if not settings else {}
-    words += [flat.get(name) for name in ("task", "ranking", "routing", "distill")]
-    words += [f"{name} {flat[name]}" for name in ("seed", "split_seed", "n_shared") if name in flat]
-    return " ".join(str(word) for word in words if word)
+    return publish.destination(settings, changed=changed(job))
 
 
 def _run(job: Job, label: str, *, force: bool, echo: Callable[[str], Any]) -> Entry:
@@ -103,10 +97,12 @@ def _run(job: Job, label: str, *, force: bool, echo: Callable[[str], Any]) -> En
                 job.notebook, folder, parameters=job.given, environment=environment, echo=echo
             )
         except execution.NotebookFailed as failure:
-            _keep(failure, folder, kept)
+            _keep(failure, folder, kept, given=_given(job))
             raise
         write_page(folder / "notebook.ipynb", folder / "notebook.html")
-        return {"notebook": job.name, "figures": sorted(path.name for path in figures.iterdir())}
+        made = sorted(path.name for path in figures.iterdir())
+        told = {name: value for name, value in changed(job).items() if name != "data_dir"}
+        return {"notebook": job.name, "figures": made, "changed": told}
 
     entry = store.make("notebook", key, build, force=force)
     shutil.rmtree(kept, ignore_errors=True)
@@ -117,25 +113,23 @@ def _run(job: Job, label: str, *, force: bool, echo: Callable[[str], Any]) -> En
     return entry
 
 
-def _keep(failure: execution.NotebookFailed, folder: Path, kept: Path) -> None:
+def _keep(
+    failure: execution.NotebookFailed, folder: Path, kept: Path, *, given: dict[str, Any]
+) -> None:
     shutil.rmtree(kept, ignore_errors=True)
     kept.parent.mkdir(exist_ok=True)
     shutil.copytree(folder, kept)
     about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
-    write_json(kept / "failed.json", about)
+    write_json(kept / "failed.json", {**about, "given": given})
     failure.copy = kept / "notebook.ipynb"
 
 
 def describe(job: Job) -> str:
     """The values a job was given, for a line of text; "" where there are none."""
-    shown = {name: value for name, value in job.given.items() if name != "overrides"}
-    shown |= job.given.get("overrides", {})
-    return "".join(f" {name}={value}" for name, value in shown.items())
+    return "".join(f" {name}={value}" for name, value in _given(job).items())
 
 
-def _deep(key: dict[str, Any]) -> dict[str, Any]:
-    """Names and plain values at any depth; the outer one where a name comes twice."""
-    inner: dict[str, Any] = {}
-    for value in key.values():
-        inner |= _deep(value) if isinstance(value, dict) else {}
-    return inner | {name: value for name, value in key.items() if not isinstance(value, dict)}
+def _given(job: Job) -> dict[str, Any]:
+    """The values a job was given, overrides among them."""
+    own = {name: value for name, value in job.given.items() if name != "overrides"}
+    return own | job.given.get("overrides", {})

@@ -67,18 +67,11 @@ def grid_jobs(path: Path) -> list[batch.Job]:
 
 
 def status(args: argparse.Namespace) -> int:
-    """``moebert status``: one line per stored run, then the failed ones."""
-    entries = Store().entries()
-    for entry in entries:
-        created = entry.record()["created"].replace("T", " ")[:16]
-        minutes = f"{entry.seconds / 60:6.1f} min"
-        _say(f"{entry.kind:12}{created}  {minutes}  {entry.digest[:8]}  {batch.summary(entry)}")
-    failed = batch.failed_runs()
-    for run in failed:
-        cell = f", cell {run['cell']}" if run["cell"] else ""
-        _say(f"failed      {run['notebook']}{cell}: {run['error']}; copy: {run['folder']}")
-    minutes = sum(entry.seconds for entry in entries if entry.kind == "notebook") / 60
-    _say(f"{len(entries)} stored, notebooks took {minutes:.1f} min, {len(failed)} failed")
+    """``moebert status``: counts, the newest runs or all of them, then the failed ones."""
+    from moebert_lib import inventory
+
+    for line in inventory.lines(whole=args.all):
+        _say(line)
     return 0
 
 
@@ -91,17 +84,14 @@ def report(args: argparse.Namespace) -> int:
 
 
 def importance(args: argparse.Namespace) -> int:
-    """``moebert importance``: Eq. 4's scores of a task's teacher, as one file."""
+    """``moebert importance``: Eq. 4's scores of a task's teacher, or of the release, as a file."""
+    if args.release:
+        return _import(args)
     scale, values = _given(args)
     values |= {"task": args.task} if args.task else {}
     values |= {"data_dir": str(Path(args.data_dir).expanduser().resolve())} if args.data_dir else {}
     settings = Settings.at(scale, **values)
-    if not args.out.parent.is_dir():
-        raise UserError(f"no folder {args.out.parent} to write {args.out.name} in; make it first")
-    if args.out.is_dir():
-        raise UserError(
-            f"{args.out} is a folder; name a file, such as {args.out}/scores.safetensors"
-        )
+    _check_out(args.out)
     from moebert_lib import data
 
     data.check(settings)
@@ -113,6 +103,34 @@ def importance(args: argparse.Namespace) -> int:
     _say(f"{layers} layers of {neurons} neurons scored on {scores.n_examples} examples of "
          f"{settings.task}: {args.out}")  # fmt: skip
     return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    """``moebert importance --import``: a file of the release in this library's own format."""
+    given = {"--task": args.task, "--scale": args.scale, "-p": args.values,
+             "--data-dir": args.data_dir}  # fmt: skip
+    for option, value in given.items():
+        if value:
+            raise UserError(f"--import reads a file and scores nothing; leave {option} out")
+    _check_out(args.out)
+    from moebert_lib import release
+
+    scores = release.read(args.release)
+    scores.save(args.out)
+    layers, width = scores.scores.shape
+    n_shared, n_kept = release.proportions(width)
+    held = release.shares(scores)
+    _say(f"{layers} layers of {width:,} neurons, examples unknown; SHA-256 {scores.meta['sha256']}")
+    _say(f"importance held by the top {n_shared:,} {held.shared:.1%}, by the kept {n_kept:,} "
+         f"{held.kept:.1%}: {args.out}")  # fmt: skip
+    return 0
+
+
+def _check_out(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise UserError(f"no folder {out.parent} to write {out.name} in; make it first")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file, such as {out}/scores.safetensors")
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -128,8 +146,7 @@ def convert(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {size}: expected at least 1")
     if not args.importance.is_file():
         raise UserError(f"no file {args.importance}; make one with moebert importance")
-    if args.out.exists():
-        raise UserError(f"{args.out} is there already; name a new folder")
+    _check_new(args.out)
     from moebert_lib import weights
     from moebert_lib.importance import Importance
 
@@ -147,21 +164,38 @@ def convert(args: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(found: str, scores: Any, args: argparse.Namespace, folder: Path) -> str:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _check_new(out: Path) -> None:
+    """Refuse a folder that is there, or that cannot be made."""
+    if out.exists():
+        raise UserError(f"{out} is there already; name a new folder")
+    above = next(path for path in out.absolute().parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{above} is no folder that can be written to; name another --out")
 
-    from moebert_lib.convert import to_moebert
+
+def _convert(found: str, scores: Any, args: argparse.Namespace, folder: Path) -> str:
+    if not Path(found).is_dir():
+        _say(f"no folder {found} here; asking the hub")
+    from transformers import AutoTokenizer
+
+    from moebert_lib.convert import load_dense, to_moebert
     from moebert_lib.moe_layer import parameter_counts
 
-    dense = AutoModelForSequenceClassification.from_pretrained(found)
+    try:
+        dense, tokenizer = load_dense(found), AutoTokenizer.from_pretrained(found)
+    except OSError as error:
+        why = str(error).strip().partition("\n")[0]
+        raise UserError(f"no model '{found}' could be read: {why}") from None
     model = to_moebert(
         dense, scores, n_experts=args.n_experts, expert_size=args.expert_size,
         n_shared=args.n_shared, routing=args.routing, seed=args.seed,
     )  # fmt: skip
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(found).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     counts = parameter_counts(model)
-    return f"{counts.effective / 1e6:.1f} M of {counts.stored / 1e6:.1f} M parameters per token"
+    used, stored = (f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
+                    for n in (counts.effective, counts.stored))  # fmt: skip
+    return f"{used} of {stored} parameters per token"
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -173,6 +207,8 @@ def bench(args: argparse.Namespace) -> int:
     for name in ("batch", "length", "repeats"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
+    if args.length > 512:
+        raise UserError(f"--length {args.length}: BERT takes at most 512 tokens")
     from moebert_lib import bench as module
 
     module.main(args.what, batch=args.batch, length=args.length, repeats=args.repeats)
@@ -199,7 +235,7 @@ def _given(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             raise UserError(f"-p {text}: expected NAME=VALUE, such as -p seed=1")
         if name in values:
             raise UserError(f"-p {name} is given twice; keep one")
-        values[name] = _parse_yaml(value, f"-p {text}")
+        values[name] = _parse_yaml(value, f"-p {text}") if value else ""
     if "scale" in values and args.scale not in (None, values["scale"]):
         raise UserError(f"--scale {args.scale} and -p scale={values['scale']} differ; keep one")
     scale = "quick" if args.scale is None else args.scale
@@ -225,10 +261,15 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _show(jobs: Sequence[batch.Job]) -> int:
-    for job in jobs:
-        entry = Store().find("notebook", job.key())
-        state = f"stored, {entry.seconds / 60:.1f} min" if entry else "to run"
-        _say(f"{job.name}{batch.describe(job)}: {state}")
+    from moebert_lib import forecast
+
+    kept = {entry.key.get("notebook") for entry in Store().entries("notebook")}
+    states = []
+    for job in jobs:  # a key takes a while, and is of no use where nothing can match it
+        entry = Store().find("notebook", job.key()) if job.name in kept else None
+        states.append(f"stored, {entry.seconds / 60:.1f} min" if entry else "to run")
+    for line in forecast.lines(jobs, states):
+        _say(line)
     _say(f"{len(jobs)} notebook runs planned, nothing was executed")
     return 0
 

@@ -1,15 +1,23 @@
 """From a fine-tuned BERT to a MoEBERT of the same head (Sec. 3.1)."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from moebert_lib.experts import deal_layers
-from moebert_lib.importance import Importance
+from moebert_lib.importance import Importance, ffn_digest
 from moebert_lib.modeling import (
     MoEBertConfig,
     MoEBertForQuestionAnswering,
@@ -17,7 +25,7 @@ from moebert_lib.modeling import (
 )
 from moebert_lib.moe_layer import MoEOutput, moe_layers
 from moebert_lib.routing import BalancedHash, HashRouter, RandomHash
-from moebert_lib.settings import nearest
+from moebert_lib.settings import check_sizes, nearest, proportions
 
 #: What may follow the named arguments of :func:`to_moebert`.
 OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "router_aux_loss_coef",
@@ -32,7 +40,7 @@ HEADS = {
 
 def to_moebert(
     model: PreTrainedModel,
-    importance: Importance | Tensor,
+    importance: Importance | Tensor | Sequence[Sequence[int]],
     *,
     n_experts: int = 4,
     expert_size: int | None = None,
@@ -50,8 +58,8 @@ def to_moebert(
 
     Args:
         model: A fine-tuned ``BertForSequenceClassification`` or ``BertForQuestionAnswering``.
-        importance: Scores from :func:`ffn_importance`, or a ranking ``(L, F)``, int64, most
-            important neuron first.
+        importance: Scores of this model's neurons from :func:`ffn_importance`, or a ranking
+            ``(L, F)`` of integers, most important neuron first: a tensor, an array or lists.
         n_experts: Experts per layer (the paper: 4).
         expert_size: Neurons in each; ``None`` is the FFN's width over ``n_experts``.
         n_shared: Neurons in all of them; ``None`` is two thirds of ``expert_size``
@@ -69,22 +77,17 @@ def to_moebert(
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: an unsupported model, a ranking of another shape, sizes that do not fit,
-            or ``hash-balance`` without a frequency for each vocabulary entry.
+        ValueError: an unsupported model, scores of another model, a ranking of another shape
+            or not of integers, sizes that do not fit, or ``hash-balance`` without a frequency
+            for each vocabulary entry.
     """
     head = _head(model)
     _check_names(config)
     if n_experts < 1:
         raise ValueError(f"n_experts={n_experts} must be at least 1")
-    width, n_layers = model.config.intermediate_size, model.config.num_hidden_layers
-    ranking = importance.ranking if isinstance(importance, Importance) else importance
-    if tuple(ranking.shape) != (n_layers, width):
-        raise ValueError(
-            f"importance ranks {tuple(ranking.shape)} (layers, neurons), "
-            f"the model has {(n_layers, width)}"
-        )
-    expert_size = max(width // n_experts, 1) if expert_size is None else expert_size
-    n_shared = 2 * expert_size // 3 if n_shared is None else n_shared
+    ranking, width = _ranking(importance, model), model.config.intermediate_size
+    check_sizes(width, n_experts, expert_size, n_shared)
+    expert_size, n_shared = proportions(width, n_experts, expert_size, n_shared)
     allow_identical = bool(config.pop("allow_identical", False)) or n_experts == 1
     sizes = dict(n_experts=n_experts, expert_size=expert_size, n_shared=n_shared)
     neurons = deal_layers(ranking, **sizes, allow_identical=allow_identical)  # (L, E, K)
@@ -98,6 +101,73 @@ def to_moebert(
     for layer, old, kept in zip(moe_layers(student), dense_layers, neurons, strict=True):
         _fill_layer(layer, old, kept)
     return student.to(model.device).train(model.training)
+
+
+def _ranking(importance: Any, model: PreTrainedModel) -> Tensor:
+    """The order that was passed, ``(L, F)``, int64; refused where it is not of this model."""
+    scores = importance if isinstance(importance, Importance) else None
+    try:
+        ranking = torch.as_tensor(scores.ranking if scores else importance)
+    except (TypeError, ValueError, RuntimeError):
+        ranking = torch.empty(0)  # of floats, so it is refused below
+    if ranking.is_floating_point() or ranking.is_complex() or ranking.dtype == torch.bool:
+        raise ValueError(
+            "importance must be an Importance, or a ranking: integers (layers, neurons), most "
+            "important neuron first; of scores, pass scores.argsort(-1, descending=True)"
+        )
+    shape = (model.config.num_hidden_layers, model.config.intermediate_size)
+    if tuple(ranking.shape) != shape:
+        raise ValueError(
+            f"importance ranks {tuple(ranking.shape)} (layers, neurons), the model has {shape}"
+        )
+    if scores and scores.meta.get("ffn") not in (None, ffn_digest(model)):
+        raise ValueError(
+            "these importance scores are of another model (other FFN weights); score this one, "
+            "or pass importance.ranking if that is meant"
+        )
+    return ranking.long()
+
+
+def load_dense(name: str) -> PreTrainedModel:
+    """A fine-tuned BERT with the head it was saved with, to be converted.
+
+    Args:
+        name: A folder, or a name on the hub.
+
+    Raises:
+        ValueError: the checkpoint lacks weights, such as those of a head.
+        OSError: there is no such model, or it cannot be read.
+    """
+    names = AutoConfig.from_pretrained(name).architectures or []
+    spans = BertForQuestionAnswering.__name__ in names
+    auto = AutoModelForQuestionAnswering if spans else AutoModelForSequenceClassification
+    with _quiet():  # what is missing is said below
+        model, found = auto.from_pretrained(name, output_loading_info=True)
+    _head(model)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        kind = names[0] if names else "model"
+        known = " or ".join(cls.__name__ for cls in HEADS)
+        few = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise ValueError(f"{name} holds a {kind} without {few}; expected a fine-tuned {known}")
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no warning of transformers inside the block."""
+    level, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_names(options: dict[str, object]) -> None:

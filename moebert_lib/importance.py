@@ -10,8 +10,9 @@ so a batch gives exact per-example scores in one backward through activations, w
 parameters frozen. Biases are not scored (Sec. 3.1, footnotes).
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 N_BLOCKS = 20  # examples are spread over this many block sums, for intervals
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Importance:
     """Scores of every feed-forward neuron, with what is needed to doubt them.
 
@@ -34,13 +35,20 @@ class Importance:
             ``scores`` and carry the sampling error. None (``M = 0``) where only the sums are
             known, as in the release's files.
         counts: Examples in each block, ``(M,)``, int64.
-        meta: Where it came from: task, split, model, digests.
+        meta: Where it came from, as JSON values: task, split, model, digests; ``ffn`` is
+            :func:`ffn_digest` of the model that was scored.
     """
 
     scores: Tensor
     blocks: Tensor
     counts: Tensor
     meta: dict = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        layers, width = self.scores.shape
+        known = "examples unknown" if self.n_examples is None else f"{self.n_examples} examples"
+        task = f", task {self.meta['task']!r}" if "task" in self.meta else ""
+        return f"Importance({layers} layers of {width} neurons, {known}{task})"
 
     @property
     def n_examples(self) -> int | None:
@@ -135,17 +143,20 @@ def ffn_importance(
         batches: Dictionaries of model inputs with ``labels``, or with ``start_positions`` and
             ``end_positions`` inside the input; each on the model's device. An entry ``index``
             is ignored.
-        meta: Stored with the result.
+        meta: Stored with the result, beside the digest of the scored weights.
 
     Returns:
         Scores ``(L, F)`` in float64, on the CPU.
 
     Raises:
+        TypeError: one batch in place of a list of batches.
         ValueError: no batch, a batch without targets, or a model without BERT layers.
 
     Source: Eq. 4; derivation in this module's header.
     """
-    layers = [m for m in model.modules() if _is_dense_layer(m)]
+    if isinstance(batches, Mapping):
+        raise TypeError("ffn_importance takes a list of batches, and this is one: pass [batch]")
+    layers = dense_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BERT feed-forward layers to score")
     shape = (N_BLOCKS, len(layers), layers[0].intermediate.dense.out_features)
@@ -169,7 +180,22 @@ def ffn_importance(
     if not seen:
         raise ValueError("no batches: importance needs at least one example")
     used = counts > 0
-    return Importance(blocks.sum(0), blocks[used], counts[used], dict(meta or {}))
+    meta = {**(meta or {}), "ffn": ffn_digest(model)}
+    return Importance(blocks.sum(0), blocks[used], counts[used], meta)
+
+
+def ffn_digest(model: nn.Module) -> str:
+    """SHA-256 of all W1 and W2 of a BERT, layer by layer, as little-endian float32.
+
+    It tells models apart, not files: the same weights in another dtype that holds them, on
+    another device or under another head have the same digest.
+    """
+    total = hashlib.sha256()
+    for layer in dense_layers(model):
+        for dense in (layer.intermediate.dense, layer.output.dense):
+            weight = dense.weight.detach().to("cpu", torch.float32).contiguous()
+            total.update(weight.numpy().astype("<f4", copy=False))
+    return total.hexdigest()
 
 
 def batch_scores(model: nn.Module, layers: list[nn.Module], batch: dict[str, Tensor]) -> Tensor:
@@ -204,8 +230,14 @@ def batch_scores(model: nn.Module, layers: list[nn.Module], batch: dict[str, Ten
     return torch.stack(scores)
 
 
-def _is_dense_layer(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "intermediate", None), "dense") and hasattr(module, "output")
+def dense_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a BERT whose feed-forward network is dense, first to last."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(getattr(module, "intermediate", None), "dense")
+        and hasattr(getattr(module, "output", None), "dense")
+    ]
 
 
 @contextmanager

@@ -2,23 +2,48 @@
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moebert_lib.settings import home
-from moebert_lib.store import Entry, file_digest, write_bytes, write_json
+from moebert_lib.store import Entry, digest, file_digest, write_bytes, write_json
 
 PROVENANCE = "provenance.json"
+LONGEST = 80  # characters of a folder's name
 
 
-def destination(settings: dict[str, Any] | None, *, changed: bool) -> Path:
-    """``figures/`` for the quick scale as it stands, else a folder in it named by what is run."""
+def destination(settings: dict[str, Any] | None, *, changed: Mapping[str, Any]) -> Path:
+    """``figures/`` for the quick scale as it stands, else a folder in it named by what is run.
+
+    The name is ``<scale>-<task>`` and each further value that was changed, such as
+    ``quick-library-n_experts2-seed1``; a digest stands for what a name cannot hold.
+
+    Args:
+        settings: Of the notebook, None where it takes none.
+        changed: Values by name that differ from the notebook's defaults, the scale left out.
+    """
     figures = home() / "figures"
     if not changed and (settings is None or settings["scale"] == "quick"):
         return figures
-    if settings is None:
-        return figures / "changed"
-    return figures / f"{settings['scale']}-{settings['task']}"
+    head = "changed" if settings is None else f"{settings['scale']}-{settings['task']}"
+    further = {name: changed[name] for name in sorted(changed) if name not in ("task", "data_dir")}
+    return figures / _safe("-".join([head, *(f"{k}{_word(v)}" for k, v in further.items())]))
+
+
+def _word(value: Any) -> str:
+    """A value as text for a name: ``[1, 2]`` is ``1_2``."""
+    return "_".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _safe(name: str) -> str:
+    """A name of short, plain characters; with a digest where that loses anything."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+    if plain == name and len(name) <= LONGEST:
+        return name
+    short = digest(name)[:8]
+    return f"{plain[: LONGEST - len(short) - 1]}-{short}"
 
 
 def publish(entry: Entry, folder: Path) -> list[Path]:

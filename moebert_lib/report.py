@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from moebert_lib import batch, pages, publish
-from moebert_lib.settings import Settings, UserError, home
+from moebert_lib import batch, inventory, pages, publish
+from moebert_lib.settings import UserError, home
 from moebert_lib.store import Entry, Store, write_bytes
 
 MOST_ROWS = 40  # of a figure's numbers shown in the page; the CSV has all
@@ -90,7 +90,7 @@ def write_report() -> Path:
     entries = Store().entries("notebook")
     if not entries:
         raise UserError("nothing to report yet; run moebert run first")
-    parts = [part for folder in _folders() for part in _parts(folder, entries)]
+    parts = _distinct([part for folder in _folders() for part in _parts(folder, entries)])
     record = entries[-1].record()
     body = Environment(autoescape=True, trim_blocks=True).from_string(BODY).render(
         parts=parts, runs=[_run(entry) for entry in entries], failed=_failed(),
@@ -122,14 +122,24 @@ def _parts(folder: Path, entries: list[Entry]) -> list[dict[str, Any]]:
         digest = known[names[0]]["run"] if names else ""
         entry = next((entry for entry in entries if entry.digest == digest), None)
         node = _notebook(entry)
+        settings = known[names[0]]["settings"] if names else {}
         parts.append({
             "id": f"{where}-{notebook}".replace("/", "-"), "where": where,
             "title": pages.title(node) if node["cells"] else notebook,
-            "about": _settings_line(known[names[0]]["settings"]) if names else "",
+            "about": _variant(settings, _changed(settings, entry)),
             "link": _link(entry.folder / "notebook.html") if entry else "",
             "figures": [_figure(folder / name, node) for name in names if name.endswith(".png")],
             "tables": [_table(folder / name) for name in names if name.endswith(".md")],
         })  # fmt: skip
+    return parts
+
+
+def _distinct(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sections, with what was run in the title where another has the same one."""
+    titles = [part["title"] for part in parts]
+    for part in parts:
+        if titles.count(part["title"]) > 1:
+            part["title"] += f" · {part['about']}"
     return parts
 
 
@@ -151,23 +161,26 @@ def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _caption(name: str, node: dict[str, Any]) -> str:
-    """HTML of what the notebook says right after the cell that makes the figure."""
+    """HTML of the last thing the notebook says before the cell that makes the figure."""
     from nbconvert.filters import markdown2html
 
-    cells, text = node["cells"], ""
-    for index, cell in enumerate(cells):
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.search(rf"[\"']{re.escape(name)}[\"']", source):
-            after = (cell for cell in cells[index + 1 :] if cell["cell_type"] == "markdown")
-            text = next(map(_first_paragraph, after), "")
+    cells, quoted = node["cells"], re.compile(rf"[\"']{re.escape(name)}[\"']")
+    sources = ["".join(cell["source"]) if cell["cell_type"] == "code" else "" for cell in cells]
+    naming = [index for index, source in enumerate(sources) if quoted.search(source)]
+    saving = [index for index in naming if "save(" in sources[index]] or naming
+    before = cells[saving[-1] :: -1] if saving else []
+    prose = (_last_paragraph(cell) for cell in before if cell["cell_type"] == "markdown")
+    text = next(filter(None, prose), "")
     html = markdown2html(pages.with_mathml(text))
     return re.sub(r"^\s*<p>|</p>\s*$", "", html).strip()
 
 
-def _first_paragraph(cell: dict[str, Any]) -> str:
-    """The first paragraph of prose in a markdown cell, headings and HTML left out."""
-    blocks = re.split(r"\n\s*\n", "".join(cell["source"]).strip())
-    return next((block for block in blocks if not block.startswith(("#", "<", "|", "$$"))), "")
+def _last_paragraph(cell: dict[str, Any]) -> str:
+    """The last paragraph of prose in a markdown cell: no heading, formula, table or aside."""
+    source = re.sub(r"<details>.*?</details>", "", "".join(cell["source"]), flags=re.DOTALL)
+    blocks = re.split(r"\n\s*\n", source.strip())
+    prose = [block for block in blocks if not block.startswith(("#", "<", "|", ">", "$$"))]
+    return next((block for block in reversed(prose) if not block.startswith("Move the")), "")
 
 
 def _table(path: Path) -> dict[str, Any]:
@@ -198,9 +211,10 @@ def _experiments() -> Grid | None:
         if entry.kind != "notebook":
             values = {name: value for name, value in entry.row.items() if isinstance(value, float)}
             shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            rows.append([entry.kind, batch.summary(entry), shown, f"{entry.seconds / 60:.1f}"])
-    head = ["Kind", "What", "Result", "Minutes"]
-    return Grid(head, rows, [False, False, False, True]) if rows else None
+            rows.append([entry.kind, inventory.summary(entry), shown, entry.digest[:8],
+                         f"{entry.seconds / 60:.1f}"])  # fmt: skip
+    head = ["Kind", "What", "Result", "Run", "Minutes"]
+    return Grid(head, rows, [False, False, False, False, True]) if rows else None
 
 
 def _run(entry: Entry) -> dict[str, str]:
@@ -208,7 +222,7 @@ def _run(entry: Entry) -> dict[str, str]:
     return {
         "notebook": entry.key["notebook"], "link": _link(entry.folder / "notebook.html"),
         "scale": settings.get("scale", ""), "task": settings.get("task", ""),
-        "changed": _changed(settings), "created": _minute(record["created"]),
+        "changed": _changed(settings, entry), "created": _minute(record["created"]),
         "minutes": f"{entry.seconds / 60:.1f}", "commit": _commit(record["commit"]),
     }  # fmt: skip
 
@@ -218,23 +232,17 @@ def _failed() -> list[dict[str, Any]]:
     return [run | {"link": _link(Path(run["folder"]) / "notebook.ipynb")} for run in runs]
 
 
-def _settings_line(settings: dict[str, Any]) -> str:
-    if not settings:
-        return "No settings."
-    changed = _changed(settings)
-    return f"Scale {settings['scale']}, task {settings['task']}{', ' if changed else ''}{changed}."
+def _variant(settings: dict[str, Any], changed: str) -> str:
+    """Scale, task and what was changed, as text."""
+    usual = f"scale {settings['scale']}, task {settings['task']}" if settings else ""
+    return ", ".join(filter(None, [usual, changed])) or "no settings"
 
 
-def _changed(settings: dict[str, Any]) -> str:
-    """The settings that differ from their scale's own, as text."""
-    if not settings:
-        return ""
-    try:
-        usual = Settings.at(settings["scale"], task=settings["task"]).model_dump()
-    except UserError:  # written by another version of the library
-        return ""
-    other = {name: value for name, value in settings.items() if usual.get(name) != value}
-    return ", ".join(f"{name}={value}" for name, value in other.items())
+def _changed(settings: dict[str, Any], entry: Entry | None) -> str:
+    """What differs from the scale's own, as text; of a stored run, also notebook parameters."""
+    changed = entry.row.get("changed") if entry else None
+    changed = inventory.unusual(settings) if changed is None else changed
+    return ", ".join(f"{name}={value}" for name, value in changed.items() if name != "task")
 
 
 def _notebook(entry: Entry | None) -> dict[str, Any]:

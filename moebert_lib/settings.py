@@ -185,9 +185,7 @@ class Settings(BaseModel):
         The defaults are the paper's proportions: the FFN's width split evenly (768 = 3072 / 4)
         and two thirds of an expert shared (512 of 768).
         """
-        expert_size = self.expert_size or max(width // self.n_experts, 1)
-        n_shared = 2 * expert_size // 3 if self.n_shared is None else self.n_shared
-        return expert_size, n_shared
+        return proportions(width, self.n_experts, self.expert_size, self.n_shared)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -215,20 +213,63 @@ class Settings(BaseModel):
         Raises:
             ValueError: naming the largest size that fits.
         """
-        expert_size, n_shared = self.sizes(width)
-        if n_shared > expert_size:
-            raise ValueError(
-                f"n_shared={n_shared} exceeds expert_size={expert_size}; "
-                f"the largest n_shared is {expert_size}"
-            )
-        needed = n_shared + self.n_experts * (expert_size - n_shared)
-        if needed > width:
-            largest = (width + (self.n_experts - 1) * n_shared) // self.n_experts
-            raise ValueError(
-                f"{self.n_experts} experts of {expert_size} neurons with {n_shared} shared need "
-                f"{needed} neurons, {self.model} has {width}; "
-                f"the largest expert_size that fits is {largest}"
-            )
+        sizes = (self.n_experts, self.expert_size, self.n_shared)
+        check_sizes(width, *sizes, whose=self.model)
+
+
+def proportions(
+    width: int, n_experts: int, expert_size: int | None = None, n_shared: int | None = None
+) -> tuple[int, int]:
+    """``(expert_size, n_shared)`` in neurons, the paper's proportions where None.
+
+    Example:
+        >>> proportions(3072, 4)
+        (768, 512)
+    """
+    expert_size = max(width // n_experts, 1) if expert_size is None else expert_size
+    return expert_size, 2 * expert_size // 3 if n_shared is None else n_shared
+
+
+def check_sizes(
+    width: int,
+    n_experts: int,
+    expert_size: int | None = None,
+    n_shared: int | None = None,
+    *,
+    whose: str = "the model",
+) -> None:
+    """Refuse experts that a layer of ``width`` neurons cannot fill; None as in the paper.
+
+    Raises:
+        ValueError: naming the largest size that fits by the same rule.
+    """
+    size, shared = proportions(width, n_experts, expert_size, n_shared)
+    if shared > size:
+        raise ValueError(
+            f"n_shared={shared} exceeds expert_size={size}; "
+            f"the largest n_shared is {min(size, width)}"
+        )
+    needed = shared + n_experts * (size - shared)
+    if needed <= width:
+        return
+
+    def fits(n: int, k: int) -> bool:
+        s = proportions(width, n, k, n_shared)[1]
+        return s <= k and s + n * (k - s) <= width
+
+    largest = next((k for k in range(width, 0, -1) if fits(n_experts, k)), 0)
+    hint = f"the largest expert_size that fits is {largest}"
+    if not largest:
+        fewer = next((n for n in range(width, 0, -1) if fits(n, expert_size or 1)), 0)
+        hint = (
+            f"the largest n_experts that fits is {fewer}"
+            if fewer
+            else f"an expert holds at most {width}"
+        )
+    raise ValueError(
+        f"{n_experts} experts of {size} neurons with {shared} shared need {needed} neurons, "
+        f"{whose} has {width}; {hint}"
+    )
 
 
 def _one_line(error: ValidationError) -> str:

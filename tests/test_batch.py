@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import fixture_home
@@ -111,7 +112,7 @@ def test_a_run_is_made_once_and_its_figures_published_and_restored(home):
     assert row_of(entry)["label"] == attack and row_of(entry)["settings"]["scale"] == "smoke"
     assert {"notebook.ipynb", "notebook.html", "log.txt"} <= set(os.listdir(entry.folder))
     assert "    · settings read" in lines and not any("quiet" in line for line in lines)
-    published = home / "figures" / "smoke-library"
+    published = batch.published(jobs[0])
     about = publish.read_provenance(published)["figure1.png"]
     assert about["run"] == entry.digest and about["settings"]["seed"] == 0
     (published / "figure1.png").unlink()
@@ -209,9 +210,29 @@ def test_only_quick_as_it_comes_is_published_as_the_workbooks_own(home):
         return batch.published(planned("01", **values)[0]).relative_to(home).as_posix()
 
     assert place(scale="quick") == "figures"
-    assert place(scale="quick", seed=1) == "figures/quick-library"
+    assert place(scale="quick", task="acceptability") == "figures/quick-acceptability"
     assert place(scale="smoke") == "figures/smoke-library"
     assert batch.published(planned("00")[0]) == home / "figures"
+
+
+def test_variants_are_published_apart_under_what_was_changed(home, tiny_glue):
+    def place(**values):
+        return batch.published(planned("01", **values)[0]).relative_to(home / "figures").as_posix()
+
+    assert place(scale="quick", seed=1, n_experts=2) == "quick-library-n_experts2-seed1"
+    assert place(scale="smoke", layers=[0, 2]) == "smoke-library-layers0_2"
+    where = dict(scale="small", data_dir=str(tiny_glue))
+    assert place(**where) == "small-sst2" and place(**where, task="rte") == "small-rte"
+    plain = publish.destination(None, changed={"n_shared": 9})
+    assert plain == home / "figures" / "changed-n_shared9"
+
+
+@given(label=st.text(min_size=1), other=st.text(min_size=1))
+def test_names_of_folders_are_short_and_plain_and_two_for_two_values(label, other):
+    one, two = (publish.destination(None, changed={"label": x}).name for x in (label, other))
+    assert re.fullmatch(r"[\w.-]{1,80}", one, re.ASCII) and (one == two) == (label == other)
+    long = publish.destination(None, changed={"label": 90 * "x" + label}).name
+    assert len(long) <= 80 and re.fullmatch(r"[\w.-]+-[0-9a-f]{8}", long, re.ASCII)
 
 
 @pytest.mark.parametrize("scale, offline", [("quick", "1"), ("small", None)])

@@ -8,7 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 from moebert_lib import checks
 from moebert_lib.convert import to_moebert
 from moebert_lib.experts import deal_layers, random_ranking
-from moebert_lib.importance import ffn_importance
+from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.moe_layer import moe_layers
 from moebert_lib.routing import ROUTINGS
 
@@ -104,6 +104,29 @@ def test_scores_and_their_ranking_convert_alike(tiny_bert, tiny_batch):
         assert torch.equal(a, b)
 
 
+def test_scores_of_another_model_are_refused_and_their_ranking_is_not(tiny_bert, tiny_batch):
+    other = ffn_importance(tiny_bert(seed=1), [tiny_batch()])
+    with pytest.raises(ValueError, match="another model.*importance.ranking if") as refusal:
+        to_moebert(tiny_bert(), other)
+    assert "\n" not in str(refusal.value)
+    own = to_moebert(tiny_bert(), other.ranking).state_dict()
+    unknown = Importance(other.scores, other.blocks, other.counts, {"source": "importance_rte.pkl"})
+    same = to_moebert(tiny_bert(), unknown).state_dict()
+    assert all(torch.equal(own[name], same[name]) for name in own)
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.int, torch.Tensor.numpy, torch.Tensor.tolist])
+def test_a_ranking_may_be_any_table_of_integers(tiny_bert, kind):
+    own, same = (to_moebert(tiny_bert(), r).state_dict() for r in (RANKING, kind(RANKING)))
+    assert all(torch.equal(own[name], same[name]) for name in own)
+
+
+@pytest.mark.parametrize("scores", [torch.rand(2, 64), [[0.5]], [[1], [1, 2]], "scores", None])
+def test_what_is_no_ranking_is_refused(tiny_bert, scores):
+    with pytest.raises(ValueError, match="must be an Importance, or a ranking: integers"):
+        to_moebert(tiny_bert(), scores)
+
+
 def test_dtype_labels_and_mode_are_kept(tiny_bert):
     dense = tiny_bert(num_labels=3, dtype=torch.float32).train()
     dense.config.id2label = {0: "a", 1: "b", 2: "c"}
@@ -135,7 +158,8 @@ def test_balanced_tables_differ_between_layers_only_in_tokens_that_never_occur(t
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(expert_size=40, n_shared=4), "148 neurons are needed.*largest expert_size is 19"),
+        (dict(expert_size=40, n_shared=4), "need 148 neurons.*largest expert_size that fits is 19"),
+        (dict(expert_size=40), "need 82 neurons.*largest expert_size that fits is 31"),
         (dict(routing="hash-balance"), "token_frequencies.*99 vocabulary ids, not none"),
         (dict(routing="hash-balance", token_frequencies=torch.ones(1)), "99 vocab.*, not 1"),
         (dict(routing="hash"), "routing='hash' must be one of"),

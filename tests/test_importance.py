@@ -1,11 +1,13 @@
 """Eq. 4 against slow references, and what surrounds it."""
 
+import hashlib
+
 import pytest
 import torch
 from tiny_spans import span_batch, span_bert
 
 from moebert_lib import checks
-from moebert_lib.importance import Importance, ffn_importance
+from moebert_lib.importance import Importance, ffn_digest, ffn_importance
 from moebert_lib.removal import without
 
 
@@ -127,11 +129,12 @@ def test_mass_by_hand():
 
 
 def test_saved_scores_come_back_bit_for_bit(tmp_path, tiny_bert, tiny_batch):
-    scores = ffn_importance(tiny_bert(), [tiny_batch()], meta={"task": "x", "n": 3})
+    model = tiny_bert()
+    scores = ffn_importance(model, [tiny_batch()], meta={"task": "x", "n": 3})
     scores.save(tmp_path / "scores.safetensors")
     back = Importance.load(tmp_path / "scores.safetensors")
     assert torch.equal(back.scores, scores.scores) and torch.equal(back.blocks, scores.blocks)
-    assert back.meta == {"task": "x", "n": 3}
+    assert back.meta == {"task": "x", "n": 3, "ffn": ffn_digest(model)}
     assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
 
 
@@ -152,6 +155,34 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 def test_missing_examples_or_labels_are_refused(tiny_bert, batches, message):
     with pytest.raises(ValueError, match=message):
         ffn_importance(tiny_bert(), batches)
+
+
+def test_one_batch_in_place_of_a_list_is_refused(tiny_bert, tiny_batch):
+    with pytest.raises(TypeError, match=r"a list of batches.*pass \[batch\]"):
+        ffn_importance(tiny_bert(), tiny_batch())
+
+
+def test_scores_introduce_themselves_in_a_line(tiny_bert, tiny_batch):
+    scores = ffn_importance(tiny_bert(), [tiny_batch()], meta={"task": "rte"})
+    assert repr(scores) == "Importance(2 layers of 64 neurons, 4 examples, task 'rte')"
+    sums = Importance(torch.ones(3, 5), torch.ones(0, 3, 5), torch.ones(0).long())
+    assert repr(sums) == "Importance(3 layers of 5 neurons, examples unknown)"
+
+
+def test_the_digest_by_hand_and_what_it_depends_on(tiny_bert):
+    model = tiny_bert(dtype=torch.float32)
+    weights = b"".join(
+        dense.weight.detach().numpy().astype("<f4").tobytes()
+        for layer in model.bert.encoder.layer
+        for dense in (layer.intermediate.dense, layer.output.dense)
+    )
+    known = ffn_digest(model)
+    assert known == hashlib.sha256(weights).hexdigest()
+    model.classifier.weight.data += 1
+    model.bert.encoder.layer[0].output.dense.bias.data += 1
+    assert ffn_digest(model.double()) == ffn_digest(model.bert) == known
+    model.bert.encoder.layer[1].output.dense.weight.data[3, 5] *= 2
+    assert ffn_digest(model) != known
 
 
 def test_a_model_without_ffn_layers_is_refused():

@@ -12,7 +12,8 @@ ROOMS = {
     "the command line": "cli __main__ commands doctor",
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
     "plots_results plots_claims plots_release tables widgets report bench",
-    "notebooks, planned and run": "batch planning knobs forecast estimate execution publish pages",
+    "notebooks, planned and run": "batch planning knobs forecast estimate execution publish "
+    "inventory pages",
     "what runs say": "claims verdicts",
     "experiments, each made once": "grids experiment teachers removal inputs store",
     "learning": "train distill evaluate routes",

@@ -2,12 +2,14 @@
 
 import json
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
 import fixture_home
 import nbformat
 import pytest
+from checkout import NOTEBOOKS
 
 from moebert_lib import pages, publish, report
 from moebert_lib.settings import Settings, UserError
@@ -85,6 +87,39 @@ def test_every_figure_is_embedded_with_caption_and_alternative_text(page):
     assert source.startswith("data:image/png;base64,")
     assert alt.startswith("Figure 1. The scores fall with depth, as s0>s1 says.")
     assert "<b>Figure 1.</b> The scores fall with <strong>depth</strong>" in page
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_figure_of_the_workbook_has_a_caption_from_before_its_cell(path):
+    node = json.loads(path.read_text())
+    sources = ["".join(cell["source"]) for cell in node["cells"]]
+    names = set(re.findall(r"[\"'](\d\d_\w+|figure\d\w?)[\"']", "\n".join(
+        source for source in sources if "plots.save(" in source or "draw(" in source)))  # fmt: skip
+    assert names
+    for name in names:
+        words = re.sub(r"<(math|a) .*?</\1>|<[^>]*>", "\0", report._caption(name, node), flags=re.S)
+        longest = max(map(unescape, words.split("\0")), key=len).strip()
+        assert len(longest) > 20, name
+        said = next(i for i, source in enumerate(sources) if longest in re.sub(r"\n", " ", source)
+                    or longest in source)  # fmt: skip
+        assert said < max(i for i, source in enumerate(sources) if f'"{name}"' in source), name
+
+
+def test_sections_of_one_notebook_say_which_run_they_show(home):
+    for seed in (3, 4):
+        settings = Settings.at("quick", seed=seed).model_dump()
+        key = {"notebook": "01_importance", "settings": settings}
+
+        def build(folder, seed=seed):
+            executed(folder)
+            return {"changed": {"seed": seed, "layers": [seed]}}
+
+        entry = Store().make("notebook", key, build)
+        publish.publish(entry, publish.destination(settings, changed={"seed": seed}))
+    page = report.write_report().read_text()
+    for seed in (3, 4):
+        told = f"· scale quick, task library, layers=[{seed}], seed={seed}</a>"
+        assert page.count(told) == 1
 
 
 def test_the_page_asks_for_nothing_from_anywhere(page, home):

@@ -1,9 +1,11 @@
 """Scales, changes and refusals of Settings."""
 
+import re
+
 import pytest
 
 from moebert_lib.scales import MINILM, RELEASE, SCALES
-from moebert_lib.settings import Settings, UserError, nearest
+from moebert_lib.settings import Settings, UserError, check_sizes, nearest
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -66,6 +68,27 @@ def test_what_is_refused_and_how(changes, message):
 
 def test_the_size_it_names_fits():
     assert Settings.at("quick", expert_size=834, n_shared=600).sizes(1536) == (834, 600)
+
+
+@pytest.mark.parametrize("width, n_experts", [(1536, 4), (64, 5), (64, 40), (7, 3)])
+def test_the_size_it_names_is_the_largest_with_two_thirds_shared(width, n_experts):
+    with pytest.raises(ValueError, match="largest expert_size") as refusal:
+        check_sizes(width, n_experts, width)
+    named = int(re.search(r"fits is (\d+)", str(refusal.value))[1])
+    check_sizes(width, n_experts, named)
+    for size in range(named + 1, width + 1):
+        with pytest.raises(ValueError, match=f"fits is {named}"):
+            check_sizes(width, n_experts, size)
+
+
+def test_too_many_experts_are_told_how_many_fit():
+    with pytest.raises(ValueError, match="largest n_experts that fits is 64"):
+        check_sizes(64, 100)
+    with pytest.raises(ValueError, match="largest n_experts that fits is 30"):
+        check_sizes(64, 100, 6)  # 4 shared, 2 own
+    check_sizes(64, 30, 6)
+    with pytest.raises(ValueError, match="an expert holds at most 64"):
+        check_sizes(64, 100, 70)
 
 
 def test_an_unknown_model_is_checked_later():
