@@ -153,7 +153,9 @@ def teacher(settings: Settings) -> Cost:
 def importance(settings: Settings) -> Cost:
     """Score the teacher's neurons: forward, and backward to the activations only."""
     of = shape(settings.model)
-    available = examples(settings)[settings.importance_split == "validation"]
+    available = examples(settings)[0]
+    if settings.importance_split == "validation":  # the first validation set, of MNLI the matched
+        available = examples(settings)[1] // (1 + len(TASKS[settings.task].also))
     n = min(available, settings.importance_examples or available)
     once = forward_flops(of, _tokens(settings), of.neurons)
     memory = _memory(settings, SCORING_BATCH, of.neurons, FP32 * parameters(of)[1])

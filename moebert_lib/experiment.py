@@ -79,7 +79,7 @@ def conversion_key(settings: Settings) -> dict:
         ranking = {"teacher": teacher_key(settings), "split_seed": settings.split_seed}
     return {
         **chosen(settings, CONVERSION), "expert_size": sizes[0], "n_shared": sizes[1], **ranking,
-        "code": code_digest("experts", "routing", "moe_layer", "modeling", "convert"),
+        "code": code_digest("experts", "routing", "moe_layer", "modeling", "convert", "experiment"),
     }  # fmt: skip
 
 

@@ -134,7 +134,8 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
     Without distillation the paper has three tasks; the smaller scales train all of theirs, since
     a claim over tasks needs them.
     """
-    each = {task: on_task(settings.but(distill="all"), task) for task in names}
+    base = settings.but(distill="all")
+    each = {task: on_task(base, task) for task in names}
     paper = settings.scale == "paper"
     plain = [task for task in names if not paper or task in TABLE3_TASKS]
     large = [task for task in names if paper and task in TABLE4_TASKS]
@@ -142,7 +143,7 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
         "tables 1 and 2": [run for task in names for run in over_seeds(each[task])],
         "table3": [run for task in plain for run in over_seeds(each[task].but(distill="none"))],
         "table4": [run for task in large
-                   for run in over_seeds(settings.on(task, model=LARGE, expert_size=None))],
+                   for run in over_seeds(base.on(task, model=LARGE, expert_size=None))],
     }  # fmt: skip
 
 

@@ -139,6 +139,16 @@ FIGURE_SETTINGS = {
     "figure3c": "routing",
 }
 
+#: The value of that setting in the paper's default configuration.
+DEFAULTS = {
+    "figure2a": 768,
+    "figure2b": 4,
+    "figure2c": 512,
+    "figure3a": "importance",
+    "figure3b": "all",
+    "figure3c": "hash-random",
+}
+
 #: What the horizontal axis of each figure says.
 FIGURE_AXES = {
     "figure2a": "expert size, neurons",

@@ -148,7 +148,7 @@ def beside_paper(
     most = max(len(points) for points in values.values())
     here.set_ylabel(f"{metric}, %")
     here.set_title("here, one run" if most == 1 else f"here, {most} runs and mean", fontsize=10)
-    there.set_ylabel("accuracy on MNLI, %")
+    there.set_ylabel("accuracy on MNLI, both sets, %")
     there.set_title(f"{figure.replace('figure', 'Figure ')}, mean of three runs", fontsize=10)
     _same_span(here, there)
     headline(fig, title)

@@ -25,6 +25,7 @@ from moebert_lib.settings import Settings, UserError
 
 MAX_BYTES = 4_000_000  # BERT-large's 24 layers of 4096 neurons take 1.2 million
 MAX_LISTS = 1000
+MAX_CELLS = 200_000  # a list can stand in many places: a small file could fill memory
 MAX_MEMO = 100_000
 
 #: What a pickle needs for a dictionary of lists of numbers, and nothing else.
@@ -171,6 +172,8 @@ def _scores(found: Any, path: Path) -> Tensor:
         refuse("expected a dictionary of 'importance' and 'idx'")
     for name, kind in (("importance", float), ("idx", int)):
         rows = found[name]
+        if isinstance(rows, list) and sum(len(r) for r in rows if isinstance(r, list)) > MAX_CELLS:
+            refuse(f"'{name}' has more than {MAX_CELLS:,} numbers")
         if not _is_table(rows, kind):
             refuse(f"'{name}' must be lists of {kind.__name__}s, all of one length")
     values = torch.tensor(found["importance"], dtype=torch.float64)  # (L, F)

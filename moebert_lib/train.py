@@ -142,7 +142,7 @@ def distil(
     )  # fmt: skip
     trainer = DistillationTrainer(
         student, arguments, train_dataset=encoded, callbacks=[Progress("student")],
-        data_collator=DataCollatorWithPadding(tokenizer), teacher=teacher,
+        data_collator=_collator(tokenizer, settings), teacher=teacher,
         distill=settings.distill, weight=settings.distill_weight,
         padding_in_loss=settings.padding_in_loss, teacher_dropout=settings.teacher_dropout,
     )  # fmt: skip
@@ -151,11 +151,23 @@ def distil(
     return trainer.curve()
 
 
+def _collator(tokenizer, settings: Settings) -> DataCollatorWithPadding:
+    """Pads to a batch's longest; where padding counts, to ``max_length``, as the release does."""
+    if settings.padding_in_loss:
+        return DataCollatorWithPadding(
+            tokenizer, padding="max_length", max_length=settings.max_length
+        )
+    return DataCollatorWithPadding(tokenizer)
+
+
 def training_arguments(
     folder: Path, *, seed: int, epochs: float, batch_size: int, learning_rate: float,
     weight_decay: float, settings: Settings,
 ) -> TrainingArguments:  # fmt: skip
-    """Trainer's arguments for one of our runs: quiet, one device, length-grouped, no warm-up."""
+    """Trainer's arguments for one of our runs: quiet, on one device, no warm-up.
+
+    Batches hold examples of like length, which spares padding; the release mixes lengths.
+    """
     arguments = TrainingArguments(
         output_dir=str(folder), seed=seed, data_seed=seed, num_train_epochs=epochs,
         per_device_train_batch_size=batch_size, learning_rate=learning_rate,

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from moebert_lib import paper
-from moebert_lib.claims import CLAIMS, SPANS, differences
+from moebert_lib.claims import CLAIMS, SPANS, Claim, differences
 from moebert_lib.intervals import (
     FEWEST,
     bca_interval,
@@ -39,9 +39,12 @@ CLAIMED = {
 def judge(gaps: Iterable[float], kind: str) -> tuple[str, float, float]:
     """Verdict on one comparison, and the 95% interval of the mean difference that decides it.
 
+    Pairs are the seeds of one task; where a comparison spans several tasks, each task is one
+    pair, the mean over its seeds, since seeds of one task are no evidence about other tasks.
+
     The interval: BCa bootstrap from five pairs on. For two to four, Student's t, which takes
     differences for normal; there is no better choice, since a permutation test of three pairs
-    cannot go below p = 0.25. One pair, or two to four that are all equal, have no interval.
+    cannot go below p = 0.25. One pair, or pairs that are all equal, have no interval.
 
     * "better" is reproduced if the interval lies wholly above zero, and not reproduced if
       wholly below.
@@ -51,14 +54,13 @@ def judge(gaps: Iterable[float], kind: str) -> tuple[str, float, float]:
       wholly below.
     * Anything else is undecided. Without pairs there are no runs.
     * A claim is reproduced if all its comparisons are, not reproduced if any of them is "not
-      reproduced", and else undecided. Comparisons without runs are left out, and counted.
+      reproduced", and else undecided; so a comparison without runs leaves it undecided at best.
     """
     gaps = np.asarray(list(gaps), dtype=float)
     low = high = float("nan")
-    if len(gaps) >= FEWEST:
-        low, high = bca_interval(gaps)[1:3]
-    elif len(gaps) and np.ptp(gaps):
-        low, high = student(gaps)
+    # equal but for rounding is equal
+    if len(gaps) and np.ptp(gaps) > 1e-9 * max(1.0, np.abs(gaps).max()):
+        low, high = bca_interval(gaps)[1:3] if len(gaps) >= FEWEST else student(gaps)
     floor, roof = CLAIMED[kind]
     inside = low > floor and high < roof
     outside = high < floor or low > roof
@@ -73,18 +75,21 @@ def compare(frame: pd.DataFrame) -> pd.DataFrame:
         frame: As :func:`collect` returns it.
 
     Returns:
-        Columns ``claim``, ``comparison``, ``kind``, ``tasks``, ``pairs``, ``mean``, ``low`` and
+        Columns ``claim``, ``comparison``, ``kind``, ``tasks``, ``runs`` (pairs of runs), ``pairs``
+        (as :func:`judge` counts them), ``mean``, ``low`` and
         ``high`` (the interval that decides, see :func:`judge`), ``lowest``, ``highest``,
         ``paper``, ``p`` (two-sided sign-flip test), ``p_holm`` (over all rows) and ``verdict``.
     """
     rows = []
     for claim in CLAIMS:
         for one in claim.comparisons:
-            gaps = differences(frame, one)
+            every = differences(frame, one)
+            by_task = every.groupby("task").mean()
+            gaps = by_task if len(by_task) > 1 else every
             verdict, low, high = judge(gaps, one.kind)
             rows.append({
                 "claim": claim.key, "comparison": str(one), "kind": one.kind,
-                "tasks": gaps.index.get_level_values("task").nunique(), "pairs": len(gaps),
+                "tasks": len(by_task), "runs": len(every), "pairs": len(gaps),
                 "mean": gaps.mean(), "low": low, "high": high,
                 "lowest": gaps.min(), "highest": gaps.max(), "paper": one.printed,
                 "p": permutation_p(gaps), "verdict": verdict,
@@ -108,17 +113,18 @@ def verdicts(compared: pd.DataFrame) -> pd.DataFrame:
             "claim": claim.statement, "shown in": claim.shown_in,
             "comparisons": len(claim.comparisons), "tested": len(mine),
             "pairs": 0 if mine.empty else int(mine["pairs"].min()),
-            "verdict": _together(set(mine["verdict"])) if claim.comparisons else ELSEWHERE,
+            "verdict": _together(mine["verdict"], claim) if claim.comparisons else ELSEWHERE,
         }  # fmt: skip
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("key")
 
 
-def _together(told: set[str]) -> str:
-    if not told:
+def _together(told: pd.Series, claim: Claim) -> str:
+    if told.empty:
         return NO_RUNS
-    if CONTRADICTED in told:
+    if (told == CONTRADICTED).any():
         return CONTRADICTED
-    return told.pop() if len(told) == 1 else UNDECIDED
+    whole = len(told) == len(claim.comparisons) and (told == REPRODUCED).all()
+    return REPRODUCED if whole else UNDECIDED
 
 
 def by_chance(compared: pd.DataFrame) -> tuple[int, int, float]:
@@ -158,6 +164,37 @@ def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
                      mean - theirs, theirs - bert))  # fmt: skip
     names = "model task metric ours low high n teacher gap paper"
     return pd.DataFrame(rows, columns=[*names.split(), "over paper", "paper gap"])
+
+
+def points(runs: pd.DataFrame, figure: str, metric: str, width: int) -> pd.DataFrame:
+    """A figure's points beside the paper's: one row per value of the setting it varies, in %.
+
+    Args:
+        runs: Rows of ``experiment.grid`` for the figure, several seeds for each value.
+        figure: Key of ``paper.FIGURES``, ``figure2a`` to ``figure3c``.
+        metric: Column to judge.
+        width: Neurons of a dense FFN; sizes are matched to the paper's by proportion.
+
+    Returns:
+        Columns ``figure``, ``value``, ``ours``, ``low`` and ``high`` (95% t interval; below five
+        runs the lowest and highest run), ``n``, ``over default``, ``paper``, ``paper over
+        default`` and ``gap`` (ours over the default minus the paper's).
+    """
+    theirs, default = paper.FIGURES[figure], paper.DEFAULTS[figure]
+    scale = 3072 / width if figure in ("figure2a", "figure2c") else 1
+    rows = []
+    for value, group in runs.groupby(paper.FIGURE_SETTINGS[figure], sort=False):
+        mean, low, high, n = t_interval(100 * group[metric])
+        if n < FEWEST:
+            low, high = 100 * group[metric].min(), 100 * group[metric].max()
+        printed = theirs.get(value * scale if scale != 1 else value, np.nan)
+        rows.append((figure, str(value), mean, low, high, n, printed))
+    names = ["figure", "value", "ours", "low", "high", "n", "paper"]
+    table = pd.DataFrame(rows, columns=names)
+    base = table.loc[table["paper"] == theirs[default], "ours"].mean()
+    table.insert(6, "over default", table["ours"] - base)
+    table["paper over default"] = table["paper"] - theirs[default]
+    return table.assign(gap=table["over default"] - table["paper over default"])
 
 
 def beneath(n: int, beside: pd.DataFrame, *, source: str) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moebert_lib import data, weights
+from moebert_lib import data, files, weights
 from moebert_lib.settings import MINILM, Settings, UserError
 
 BUILT_IN = [name for name, task in data.TASKS.items() if task.source == "built-in"]
@@ -95,17 +95,27 @@ def test_parquet_gives_the_same_as_jsonl(tiny_glue, tmp_path):
     assert first.train.to_dict() == again.train.to_dict()
 
 
-def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch, tiny_glue):
-    def hub(name, task, *, split, revision):
-        asked.append((name, task, split, revision))
+@pytest.mark.parametrize("task", ["cola", "mnli", "squad", "squad_v2"])
+def test_the_hub_is_asked_for_a_pinned_revision_and_gives_what_files_give(
+    monkeypatch, tiny_glue, task
+):
+    def hub(name, *part, split, revision):
+        asked.append((name, *part, split, revision))
         return datasets.Dataset.from_json(str(tiny_glue / task / f"{split}.jsonl"))
 
     asked = []
+    from_files = data.load(glue_settings(task, tiny_glue))
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    data.load(Settings.at("small", task="cola"))
-    name, revision = data.HUB["glue"]
-    assert asked == [(name, "cola", split, revision) for split in ("train", "validation")]
-    assert all(len(revision) == 40 for _, revision in data.HUB.values())
+    loaded = data.load(Settings.at("small", task=task))
+    name, revision = data.HUB[task if task.startswith("squad") else "glue"]
+    part = [] if task.startswith("squad") else [task]
+    splits = files.splits(data.TASKS[task]).values()
+    assert asked == [(name, *part, split, revision) for split in splits]
+    assert len(revision) == 40
+    assert loaded.validation.to_dict() == from_files.validation.to_dict()
+    assert {k: v.to_dict() for k, v in loaded.also.items()} == {
+        k: v.to_dict() for k, v in from_files.also.items()
+    }
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line():

@@ -3,10 +3,13 @@
 import datasets
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from moebert_lib import train, weights
 from moebert_lib.convert import to_moebert
 from moebert_lib.distill import distillation_terms
 from moebert_lib.experts import random_ranking
+from moebert_lib.scales import MINILM
 from moebert_lib.settings import Settings
 from moebert_lib.train import DistillationTrainer, distil, fine_tune, training_arguments
 
@@ -165,3 +168,13 @@ def test_arguments_are_the_papers_where_it_states_them(tmp_path):
     assert (made.adam_beta1, made.adam_beta2, made.max_grad_norm) == (0.9, 0.999, 1.0)
     assert made.get_warmup_steps(1000) == 0 and made.lr_scheduler_type == "linear"
     assert made.seed == made.data_seed == 3 and made.per_device_train_batch_size == 8
+
+
+def test_batches_are_padded_to_max_length_only_where_padding_counts():
+    tokenizer = AutoTokenizer.from_pretrained(weights.find(MINILM))
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [5]}]
+    shapes = {}
+    for counted in (False, True):
+        settings = SETTINGS.but(padding_in_loss=counted, max_length=16)
+        shapes[counted] = tuple(train._collator(tokenizer, settings)(rows)["input_ids"].shape)
+    assert shapes == {False: (2, 3), True: (2, 16)}
