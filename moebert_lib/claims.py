@@ -168,7 +168,7 @@ def collect(
     points: Sequence[Settings],
     runs: pd.DataFrame,
 ) -> pd.DataFrame:
-    """The runs of each arm.
+    """The runs of each arm, but those whose teacher is no better than guessing.
 
     Args:
         settings: The notebook's, whose default the arms change.
@@ -179,7 +179,7 @@ def collect(
 
     Returns:
         One row per run and arm: ``arm`` and ``score`` (headline metric, 0 to 1), then the run's
-        own row.
+        own row with its sizes spelled out.
     """
     rows_of = (row for _, row in runs.iterrows())
     known = {_sized(run, width): row for run, row in zip(points, rows_of, strict=True)}
@@ -190,9 +190,16 @@ def collect(
             one = point(name, base, width) if _applies(arm, base) else None
             metric = ("teacher_" if arm.teacher else "") + TASKS[task].metric
             for run in grids.over_seeds(one) if one else ():
-                if run in known:
-                    rows.append({"arm": name, "score": known[run][metric], **known[run]})
+                row = known.get(run)
+                if row is not None and _has_learned(row):
+                    sizes = {"expert_size": run.expert_size, "n_shared": run.n_shared}
+                    rows.append({"arm": name, "score": row[metric], **row, **sizes})
     return pd.DataFrame(rows, columns=None if rows else ["arm", "score", "task", "seed"])
+
+
+def _has_learned(row: pd.Series) -> bool:
+    """Whether a run's teacher beats always giving the most frequent answer, where one can tell."""
+    return not row[f"teacher_{TASKS[row['task']].metric}"] <= row.get("guessing", np.nan)
 
 
 def _sized(settings: Settings, width: int) -> Settings:

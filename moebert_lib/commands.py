@@ -146,6 +146,9 @@ def convert(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')} {size}: expected at least 1")
     if not args.importance.is_file():
         raise UserError(f"no file {args.importance}; make one with moebert importance")
+    if args.importance.suffix == ".pkl":
+        raise UserError(f"{args.importance} is a pickle; read it with moebert importance --import "
+                        f"{args.importance} --out FILE first")  # fmt: skip
     _check_new(args.out)
     from moebert_lib import weights
     from moebert_lib.importance import Importance

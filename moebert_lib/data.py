@@ -59,7 +59,7 @@ def check(settings: Settings) -> None:
     task = TASKS[settings.task]
     wrong = spans.problem(settings.max_length, settings.doc_stride) if task.kind == "span" else ""
     if wrong:
-        raise UserError(wrong)
+        raise UserError(f"task '{task.name}': {wrong}")
     if settings.data_dir:
         files.check(task, settings.data_dir)
     elif task.source != "built-in" and settings.offline:

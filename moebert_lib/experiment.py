@@ -57,7 +57,8 @@ class Student:
     """A distilled MoEBERT's results.
 
     Attributes:
-        row: ``teacher_*``, ``converted_*`` and final metrics, and parameter counts.
+        row: ``teacher_*``, ``converted_*`` and final metrics, parameter counts, and ``guessing``,
+            the headline metric of always giving the most frequent answer.
         curve: Loss terms by step.
         entry: The store's entry.
     """
@@ -145,7 +146,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             bundle.tokenizer.save_pretrained(folder)
         counts = parameter_counts(model)
         return {
-            "task": settings.task,
+            "task": settings.task, "guessing": bundle.guessing(),
             **{f"teacher_{name}": value for name, value in dense.metrics.items()},
             **{f"converted_{name}": value for name, value in before.items()},
             **evaluate(settings, model),

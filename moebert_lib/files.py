@@ -106,16 +106,24 @@ def _nested(path: Path) -> Iterator[tuple[str, Any]]:
     """SQuAD's own layout: articles, paragraphs, questions. Unanswerable ones get no answer."""
     try:
         articles = json.loads(path.read_bytes())["data"]
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    found = [] if qa.get("is_impossible") else qa["answers"]
-                    answers = {key: [a[key] for a in found] for key in ("text", "answer_start")}
-                    text = {"question": qa["question"], "context": paragraph["context"]}
-                    yield f"question {qa['id']}", {**text, "answers": answers}
+        paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+        asked = [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not SQuAD's JSON ('data', 'paragraphs', 'qas'): "
                         f"{type(error).__name__} {error}") from None  # fmt: skip
+    for number, (context, qa) in enumerate(asked, start=1):
+        place = f"question {qa.get('id', number) if isinstance(qa, dict) else number}"
+        try:
+            impossible, found = qa.get("is_impossible", not qa["answers"]), qa["answers"]
+            answers = {key: [a[key] for a in found] for key in ("text", "answer_start")}
+            row = {"question": qa["question"], "context": context, "answers": answers}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, {place}: expected 'question' and a list of 'answers' with "
+                            f"'text' and 'answer_start' ({error})") from None  # fmt: skip
+        if bool(impossible) == bool(found):
+            said = "has answers" if found else "has no answer"
+            raise UserError(f"{path}, {place}: is_impossible={impossible}, but it {said}")
+        yield place, row
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
@@ -139,7 +147,9 @@ def _problem(row: Any, task: Task) -> str:
     for name in task.fields:
         if not isinstance(row[name], str):
             return f"column '{name}' is {row[name]!r}; expected text"
-    return _answers_problem(row) if task.kind == "span" else _label_problem(row["label"], task)
+    if task.kind == "span":
+        return _answers_problem(row, task)
+    return _label_problem(row["label"], task)
 
 
 def _label_problem(label: Any, task: Task) -> str:
@@ -151,7 +161,7 @@ def _label_problem(label: Any, task: Task) -> str:
     return f"label {label!r}; expected {', '.join(f'{i} {n}' for i, n in enumerate(task.labels))}"
 
 
-def _answers_problem(row: dict[str, Any]) -> str:
+def _answers_problem(row: dict[str, Any], task: Task) -> str:
     """Each answer must stand in the context where its ``answer_start`` says."""
     answers = row["answers"]
     try:
@@ -160,4 +170,10 @@ def _answers_problem(row: dict[str, Any]) -> str:
     except (TypeError, KeyError, ValueError):
         return (f"answers {str(answers)[:60]}; expected lists 'text' and 'answer_start' of equal "
                 "length")  # fmt: skip
+    if not row["question"].strip():
+        return "the question is empty"
+    if not all(text for text, _ in pairs):
+        return "an answer is empty; a question without an answer has empty lists"
+    if not pairs and task.name != "squad_v2":
+        return f"no answer; only squad_v2 has questions without one, not {task.name}"
     return f"answer {wrong[0]!r} is not at its answer_start in the context" if wrong else ""

@@ -81,15 +81,14 @@ def routers(settings: Settings) -> Grid:
 
 
 def tasks(settings: Settings, asked: Sequence[str] = ()) -> list[str]:
-    """Tasks of notebook 6: those asked for, else all that the scale and its data have."""
-    if asked:
-        return list(asked)
-    built_in = [name for name, task in TASKS.items() if task.source == "built-in"]
-    if settings.offline and not settings.data_dir:
-        return [settings.task, *(name for name in built_in if name != settings.task)]
+    """Tasks of notebook 6: the main one, and those asked for, or all that scale and data have."""
     if settings.data_dir:
-        return [name for name in TASKS if (Path(settings.data_dir) / name).is_dir()]
-    return list(TABLE7)
+        there = [name for name in TASKS if (Path(settings.data_dir) / name).is_dir()]
+    elif settings.offline:
+        there = [name for name, task in TASKS.items() if task.source == "built-in"]
+    else:
+        there = list(TABLE7)
+    return list(dict.fromkeys([settings.task, *(asked or there)]))
 
 
 def on_task(settings: Settings, task: str) -> Settings:
@@ -156,10 +155,8 @@ def claims(settings: Settings, names: Sequence[str], width: int, *, ablate: bool
         width: Neurons of a dense FFN.
         ablate: Whether to ask for the runs of notebooks 4 and 5.
     """
-    more = ablate and settings.task in names
-    return results(settings, names) | (
-        ablations(settings, width) | routers(settings) if more else {}
-    )
+    more = ablations(settings, width) | routers(settings) if ablate else {}
+    return results(settings, names) | more
 
 
 def switches(settings: Settings) -> Grid:

@@ -102,6 +102,18 @@ class Dataset:
         known = self.examples[split]["answers"][:]
         return [known[example]["text"] for example in sorted(set(rows["example"][:]))]
 
+    def guessing(self, limit: int | None = None) -> float:
+        """The headline metric on validation of always giving training's most frequent answer.
+
+        0 to 1; NaN where answers are no classes.
+        """
+        if self.task.kind != "classification":
+            return float("nan")
+        truths = np.asarray(self.truths(limit=limit))
+        most_frequent = np.bincount(self.truths("train")).argmax()
+        guesses = np.full_like(truths, most_frequent)
+        return score(guesses, truths, [self.task.metric])[self.task.metric]
+
     def score(
         self, logits: np.ndarray, split: str = "validation", limit: int | None = None
     ) -> dict[str, float]:

@@ -209,8 +209,9 @@ def _typed(name: str, kind: Any, default: Any, value: Any) -> Any:
         json.dumps(value)
     except (ValidationError, TypeError) as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        example = "[rte, cola]" if default == [] else repr(default)
         raise UserError(f"{name}={value!r}: {said[0].lower()}{said[1:]}, such as "
-                        f"{default!r}") from None  # fmt: skip
+                        f"{example}") from None  # fmt: skip
     return _finite(name, value)
 
 

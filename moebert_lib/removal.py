@@ -16,9 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_lib import experiment
-from moebert_lib.evaluate import METRICS, predict
+from moebert_lib.evaluate import predict
 from moebert_lib.experts import random_ranking
-from moebert_lib.inputs import Dataset
 from moebert_lib.settings import Settings
 from moebert_lib.store import Store, code_digest
 
@@ -94,7 +93,7 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
 
 def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
     bundle, model = experiment.dataset(settings), experiment.teacher(settings).model
-    guess = _guessing(bundle, n_examples)
+    guess = bundle.guessing(n_examples)
 
     def row(name: str, draw: int, fraction: float, neurons: Tensor) -> dict:
         batches = bundle.batches(
@@ -116,15 +115,6 @@ def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
         rows += [row(name, draw, part, neurons[:, : round(part * width)]) for part in FRACTIONS]
         print(f"· removal, {name} {draw + 1 if name == 'random' else ''}".rstrip(), flush=True)
     return pd.DataFrame(rows)
-
-
-def _guessing(bundle: Dataset, n_examples: int) -> float:
-    """The headline metric of the label most frequent in training; NaN where there are none."""
-    if bundle.task.kind != "classification":
-        return float("nan")
-    truths = np.asarray(bundle.truths(limit=n_examples))
-    most_frequent = np.bincount(bundle.truths("train")).argmax()
-    return float(METRICS[bundle.task.metric](truths, np.full_like(truths, most_frequent)))
 
 
 def _loss(logits: np.ndarray, rows) -> float:

@@ -53,15 +53,16 @@ SCALES: dict[str, dict[str, Any]] = {
 
 #: What a task changes at a scale: the paper's Table 7, and contexts that need more tokens.
 BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
-    "smoke": {"passage": dict(max_length=48, doc_stride=8)},
+    "smoke": {task: dict(max_length=48, doc_stride=8) for task in ("passage", "squad", "squad_v2")},
     "quick": {
+        **{task: dict(max_length=192, doc_stride=64) for task in ("squad", "squad_v2")},
         "passage": dict(  # a span head learns from many small steps, not from a few large ones
             max_length=64,
             doc_stride=16,
             teacher_batch_size=8,
             teacher_learning_rate=2e-4,
             teacher_epochs=1.5,
-        )
+        ),
     },
     "small": {task: dict(max_length=384) for task in ("squad", "squad_v2")},
     "paper": TABLE7,

@@ -24,6 +24,7 @@ from moebert_lib.settings import Settings
 from moebert_lib.tasks import TASKS
 
 MARGIN = 0.5  #: points within which two arms count as equal; ours, the paper names none
+NEAR = 1.0  #: neurons by which a size may miss the paper's proportion through rounding
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "not reproduced", "undecided"
 TOLD = (REPRODUCED, CONTRADICTED, UNDECIDED)  #: what runs can say
 NO_RUNS, ELSEWHERE = "no runs", "see notebook 7"
@@ -40,7 +41,8 @@ def judge(gaps: Iterable[float], kind: str) -> tuple[str, float, float]:
     """Verdict on one comparison, and the 95% interval of the mean difference that decides it.
 
     Pairs are the seeds of one task; where a comparison spans several tasks, each task is one
-    pair, the mean over its seeds, since seeds of one task are no evidence about other tasks.
+    pair, the mean over its seeds, since seeds of one task are no evidence about other tasks. Runs
+    whose teacher is no better than always giving the most frequent answer do not count.
 
     The interval: BCa bootstrap from five pairs on. For two to four, Student's t, which takes
     differences for normal; there is no better choice, since a permutation test of three pairs
@@ -149,7 +151,8 @@ def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns ``model``, ``task``, ``metric``, ``ours`` (mean), ``low`` and ``high`` (95% t
         interval; below five runs the lowest and highest run), ``n``, ``teacher`` and ``gap``
-        (ours minus it), ``paper``, ``over paper`` (ours minus it) and ``paper gap`` (MoEBERT
+        (ours minus it), ``guessing`` (always the most frequent answer, for a headline metric),
+        ``paper``, ``over paper`` (ours minus it) and ``paper gap`` (MoEBERT
         minus BERT).
     """
     rows = []
@@ -160,9 +163,11 @@ def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
             low, high = 100 * group[metric].min(), 100 * group[metric].max()
         theirs, bert = (paper.printed(method, task, metric) for method in methods)
         teacher = 100 * group[f"teacher_{metric}"].mean()
-        rows.append((model, task, metric, mean, low, high, n, teacher, mean - teacher, theirs,
-                     mean - theirs, theirs - bert))  # fmt: skip
-    names = "model task metric ours low high n teacher gap paper"
+        headline = metric == TASKS[task].metric and "guessing" in group
+        guess = 100 * group["guessing"].mean() if headline else np.nan
+        rows.append((model, task, metric, mean, low, high, n, teacher, mean - teacher, guess,
+                     theirs, mean - theirs, theirs - bert))  # fmt: skip
+    names = "model task metric ours low high n teacher gap guessing paper"
     return pd.DataFrame(rows, columns=[*names.split(), "over paper", "paper gap"])
 
 
@@ -187,8 +192,11 @@ def points(runs: pd.DataFrame, figure: str, metric: str, width: int) -> pd.DataF
         mean, low, high, n = t_interval(100 * group[metric])
         if n < FEWEST:
             low, high = 100 * group[metric].min(), 100 * group[metric].max()
-        printed = theirs.get(value * scale if scale != 1 else value, np.nan)
-        rows.append((figure, str(value), mean, low, high, n, printed))
+        numeric = not isinstance(value, str)
+        key = min(theirs, key=lambda k: abs(k - value * scale)) if numeric else value
+        near = abs(key - value * scale) <= NEAR * scale if numeric else key in theirs
+        name = f"{value:g}" if numeric else value
+        rows.append((figure, name, mean, low, high, n, theirs[key] if near else np.nan))
     names = ["figure", "value", "ours", "low", "high", "n", "paper"]
     table = pd.DataFrame(rows, columns=names)
     base = table.loc[table["paper"] == theirs[default], "ours"].mean()

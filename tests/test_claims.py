@@ -96,3 +96,12 @@ def test_every_claim_says_where_it_is_shown():
     shown = {claim.shown_in for claim in CLAIMS}
     figures = {name.replace("figure", "Figure ") for name in paper.FIGURES}
     assert shown == figures | {"Table 1", "Table 2", "Table 3", "Table 4"}
+
+
+def test_runs_whose_teacher_is_no_better_than_guessing_do_not_count():
+    points = [SETTINGS.but(seed=k, split_seed=k) for k in range(2)]
+    guesses = (0.75, 0.5)  # the first teacher, at 0.75, has learned nothing
+    rows = zip(points, guesses, strict=True)
+    runs = pd.DataFrame([{**p.model_dump(), **SCORES, "guessing": g} for p, g in rows])
+    frame = claims.collect(SETTINGS, ["library"], WIDTH, points=points, runs=runs)
+    assert set(frame["seed"]) == {1}

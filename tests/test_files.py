@@ -113,3 +113,36 @@ def test_a_file_that_changed_is_checked_again(tmp_path):
     files.check(TASKS["sst2"], data_dir)
     (tmp_path / "sst2" / "train.jsonl").write_text("")
     assert "is empty" in refusal(data_dir)
+
+
+def nested(tmp_path, **qa):
+    folder = tmp_path / "squad_v2"
+    folder.mkdir()
+    one = {"id": "q7", "question": "Who?", "answers": [{"text": "Ada", "answer_start": 0}]} | qa
+    one = {name: value for name, value in one.items() if value is not None}
+    made = {"data": [{"paragraphs": [{"context": "Ada wrote.", "qas": [one]}]}]}
+    for split in ("train", "validation"):
+        (folder / f"{split}.json").write_text(json.dumps(made))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "qa, said",
+    [
+        ({"answers": None}, "question q7: expected 'question' and a list of 'answers'"),
+        ({"answers": "Ada"}, "question q7: expected 'question' and a list of 'answers'"),
+        ({"is_impossible": True}, "is_impossible=True, but it has answers"),
+        ({"is_impossible": False, "answers": []}, "is_impossible=False, but it has no answer"),
+        ({"question": " "}, "the question is empty"),
+        ({"answers": [{"text": "", "answer_start": 0}]}, "an answer is empty"),
+        ({"answers": [{"text": "Ada", "answer_start": 4}]}, "'Ada' is not at its answer_start"),
+    ],
+)
+def test_a_question_that_contradicts_itself_is_named(tmp_path, qa, said):
+    assert said in refusal(nested(tmp_path, **qa), "squad_v2")
+
+
+def test_squads_first_version_has_an_answer_to_every_question(tmp_path):
+    folder = Path(nested(tmp_path, answers=[])) / "squad_v2"
+    folder.rename(tmp_path / "squad")
+    assert "only squad_v2 has questions without one" in refusal(tmp_path, "squad")

@@ -70,6 +70,14 @@ def test_the_results_are_those_of_the_committed_figures():
         assert re.search(row, README), name
 
 
+def test_the_verdicts_it_counts_are_those_of_the_committed_table():
+    told = pd.read_csv(ROOT / "figures" / "06_claims.csv")["verdict"].value_counts()
+    text = " ".join(README.split())
+    counts = [told.get(word, 0) for word in ("reproduced", "not reproduced", "undecided")]
+    said = "{} are reproduced, {} are not reproduced and {} are undecided"
+    assert said.format(*counts) in text and f"the paper's {told.sum()} claims" in text
+
+
 def test_figures_are_those_of_their_provenance_and_of_a_clean_commit():
     known = json.loads((ROOT / "figures" / "provenance.json").read_text())
     there = {path.name for path in (ROOT / "figures").iterdir() if path.is_file()}
