@@ -74,7 +74,7 @@ def test_the_verdicts_it_counts_are_those_of_the_committed_table():
     told = pd.read_csv(ROOT / "figures" / "06_claims.csv")["verdict"].value_counts()
     text = " ".join(README.split())
     counts = [told.get(word, 0) for word in ("reproduced", "not reproduced", "undecided")]
-    said = "{} are reproduced, {} are not reproduced and {} are undecided"
+    said = "{} reproduced, {} not reproduced, {} undecided"
     assert said.format(*counts) in text and f"the paper's {told.sum()} claims" in text
 
 
