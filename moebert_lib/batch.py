@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from moebert_lib import execution, publish
-from moebert_lib.planning import Job, notebooks, plan, select
+from moebert_lib.planning import FOLDERS, Job, notebooks, plan, select
 from moebert_lib.settings import home
 from moebert_lib.store import Entry, Store, digest, write_json
 
@@ -70,8 +70,12 @@ def failed_runs() -> list[dict[str, Any]]:
 
 
 def changed(job: Job) -> dict[str, Any]:
-    """The values that make a job more than its scale, by name; also what a folder's name holds."""
-    return {name: value for name, value in _given(job).items() if name != "scale"}
+    """The values that make a job more than its scale, by name; also what a folder's name holds.
+
+    Of folders the last part of the name only: where they lie is one machine's affair.
+    """
+    given = {name: value for name, value in _given(job).items() if name != "scale"}
+    return {name: Path(value).name if name in FOLDERS else value for name, value in given.items()}
 
 
 def published(job: Job) -> Path:

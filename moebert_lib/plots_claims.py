@@ -81,7 +81,13 @@ def _handles() -> list:
     ink = dict(color=COLORS["moebert"])
     return [
         Line2D([], [], ls="", marker="o", ms=4, alpha=0.5, mew=0, label="a pair of runs", **ink),
-        Line2D([], [], lw=2, label=f"mean and 95% interval ({FEWEST} pairs or more)", **ink),
+        Line2D(
+            [],
+            [],
+            lw=2,
+            label=f"mean, and the interval that decides ({FEWEST} points or more)",
+            **ink,
+        ),
         Line2D([], [], ls="", label="the paper", **{**DIAMOND, "ms": 5}),
         Patch(color=_SHADE, lw=0, label="as claimed"),
     ]

@@ -271,3 +271,11 @@ def test_a_parameters_cell_that_cannot_be_read_is_refused(tmp_path, cells, said)
     path.write_text(json.dumps({"cells": cells, "nbformat": 4}))
     with pytest.raises(UserError, match=said):
         planning.plan([path])
+
+
+def test_a_folders_place_on_this_machine_names_no_figures(tmp_path):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "importance_rte.pkl").write_bytes(b"")
+    values = {"importance_dir": str(tmp_path / "files")}
+    (job,) = batch.plan(batch.select(["08"]), scale="smoke", parameters=values)
+    assert batch.published(job).name == "smoke-library-importance_dirfiles"
