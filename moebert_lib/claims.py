@@ -150,8 +150,8 @@ def point(arm: str, base: Settings, width: int) -> Settings | None:
         base = base.on(base.task, model=changes.pop("model"), expert_size=None)
         width = FFN_WIDTHS[base.model]
     size, shared = base.sizes(width)
-    if (narrow := width // changes.pop("fraction", 1)) not in (width, size):
-        size, shared = narrow, -(-2 * narrow // 3)
+    if "fraction" in changes:
+        size, shared = grids.expert_sizes(base, width, changes.pop("fraction"))
     if "thirds" in changes:
         shared = size * changes.pop("thirds") // 3
     n_experts = changes.get("n_experts", base.n_experts)

@@ -192,5 +192,4 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
 
 def _dense(settings: Settings) -> tuple:
     """What the teacher differs by within a grid."""
-    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-    return settings.model, settings.task, seed
+    return settings.model, settings.task, settings.dense_seed

@@ -45,7 +45,7 @@ class Run:
     @property
     def seed(self) -> int:
         """The student's seed, else that of its teacher."""
-        return self.settings.seed if self.stage == "student" else _teacher_seed(self.settings)
+        return self.settings.seed if self.stage == "student" else self.settings.dense_seed
 
     @property
     def scored(self) -> bool:
@@ -65,7 +65,7 @@ class Run:
         """What sets it apart from all other runs."""
         drawn = self.stage == "student" and not self.scored
         split_seed = self.settings.split_seed if drawn else None
-        return (*self.group(), _teacher_seed(self.settings), self.seed, split_seed)
+        return (*self.group(), self.settings.dense_seed, self.seed, split_seed)
 
 
 def runs(jobs: Sequence[Job]) -> list[list[Run]]:
@@ -222,7 +222,3 @@ def _time(seconds: float) -> str:
     unit, size = next((unit, size) for unit, size, most in units if seconds < most * size)
     value = seconds / size
     return f"{value:.2g} {unit}" if value < 10 else f"{value:,.0f} {unit}"
-
-
-def _teacher_seed(settings: Settings) -> int:
-    return settings.seed if settings.teacher_seed is None else settings.teacher_seed

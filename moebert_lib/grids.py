@@ -38,6 +38,16 @@ def ladder(settings: Settings) -> Grid:
     return {which: over_seeds(settings.but(distill=which)) for which in (full, "none")}
 
 
+def expert_sizes(settings: Settings, width: int, fraction: int) -> tuple[int, int]:
+    """``(expert_size, n_shared)`` of experts a ``fraction``-th as wide as the layer (Fig. 2a).
+
+    Two thirds are shared, whatever the default shares; the default's own width is the default.
+    """
+    size, shared = settings.sizes(width)
+    narrow = width // fraction
+    return (narrow, shared if narrow == size else -(-2 * narrow // 3))
+
+
 def ablations(
     settings: Settings,
     width: int,
@@ -62,7 +72,7 @@ def ablations(
     thirds = thirds or ((0, 1, 2, 3) if whole else (0, 2, 3))
     size, shared = settings.sizes(width)
     base = settings.but(expert_size=size, n_shared=shared)
-    widths = [(k, shared if k == size else -(-2 * k // 3)) for f in fractions if (k := width // f)]
+    widths = [expert_sizes(settings, width, f) for f in fractions if width // f]
     fitting = [n for n in numbers if shared + n * (size - shared) <= width]
     varied = {
         "figure2a": [base.but(expert_size=k, n_shared=s) for k, s in widths],
@@ -196,8 +206,7 @@ def asked(
     if notebook == "01_importance":
         return [settings, *others(settings, parameters.get("other_tasks", ()))], []
     if notebook == "02_experts":
-        fixed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-        return [settings.but(teacher_seed=fixed)], []
+        return [settings.but(teacher_seed=settings.dense_seed)], []
     grid: Grid = {}
     if notebook == "03_distillation":
         grid = ladder(settings)

@@ -175,6 +175,11 @@ class Settings(BaseModel):
         return type(self).at(self.scale, **{"model": self.model, **chosen, **changes, "task": task})
 
     @property
+    def dense_seed(self) -> int:
+        """Seed of the teacher: its own where it has one, else the experiment's."""
+        return self.seed if self.teacher_seed is None else self.teacher_seed
+
+    @property
     def offline(self) -> bool:
         """Whether the scale uses no network."""
         return self.scale in ("smoke", "quick")

@@ -34,15 +34,14 @@ class Teacher:
 def _fixed(settings: Settings, *also: str) -> Settings:
     """Settings with everything at its default but what the teacher (and ``also``) depends on."""
     names = {*DATA, *TEACHER, *also, "scale", "data_dir", "model"}
-    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
-    return Settings(**chosen(settings, tuple(names)), teacher_seed=seed)
+    return Settings(**chosen(settings, tuple(names)), teacher_seed=settings.dense_seed)
 
 
 def teacher_key(settings: Settings) -> dict:
     """What the teacher depends on."""
-    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
     return {
-        **chosen(settings, DATA + TEACHER), "teacher_seed": seed, "model": settings.model,
+        **chosen(settings, DATA + TEACHER), "teacher_seed": settings.dense_seed,
+        "model": settings.model,
         "weights": weights.digest(settings.model, hub=not settings.offline),
         "data": data.digest(settings), "device": device().type,  # bf16 on a GPU
         "code": code_digest("data", "corpus", "spans", "weights", "inputs", "train", "evaluate",
@@ -63,7 +62,7 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
     def build(folder: Path) -> dict:
         bundle = dataset(settings)
         transformers_logging.disable_progress_bar()
-        set_seed(teacher_key(settings)["teacher_seed"])
+        set_seed(settings.dense_seed)
         model = new_model(settings, bundle.task).to(device())
         fine_tune(model, bundle.train, bundle.tokenizer, settings, folder)
         model.save_pretrained(folder)

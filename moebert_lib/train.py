@@ -109,9 +109,9 @@ def fine_tune(
         settings: ``teacher_*``, ``seed`` and ``max_grad_norm`` are used.
         folder: For Trainer's own files; nothing is left there.
     """
-    seed = settings.seed if settings.teacher_seed is None else settings.teacher_seed
     arguments = training_arguments(
-        folder, seed=seed, epochs=settings.teacher_epochs, batch_size=settings.teacher_batch_size,
+        folder, seed=settings.dense_seed, epochs=settings.teacher_epochs,
+        batch_size=settings.teacher_batch_size,
         learning_rate=settings.teacher_learning_rate, weight_decay=settings.teacher_weight_decay,
         settings=settings,
     )  # fmt: skip

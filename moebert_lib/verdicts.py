@@ -12,6 +12,7 @@ from moebert_lib import paper
 from moebert_lib.claims import CLAIMS, SPANS, Claim, differences
 from moebert_lib.intervals import (
     FEWEST,
+    Interval,
     bca_interval,
     chance,
     holm,
@@ -158,9 +159,7 @@ def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for model, task, metric, group in _by_metric(runs):
         methods = ("MoEBERT-large", "BERT-large") if model == LARGE else ("MoEBERT", "BERT-base")
-        mean, low, high, n = t_interval(100 * group[metric])
-        if n < FEWEST:
-            low, high = 100 * group[metric].min(), 100 * group[metric].max()
+        mean, low, high, n = _level(group[metric])
         theirs, bert = (paper.printed(method, task, metric) for method in methods)
         teacher = 100 * group[f"teacher_{metric}"].mean()
         headline = metric == TASKS[task].metric and "guessing" in group
@@ -189,9 +188,7 @@ def points(runs: pd.DataFrame, figure: str, metric: str, width: int) -> pd.DataF
     scale = 3072 / width if figure in ("figure2a", "figure2c") else 1
     rows = []
     for value, group in runs.groupby(paper.FIGURE_SETTINGS[figure], sort=False):
-        mean, low, high, n = t_interval(100 * group[metric])
-        if n < FEWEST:
-            low, high = 100 * group[metric].min(), 100 * group[metric].max()
+        mean, low, high, n = _level(group[metric])
         numeric = not isinstance(value, str)
         key = min(theirs, key=lambda k: abs(k - value * scale)) if numeric else value
         near = abs(key - value * scale) <= NEAR * scale if numeric else key in theirs
@@ -248,6 +245,14 @@ def gaps(runs: pd.DataFrame) -> pd.DataFrame:
         place = f"SQuAD {place}" if paper.column(task, metric, table=2) else place
         frames.append(pd.DataFrame({"task": place, "gap": gap, "source": "here"}))
     return pd.concat(frames, ignore_index=True)
+
+
+def _level(scores: pd.Series) -> Interval:
+    """Mean of runs in % with its t interval; below five runs with the lowest and highest."""
+    level = t_interval(100 * scores)
+    if level.n >= FEWEST:
+        return level
+    return level._replace(low=100 * scores.min(), high=100 * scores.max())
 
 
 def _by_metric(runs: pd.DataFrame) -> Iterator[tuple[str, str, str, pd.DataFrame]]:
