@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moebert_lib import estimate, grids, knobs
-from moebert_lib.provenance import checksums
+from moebert_lib.provenance import checksums, code_digests, digest, versions
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.settings import Settings, UserError, home, nearest
-from moebert_lib.store import code_digest, digest, versions
 
 #: Notebooks' parameters that name a folder: a key holds the digests of its files.
 FOLDERS = {"importance_dir"}
@@ -45,20 +44,22 @@ class Job:
         return self.notebook.stem
 
     def key(self) -> dict[str, Any]:
-        """Everything that decides the result; data by its digest, not by where it lies."""
+        """Everything that decides the result: code cells and no prose, values, data by its digest
+        and not by where it lies, each module of the library, versions."""
         settings = self.settings and self.settings.model_dump() | {"data_dir": ""}
         parameters = {name: value for name, value in self.parameters.items() if name != "data_dir"}
         for name in FOLDERS & parameters.keys():
             parameters[name] = checksums(Path(folder)) if (folder := parameters[name]) else {}
         return {
             "notebook": self.name,
-            "cells": digest([(cell["cell_type"], _source(cell)) for cell in _cells(self.notebook)]),
+            "cells": [digest(_source(cell)) for cell in _cells(self.notebook)
+                      if cell["cell_type"] == "code"],
             "parameters": parameters,
             "settings": settings,
             "inputs": _inputs(self.settings) if self.settings else {},
-            "code": code_digest(),
+            "code": code_digests(),
             "versions": versions(),
-        }
+        }  # fmt: skip
 
 
 def notebooks() -> list[Path]:

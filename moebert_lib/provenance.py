@@ -37,16 +37,21 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
-@functools.cache  # of the code as it was first asked for: what this process has imported
 def code_digest(*module_names: str) -> str:
-    """SHA-256 of modules of this library, blind to comments, docstrings and layout.
+    """One SHA-256 of :func:`code_digests`."""
+    return digest(code_digests(*module_names))
+
+
+@functools.cache  # of the code as it was first asked for: what this process has imported
+def code_digests(*module_names: str) -> dict[str, str]:
+    """SHA-256 of modules of this library by name, blind to comments, docstrings and layout.
 
     Without names: every module that a notebook's result can depend on.
     """
     folder = Path(__file__).parent
     modules = sorted(path.stem for path in folder.glob("*.py") if path.stem not in OUTSIDE)
     names = [name.removeprefix("moebert_lib.") for name in module_names] or modules
-    return digest({name: _code(folder / f"{name}.py") for name in names})
+    return {name: digest(_code(folder / f"{name}.py")) for name in names}
 
 
 @functools.cache

@@ -167,11 +167,12 @@ def edited(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def test_editing_code_or_prose_makes_a_new_run_but_outputs_do_not(home):
+def test_editing_code_makes_a_new_run_but_prose_and_outputs_do_not(home):
     (before,) = planned("01")
     old = before.key()
     edited(before.notebook, '"outputs": []', '"outputs": [ ]')
     edited(before.notebook, '"execution_count": null', '"execution_count": 7')
+    edited(before.notebook, "Something else first.", "Something else, told better.")
     assert before.key() == old
     edited(before.notebook, "quiet line", "another line")
     assert before.key() != old
