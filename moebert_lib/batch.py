@@ -1,66 +1,175 @@
 """Run planned notebooks: what is done is reused, what fails says where.
 
 One kernel process per notebook, one store entry per run, figures published at the end.
-The entry's key is the notebook's source, its values and settings, the library's code and
+The entry's key is the notebook's code, its values and settings, the library's code and
 versions, and the digests of data and weights: change any of them and it runs again.
 """
 
 import json
-import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from moebert_lib import execution, publish
-from moebert_lib.planning import FOLDERS, Job, notebooks, plan, select
-from moebert_lib.settings import home
-from moebert_lib.store import Entry, Store, digest, write_json
+from moebert_lib import publish, worker
+from moebert_lib.engines import Engine, Event, Local
+from moebert_lib.execution import WARNING, NotebookFailed
+from moebert_lib.planning import Job, describe, notebooks, plan, select
+from moebert_lib.settings import UserError, home
+from moebert_lib.store import Entry, Store, digest
 
 __all__ = [
-    "Job",
-    "describe",
-    "failed_runs",
-    "notebooks",
-    "plan",
-    "published",
-    "run",
+    "Job", "describe", "failed_before", "failed_runs", "notebooks", "plan", "published", "run",
     "select",
-]
+]  # fmt: skip
+
+
+QUIET = 30  # seconds between two progress lines where several notebooks run together
 
 
 def run(
     jobs: Sequence[Job],
     *,
+    engine: Engine | None = None,
     force: bool = False,
     keep_going: bool = False,
+    retry_failed: bool = True,
+    publishing: bool = True,
     echo: Callable[[str], Any] = print,
-) -> list[Entry]:
+) -> list[Entry | NotebookFailed]:
     """Run jobs, reusing what the store has, and publish their figures.
 
     Args:
         jobs: From :func:`plan`.
+        engine: Where what is missing is made; one run at a time on this machine by default.
         force: Execute even what is stored.
-        keep_going: After a failure run the others first, then raise the first failure.
+        keep_going: Return failures among the entries instead of raising the first one.
+        retry_failed: Also execute what failed before, unchanged, in a cell.
+        publishing: Copy figures to where people look.
         echo: Receives one line per start, finish and progress line.
+
+    Returns:
+        For each job its entry, or why there is none.
 
     Raises:
         NotebookFailed: with the failing cell; the executed copy is in ``runs/failed``.
+        UserError: a run cannot be made here, whatever the notebook.
     """
-    entries, failures = [], []
-    for number, job in enumerate(jobs, start=1):
-        label = f"[{number}/{len(jobs)}] {job.name}"
-        try:
-            entries.append(_run(job, label, force=force, echo=echo))
-        except execution.NotebookFailed as failure:
-            if not keep_going:
-                raise
-            failures.append(failure)
-            echo(f"{label} failed: {failure}")
-    if failures:
-        raise failures[0]
-    return entries
+    Store().tidy()
+    progress = _Progress(jobs, engine or Local(), echo)
+    results: list[Entry | NotebookFailed | None] = [None] * len(jobs)
+    missing = []
+    for index, job in enumerate(jobs):
+        entry = None if force else Store().find("notebook", job.key())
+        failure = None if entry or retry_failed else failed_before(job)
+        if entry:
+            progress.reused(index, entry)
+            results[index] = _published(job, entry, publishing)
+        elif failure:
+            progress.failed(index, f"failed before: {failure}")
+            results[index] = failure
+        else:
+            missing.append(index)
+    made = _make([jobs[index] for index in missing], progress, missing, force=force)
+    for index, entry in made:
+        if isinstance(entry, NotebookFailed) and not keep_going:
+            made.close()
+            raise entry
+        done = isinstance(entry, Entry)
+        results[index] = _published(jobs[index], entry, publishing) if done else entry
+    return results
+
+
+def _make(jobs, progress: "_Progress", numbers: Sequence[int], *, force: bool):
+    """Number and result of each job, as the engine gets them done."""
+    store = Store()
+    keys = [job.key() for job in jobs]
+    requests = [worker.request(job, force=force) for job in jobs]
+    events = progress.engine.run(requests, busy=lambda i: store.busy("notebook", keys[i]))
+    try:
+        for event in events:
+            number = numbers[event.index]
+            progress.tell(number, event)
+            if event.outcome is not None:
+                yield number, _result(jobs[event.index], keys[event.index], event.outcome)
+    finally:
+        events.close()
+        store.tidy()
+
+
+def _result(job: Job, key: dict[str, Any], outcome: dict[str, Any]) -> Entry | NotebookFailed:
+    if outcome["status"] == "refused":
+        raise UserError(f"{job.name}{describe(job)}: {outcome['error']}")
+    if outcome["status"] in ("done", "reused"):
+        entry = Store().find("notebook", key)
+        if entry is None:
+            raise UserError(f"{job.name}{describe(job)}: made, but it is not in {Store().root}")
+        return entry
+    died = outcome["status"] == "died"
+    failure = NotebookFailed(job.name, outcome.get("cell"), outcome["error"], died=died)
+    failure.copy = Path(outcome["copy"]) if outcome.get("copy") else None
+    return failure
+
+
+class _Progress:
+    """What a batch says while it runs: a line for each start and end, and how much is left."""
+
+    def __init__(self, jobs: Sequence[Job], engine: Engine, echo: Callable[[str], Any]):
+        self.jobs, self.engine, self.echo = jobs, engine, echo
+        self.took: list[float] = []
+        self.ended, self.said = 0, time.monotonic()
+        self.started: dict[int, float] = {}
+
+    def label(self, index: int) -> str:
+        return f"[{index + 1}/{len(self.jobs)}] {self.jobs[index].name}"
+
+    def reused(self, index: int, entry: Entry) -> None:
+        self.ended += 1
+        self.echo(f"{self.label(index)} reused, made in {entry.seconds / 60:.1f} min")
+
+    def failed(self, index: int, why: str) -> None:
+        self.ended += 1
+        self.echo(f"{self.label(index)}{describe(self.jobs[index])} {why}")
+
+    def tell(self, index: int, event: Event) -> None:
+        """Say what an engine's event means."""
+        if event.started:
+            self.started[index] = time.monotonic()
+            self.echo(f"{self.label(index)} running{describe(self.jobs[index])}")
+        elif event.line is not None:
+            self._line(index, event.line)
+        elif event.outcome["status"] in ("done", "reused"):
+            self._done(index, event.outcome)
+        else:
+            cell = f"cell {event.outcome['cell']}: " if event.outcome.get("cell") else ""
+            self.failed(index, f"failed: {cell}{event.outcome['error']}")
+
+    def _line(self, index: int, line: str) -> None:
+        """A notebook's progress: all of it, or where several run together a line now and then."""
+        if self.engine.workers == 1 or line.startswith(WARNING):
+            self.echo(f"    {line}")
+        elif time.monotonic() - self.said > QUIET:
+            self.said = time.monotonic()
+            self.echo(f"    [{index + 1}] {line}")
+
+    def _done(self, index: int, outcome: dict[str, Any]) -> None:
+        self.ended += 1
+        self.took.append(time.monotonic() - self.started[index])
+        left = len(self.jobs) - self.ended
+        mean = sum(self.took) / len(self.took)
+        minutes = mean * left / self.engine.workers / 60
+        ahead = f", about {minutes:.1f} min left" if left and self.engine.workers > 1 else ""
+        verb = "reused, made" if outcome["status"] == "reused" else "done"
+        self.echo(f"{self.label(index)} {verb} in {outcome['seconds'] / 60:.1f} min{ahead}")
+
+
+def _published(job: Job, entry: Entry, publishing: bool) -> Entry:
+    if publishing:
+        with FileLock(Store().root / "locks" / "figures.lock"):  # another batch may publish too
+            publish.publish(entry, published(job))
+    return entry
 
 
 def failed_runs() -> list[dict[str, Any]]:
@@ -69,71 +178,20 @@ def failed_runs() -> list[dict[str, Any]]:
     return [json.loads(path.read_text("utf-8")) | {"folder": str(path.parent)} for path in found]
 
 
-def changed(job: Job) -> dict[str, Any]:
-    """The values that make a job more than its scale, by name; also what a folder's name holds.
-
-    Of folders the last part of the name only: where they lie is one machine's affair.
-    """
-    given = {name: value for name, value in _given(job).items() if name != "scale"}
-    return {name: Path(value).name if name in FOLDERS else value for name, value in given.items()}
+def failed_before(job: Job) -> NotebookFailed | None:
+    """How this very run failed in a cell before; None if it did not, or its process died."""
+    try:
+        about = json.loads((worker.kept(job) / "failed.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if about.get("died") or about.get("run") != digest(job.key()):
+        return None
+    failure = NotebookFailed(about["notebook"], about["cell"], about["error"])
+    failure.copy = worker.kept(job) / "notebook.ipynb"
+    return failure
 
 
 def published(job: Job) -> Path:
     """The folder that a job's figures go to."""
     settings = job.settings and job.settings.model_dump()
-    return publish.destination(settings, changed=changed(job))
-
-
-def _run(job: Job, label: str, *, force: bool, echo: Callable[[str], Any]) -> Entry:
-    key, store = job.key(), Store()
-    kept = store.root / "failed" / f"{job.name}-{digest(job.parameters)[:16]}"
-
-    def build(folder: Path) -> dict[str, Any]:
-        from moebert_lib.pages import write_page
-
-        echo(f"{label} running{describe(job)}")
-        figures = folder / "figures"
-        figures.mkdir()
-        offline = job.settings.offline if job.settings else True
-        environment = execution.kernel_environment(figures, offline=offline)
-        try:
-            execution.execute(
-                job.notebook, folder, parameters=job.given, environment=environment, echo=echo
-            )
-        except execution.NotebookFailed as failure:
-            _keep(failure, folder, kept, given=_given(job))
-            raise
-        write_page(folder / "notebook.ipynb", folder / "notebook.html")
-        made = sorted(path.name for path in figures.iterdir())
-        told = {name: value for name, value in changed(job).items() if name != "data_dir"}
-        return {"notebook": job.name, "figures": made, "changed": told}
-
-    entry = store.make("notebook", key, build, force=force)
-    shutil.rmtree(kept, ignore_errors=True)
-    with FileLock(store.root / "locks" / "figures.lock"):  # another batch may publish too
-        publish.publish(entry, published(job))
-    verb = "reused, made" if entry.reused else "done"
-    echo(f"{label} {verb} in {entry.seconds / 60:.1f} min")
-    return entry
-
-
-def _keep(
-    failure: execution.NotebookFailed, folder: Path, kept: Path, *, given: dict[str, Any]
-) -> None:
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.parent.mkdir(exist_ok=True)
-    shutil.copytree(folder, kept)
-    about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
-    write_json(kept / "failed.json", {**about, "given": given})
-    failure.copy = kept / "notebook.ipynb"
-
-
-def describe(job: Job) -> str:
-    """The values a job was given, for a line of text; "" where there are none."""
-    return "".join(f" {name}={value}" for name, value in _given(job).items())
-
-
-def _given(job: Job) -> dict[str, Any]:
-    """The values a job was given, overrides among them."""
-    own = {name: value for name, value in job.given.items() if name != "overrides"}
-    return own | job.given.get("overrides", {})
+    return publish.destination(settings, changed=job.chosen)

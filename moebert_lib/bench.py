@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -18,10 +19,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification
 from moebert_lib.routing import random_table
-from moebert_lib.settings import UserError, home, nearest
-from moebert_lib.store import machine, versions, write_json
-
-WHAT = ("inference",)
+from moebert_lib.settings import home
+from moebert_lib.store import commit, machine, versions, write_json
 
 #: BERT-base, the model of Fig. 4.
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
@@ -143,26 +142,24 @@ def summary(timings: pd.DataFrame, *, against: str = "dense", units: int = 1) ->
     return pd.DataFrame(rows)
 
 
-def main(what: str = "inference", *, batch: int = 1, length: int = 128, repeats: int = 11) -> None:
-    """``moebert bench``: time, print the table, keep it as JSON under ``runs/``.
-
-    Raises:
-        UserError: an unknown benchmark.
-    """
-    if what not in WHAT:
-        raise UserError(f"unknown benchmark '{what}'; {nearest(what, WHAT)}")
+def main(*, batch: int = 1, length: int = 128, repeats: int = 11) -> None:
+    """``moebert bench inference``: time, print the table, keep it as JSON under ``runs/``."""
     print(f"BERT-base shape, batch {batch}, {length} tokens, {repeats} interleaved rounds")
     timings = inference(batch=batch, length=length, repeats=repeats)
     table = summary(timings, units=batch)
     print(table.round(2).to_string(index=False))
+    keep("inference", timings, table, batch=batch, length=length)
+
+
+def keep(what: str, timings: pd.DataFrame, table: pd.DataFrame, **about: Any) -> Path:
+    """Write a benchmark's timings and summary to ``runs/bench-<what>-<time>.json``; say where."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    folder = home() / "runs"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"bench-{what}-{created.replace(':', '')}.json"
+    path = home() / "runs" / f"bench-{what}-{created.replace(':', '')}.json"
+    path.parent.mkdir(exist_ok=True)
     write_json(path, {
-        "what": what, "batch": batch, "length": length, "created": created,
-        "machine": machine(), "versions": versions(),
-        "summary": json.loads(table.to_json(orient="records")),
+        "what": what, "created": created, **about, "machine": machine(), "versions": versions(),
+        "commit": commit(), "summary": json.loads(table.to_json(orient="records")),
         "timings": json.loads(timings.to_json(orient="records")),
     })  # fmt: skip
     print(f"kept in {path}")
+    return path

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from moebert_lib import commands
+from moebert_lib import commands, commands_model
 from moebert_lib.execution import NotebookFailed
-from moebert_lib.settings import UserError, nearest
+from moebert_lib.settings import UserError, home, nearest
 
 SCALE_HELP = "smoke, quick (the default), small or paper"
 
@@ -58,7 +58,8 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         example="moebert run --scale quick",
     )
     kinds = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
-    for add in (_run, _sweep, _status, _report, _importance, _convert, _bench, _doctor):
+    commands = (_run, _sweep, _status, _report, _export, _importance, _convert, _bench, _doctor)
+    for add in commands:
         add(kinds)
     return top, kinds.choices
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        return _fail(error, 2)
+        return _fail(_of_the_disk(error), 2)
     except KeyboardInterrupt:
         return _fail("stopped; what was finished is kept and will be reused", 130)
     finally:
@@ -116,6 +117,17 @@ def _fail(error: object, status: int) -> int:
     return status
 
 
+def _of_the_disk(error: OSError) -> Exception:
+    """What a full or forbidden disk's error means here; another error as it is."""
+    from moebert_lib import disk
+
+    try:
+        with disk.writing(home()):
+            raise error
+    except (OSError, UserError) as told:
+        return told
+
+
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
@@ -141,22 +153,47 @@ def _run(kinds: Any) -> None:
     command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK",
                          help="number, name or path: 01, 01_importance, mine.ipynb")  # fmt: skip
     _values(command)
-    command.add_argument("--force", action="store_true", help="run even what is stored")
     command.add_argument("--plan", action="store_true",
                          help="only list what would run, and its time and memory")  # fmt: skip
+    command.add_argument("--why", action="store_true",
+                         help="only say of each notebook why it would run, or not")  # fmt: skip
+    _where(command, "one by default")
     command.set_defaults(function=commands.run)
 
 
 def _sweep(kinds: Any) -> None:
     command = kinds.add_parser(
         "sweep", help="run one notebook over a grid of settings, tasks and seeds",
-        description="Run 03_distillation once for each point of the grid in a YAML file with "
-        "the names scale, data_dir, tasks, seeds and settings (each setting a list of values).",
+        description="Run 03_distillation, or another notebook, once for each point of the grid in "
+        "a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings (each a "
+        "list of values: all combinations) and points (a list of sets of values).",
         example="moebert sweep grid.yaml --dry-run",
     )  # fmt: skip
-    command.add_argument("grid", type=Path, metavar="GRID.yaml")
-    command.add_argument("--dry-run", action="store_true", help="only list the points")
+    command.add_argument("grid", type=Path, nargs="?", default=None, metavar="GRID.yaml")
+    command.add_argument("--dry-run", action="store_true",
+                         help="only list what would run, what is reused, and why")  # fmt: skip
+    command.add_argument("--why", action="store_true", help="the same with every reason in full")
+    command.add_argument("--retry-failed", action="store_true",
+                         help="also what failed before; without a grid, of all sweeps")  # fmt: skip
+    _where(command, "as many as cores and memory allow by default")
     command.set_defaults(function=commands.sweep)
+
+
+def _where(command: Parser, usual: str) -> None:
+    command.add_argument("--force", action="store_true", help="run even what is stored")
+    command.add_argument("--workers", type=int, default=None, metavar="N",
+                         help=f"runs at once on this machine; {usual}")  # fmt: skip
+    command.add_argument("--engine", default="local", metavar="E",
+                         help="local (the default), or ray from moebert[cluster]")  # fmt: skip
+    command.add_argument("--address", default=None, metavar="A",
+                         help="of a Ray cluster: auto or HOST:PORT")  # fmt: skip
+    _store(command)
+
+
+def _store(command: Parser) -> None:
+    command.add_argument("--store", default=os.environ.get("MOEBERT_STORE", ""), metavar="URL",
+                         help="share results there: a folder, s3://BUCKET/PATH or any other "
+                         "fsspec URL; MOEBERT_STORE by default")  # fmt: skip
 
 
 def _status(kinds: Any) -> None:
@@ -175,7 +212,24 @@ def _report(kinds: Any) -> None:
         description="Write runs/report.html: one file that needs no network.",
         example="moebert report",
     )  # fmt: skip
+    _store(command)
     command.set_defaults(function=commands.report)
+
+
+def _export(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "export", help="one table of all runs, of this store or of several",
+        description="Write one row per run with its settings, results and origin. A run that "
+        "several stores hold is one row.",
+        example="moebert export runs.parquet\n"
+        "  moebert export runs.csv runs/ other-machine/runs/ s3://BUCKET/PATH --kind student",
+    )  # fmt: skip
+    command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv, or .json")
+    command.add_argument("stores", nargs="*", metavar="STORE",
+                         help="a home, its runs/ or an fsspec URL; here by default")  # fmt: skip
+    command.add_argument("--kind", default="notebook", metavar="K",
+                         help="notebook (the default), student, teacher, ... or all")  # fmt: skip
+    command.set_defaults(function=commands.export)
 
 
 def _importance(kinds: Any) -> None:
@@ -191,7 +245,7 @@ def _importance(kinds: Any) -> None:
                          help="a pickle of the release; nothing in it is run")  # fmt: skip
     command.add_argument("--out", type=Path, required=True, metavar="FILE")
     _values(command)
-    command.set_defaults(function=commands.importance)
+    command.set_defaults(function=commands_model.importance)
 
 
 def _convert(kinds: Any) -> None:
@@ -212,22 +266,23 @@ def _convert(kinds: Any) -> None:
     command.add_argument("--routing", default="hash-random", metavar="R",
                          help="hash-random (the default), gate-token or gate-sentence")  # fmt: skip
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the routing tables")
-    command.set_defaults(function=commands.convert)
+    command.set_defaults(function=commands_model.convert)
 
 
 def _bench(kinds: Any) -> None:
     command = kinds.add_parser(
         "bench", help="measure speed beside the equal-FLOP limit (Fig. 4)",
-        description="Time dense BERT, MoEBERT and the limit on this machine.",
+        description="inference: time dense BERT, MoEBERT and the limit on this machine. "
+        "batch: time a sweep with one worker and with two.",
         example="moebert bench inference --length 64",
     )  # fmt: skip
     command.add_argument("what", nargs="?", default="inference", metavar="WHAT",
-                         help="inference")  # fmt: skip
+                         help="inference (the default) or batch")  # fmt: skip
     for name, value, unit in (("batch", 1, "sentences"), ("length", 128, "tokens"),
-                              ("repeats", 11, "times")):  # fmt: skip
+                              ("repeats", 11, "times"), ("runs", 40, "notebook runs")):  # fmt: skip
         command.add_argument(f"--{name}", type=int, default=value, metavar="N",
                              help=f"{unit}; {value} by default")  # fmt: skip
-    command.set_defaults(function=commands.bench)
+    command.set_defaults(function=commands_model.bench)
 
 
 def _doctor(kinds: Any) -> None:
@@ -237,4 +292,4 @@ def _doctor(kinds: Any) -> None:
         example="moebert doctor --data-dir DIR",
     )  # fmt: skip
     command.add_argument("--data-dir", default="", metavar="DIR", help="also check this folder")
-    command.set_defaults(function=commands.doctor)
+    command.set_defaults(function=commands_model.doctor)

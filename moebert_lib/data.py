@@ -95,7 +95,7 @@ def digest(settings: Settings) -> str:
     elif settings.data_dir:
         names = files.splits(task).values()
         paths = [path for name in names for path in files.files(task, settings.data_dir, name)]
-        source = {path.name: provenance.file_digest(path) for path in paths}
+        source = {path.name: provenance.input_digest(path) for path in paths}
     else:
         source = _hub(task)
     caps = [settings.max_train_examples, settings.max_eval_examples]

@@ -11,33 +11,37 @@ from typing import Any, TextIO
 
 from moebert_lib.settings import home
 
-PROGRESS = "· "  # lines of a notebook's output that start so are shown while it runs
+WARNING = "moebert: "  # of the library, such as a damaged file that is made again
+SHOWN = ("· ", WARNING)  # lines of a notebook's output that start so are shown while it runs
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook stopped. One line: notebook, cell as numbered in the executed copy, error."""
+    """A notebook stopped. One line: notebook, cell as numbered in the executed copy, error.
 
-    def __init__(self, notebook: str, cell: int | None, error: str):
-        self.notebook, self.cell, self.error = notebook, cell, error
+    ``died``: the kernel went, which need not be the notebook's doing.
+    """
+
+    def __init__(self, notebook: str, cell: int | None, error: str, *, died: bool = False):
+        self.notebook, self.cell, self.error, self.died = notebook, cell, error, died
         self.copy: Path | None = None  # the executed copy, once it is kept
         where = f"notebook {notebook}" + (f", cell {cell}" if cell else "")
         super().__init__(f"{where}: {error}")
 
 
 class Tee:
-    """A text sink: everything to a log, each whole progress line to ``echo``."""
+    """A text sink: everything to a log, each whole line that is shown to ``echo``."""
 
     def __init__(self, log: TextIO, echo: Callable[[str], Any]):
         self.log, self.echo, self.rest = log, echo, ""
 
     def write(self, text: str) -> None:
-        """Log the text and pass on the progress lines it completes."""
+        """Log the text and pass on the lines it completes."""
         self.log.write(text)
         *lines, self.rest = re.split(r"[\r\n]", self.rest + text)
         for line in lines:
-            if line.startswith(PROGRESS):
-                self.echo(f"    {line}")
+            if line.startswith(SHOWN):
+                self.echo(line)
 
     def flush(self) -> None:
         """Bring the log on disk up to date."""
@@ -64,17 +68,19 @@ def kernel_environment(figures: Path, *, offline: bool) -> dict[str, str]:
 
 
 def execute(
-    source: Path,
+    name: str,
+    source: str,
     folder: Path,
     *,
     parameters: dict[str, Any],
     environment: Mapping[str, str],
     echo: Callable[[str], Any] = print,
 ) -> None:
-    """Execute ``source`` into ``folder/notebook.ipynb`` and ``folder/log.txt``.
+    """Execute a notebook into ``folder/notebook.ipynb`` and ``folder/log.txt``.
 
     Args:
-        source: The notebook, which is not changed.
+        name: What to call it in a failure.
+        source: The notebook's JSON text.
         folder: An existing folder; on failure the copy up to the failing cell stays in it.
         parameters: JSON values, injected as literals after the ``parameters`` cell.
         environment: The kernel's whole environment.
@@ -88,27 +94,32 @@ def execute(
     from papermill.exceptions import PapermillExecutionError
 
     output = folder / "notebook.ipynb"
+    output.write_text(source, "utf-8")
     log_file = (folder / "log.txt").open("w", encoding="utf-8")
     with log_file as log, _environment(environment), _papermill_logs_to(log):
-        tee = Tee(log, echo)
+        out, err = Tee(log, echo), Tee(log, echo)
         try:
             notebook = papermill.execute_notebook(
-                _literal(source), _literal(output), parameters,
-                kernel_name="python3", progress_bar=False, start_timeout=300, config=_encrypted(),
+                _literal(output), _literal(output), parameters,
+                kernel_name="python3", progress_bar=False, start_timeout=300,
+                config=_private(folder),
                 iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
-                stdout_file=tee, stderr_file=log, extra_arguments=["--log-level=50"],
+                stdout_file=out, stderr_file=err, extra_arguments=["--log-level=50"],
             )  # fmt: skip
         except PapermillExecutionError as error:
-            raise NotebookFailed(source.stem, error.exec_count, _message(error)) from None
+            raise NotebookFailed(name, error.exec_count, _message(error)) from None
         except DeadKernelError:
             said = "the kernel died, often for want of memory"
-            raise NotebookFailed(source.stem, _last_cell(output), said) from None
+            raise NotebookFailed(name, _last_cell(output), said, died=True) from None
         except (CellTimeoutError, RuntimeError) as error:  # it does not start, or not answer
             said = str(error).splitlines()[0]
-            raise NotebookFailed(source.stem, _last_cell(output), said) from None
+            died = isinstance(error, RuntimeError)  # not the notebook's doing
+            raise NotebookFailed(name, _last_cell(output), said, died=died) from None
+        finally:
+            (folder / "kernel.json").unlink(missing_ok=True)
     broken = widget_error(notebook)
     if broken:
-        raise NotebookFailed(source.stem, None, f"a widget's callback raised {broken}")
+        raise NotebookFailed(name, None, f"a widget's callback raised {broken}")
 
 
 def widget_error(notebook: Mapping) -> str:
@@ -124,12 +135,17 @@ def widget_error(notebook: Mapping) -> str:
     return ""
 
 
-def _encrypted() -> Any:
-    """Kernel settings that keep others on this machine from reading code and results."""
+def _private(folder: Path) -> Any:
+    """Kernel settings that keep others on this machine from reading code and results.
+
+    The file with the kernel's keys lies in the run's folder while the kernel lives.
+    """
     import zmq
     from traitlets.config import Config
 
-    return Config({"KernelManager": {"transport_encryption": "auto"}} if zmq.has("curve") else {})
+    manager = {"connection_file": str(folder / "kernel.json")}
+    manager |= {"transport_encryption": "auto"} if zmq.has("curve") else {}
+    return Config({"KernelManager": manager})
 
 
 def _message(error: Any) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from moebert_lib import data
+from moebert_lib import checkpoints, data
 from moebert_lib.convert import to_moebert
 from moebert_lib.evaluate import state_distances
 from moebert_lib.experts import choose_ranking
@@ -37,6 +37,8 @@ from moebert_lib.teachers import (
     evaluate,
     importance,
     importance_key,
+    keep_judged,
+    place,
     teacher,
     teacher_key,
     truths,
@@ -44,12 +46,12 @@ from moebert_lib.teachers import (
 from moebert_lib.train import distil
 
 __all__ = [
-    "Student", "Teacher", "answers", "conversion", "converted", "dataset", "describe", "device",
-    "distances", "evaluate", "grid", "importance", "student", "teacher", "truths",
+    "Student", "Teacher", "conversion", "converted", "dataset", "describe", "device", "distances",
+    "evaluate", "grid", "importance", "said", "student", "teacher", "truths",
 ]  # fmt: skip
 
 QUIET = 15  # seconds between two lines of a grid's progress
-DISTANCE_EXAMPLES = 100  # validation examples for the layer-by-layer distances
+DISTANCE_EXAMPLES = 64  # validation examples for the layer-by-layer distances
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class Student:
         row: ``teacher_*``, ``converted_*`` and final metrics, parameter counts, and ``guessing``,
             the headline metric of always giving the most frequent answer.
         curve: Loss terms by step.
+        distances: Eq. 5's term at each layer, to the teacher.
         entry: The store's entry.
     """
 
     row: dict
     curve: pd.DataFrame
+    distances: pd.Series
     entry: Entry
 
     def model(self) -> PreTrainedModel:
@@ -114,7 +118,7 @@ def conversion(settings: Settings) -> dict[str, float]:
 
 def _conversion(settings: Settings) -> Entry:
     def build(folder: Path) -> dict:
-        return evaluate(settings, converted(settings))
+        return keep_judged(settings, converted(settings), folder)
 
     return Store().make("converted", conversion_key(settings), build)
 
@@ -132,15 +136,21 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         settings: The experiment.
         keep_model: Also keep the trained weights (90 MB for MiniLM).
     """
-    key = student_key(settings)
+    store, key = Store(), student_key(settings)
+    named = {**key, "keep_model": keep_model}
 
     def build(folder: Path) -> dict:
         dense, bundle = teacher(settings), dataset(settings)
         before = conversion(settings)
         model = converted(settings)
         set_seed(settings.seed)
-        curve = distil(model, dense.model, bundle.train, bundle.tokenizer, settings, folder)
+        curve = distil(
+            model, dense.model, bundle.train, bundle.tokenizer, settings, folder,
+            checkpoints=place(store, "student", named),
+        )  # fmt: skip
         curve.to_csv(folder / "curve.csv", index=False)
+        apart = pd.Series(distances(settings, model), name="distance").rename_axis("layer")
+        apart.to_csv(folder / "distances.csv")
         if keep_model:
             model.save_pretrained(folder)
             bundle.tokenizer.save_pretrained(folder)
@@ -149,14 +159,27 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             "task": settings.task, "guessing": bundle.guessing(),
             **{f"teacher_{name}": value for name, value in dense.metrics.items()},
             **{f"converted_{name}": value for name, value in before.items()},
-            **evaluate(settings, model),
+            **keep_judged(settings, model, folder),
             "effective_parameters": counts.effective, "stored_parameters": counts.stored,
             "steps": len(curve),
         }  # fmt: skip
 
-    with_model = Store().find("student", {**key, "keep_model": True})
-    entry = with_model or Store().make("student", {**key, "keep_model": keep_model}, build)
-    return Student(entry.row, pd.read_csv(entry.folder / "curve.csv"), entry)
+    with_model = store.find("student", {**key, "keep_model": True})
+    entry = with_model or store.make("student", named, build)
+    checkpoints.clear(place(store, "student", named))
+    curve = pd.read_csv(entry.folder / "curve.csv")
+    apart = pd.read_csv(entry.folder / "distances.csv", index_col="layer")["distance"]
+    return Student(entry.row, curve, apart, entry)
+
+
+def said(settings: Settings) -> pd.DataFrame:
+    """What teacher, converted and distilled model say to each validation example."""
+    entries = {
+        "teacher": teacher(settings).entry,
+        "converted": _conversion(settings),
+        "distilled": student(settings).entry,
+    }
+    return pd.DataFrame({name: answers(entry) for name, entry in entries.items()})
 
 
 def student_key(settings: Settings) -> dict:
@@ -175,8 +198,8 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
     rows, done = {}, 0
     started = said = time.monotonic()
     order = sorted(range(len(points)), key=lambda i: _dense(points[i]))  # a teacher is loaded once
-    for index, place in enumerate(order, start=1):
-        point = points[place]
+    for index, number in enumerate(order, start=1):
+        point = points[number]
         result = _conversion(point) if run is conversion else run(point)
         entry = getattr(result, "entry", result)
         done += not entry.reused
@@ -185,9 +208,9 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
             left = (said - started) / done * (len(points) - index) / 60
             print(f"· run {index}/{len(points)} took {entry.seconds:.0f} s, "
                   f"at most {left:.1f} min left", flush=True)  # fmt: skip
-        rows[place] = {**point.model_dump(), **entry.row}
+        rows[number] = {**point.model_dump(), **entry.row}
     print(f"· grid: {len(points)} points, {done} run now, {len(points) - done} reused", flush=True)
-    return pd.DataFrame([rows[place] for place in range(len(points))])
+    return pd.DataFrame([rows[number] for number in range(len(points))])
 
 
 def _dense(settings: Settings) -> tuple:

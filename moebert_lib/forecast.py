@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from moebert_lib import estimate
 from moebert_lib.estimate import Cost
-from moebert_lib.planning import Job, asked
+from moebert_lib.planning import Job, asked, describe
 from moebert_lib.settings import Settings
 from moebert_lib.stages import CONVERSION, DATA, IMPORTANCE, TEACHER, TRAINING
 
@@ -90,8 +90,6 @@ def lines(jobs: Sequence[Job], states: Sequence[str]) -> Iterator[str]:
         states: What to say of each job, such as "to run"; runs of one that is stored are not
             listed and cost nothing.
     """
-    from moebert_lib.batch import describe
-
     totals = []
     for job, state, new in zip(jobs, states, runs(jobs), strict=True):
         yield f"{job.name}{describe(job)}: {state}"
@@ -104,10 +102,17 @@ def lines(jobs: Sequence[Job], states: Sequence[str]) -> Iterator[str]:
         yield from _table(new)
         totals += new
         yield f"    {_total(new)}"
-    if not totals:
-        return
-    yield f"in all  {_total(totals)}"
-    yield from _small_print()
+    if totals:
+        yield f"in all  {_total(totals)}"
+        yield from _small_print()
+
+
+def summary(jobs: Sequence[Job]) -> Iterator[str]:
+    """What all runs of the jobs together cost, in a line or two; nothing where nothing trains."""
+    found = [run for group in runs(jobs) for run in group]
+    if found:
+        yield f"in all  {_total(found)}"
+        yield from _small_print()
 
 
 def _small_print() -> Iterator[str]:

@@ -1,14 +1,17 @@
 """What is stored and what failed, in words: every run by what sets it apart."""
 
-from collections import defaultdict
-from collections.abc import Iterator
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moebert_lib import batch
+from moebert_lib import batch, disk
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, defaults
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings, UserError, home
 from moebert_lib.store import Entry, Store
 
+SWEEP, TABLE, MEANS = "sweep.json", "table.csv", "means.csv"  # of a folder in runs/sweeps/
+STATES = ("done", "running", "failed", "waiting")
 NEWEST = 10  # entries that a short listing shows
 
 #: Parts of a key that are digests or machinery, and no choice of a user.
@@ -16,7 +19,9 @@ UNSEEN = ("code", "versions", "weights", "data", "device", "cells", "inputs")
 
 
 def lines(*, whole: bool = False) -> Iterator[str]:
-    """The store as ``moebert status`` shows it; ``whole`` lists every entry."""
+    """The store as ``moebert status`` shows it; ``whole`` lists every run and point."""
+    for record in recorded():
+        yield from _sweep(record, whole=whole)
     entries, failed = Store().entries(), batch.failed_runs()
     kinds: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -36,6 +41,18 @@ def lines(*, whole: bool = False) -> Iterator[str]:
         yield f"failed      {run['notebook']}{given}{cell}: {run['error']}; copy: {run['folder']}"
     yield (f"{len(entries)} stored, notebooks took {_minutes(kinds['notebook']):.1f} min, "
            f"{len(failed)} failed")  # fmt: skip
+
+
+def _sweep(record: dict[str, Any], *, whole: bool) -> Iterator[str]:
+    """A sweep's counts, then its points: those that are not simply done or waiting, or all."""
+    points = states(record)
+    counts = Counter(state for _, state, _ in points)
+    told = ", ".join(f"{counts[state]} {state}" for state in STATES)
+    yield f"sweep       {record['folder'].name}: {len(points)} runs: {told}"
+    for point, state, error in points:
+        if whole or state in ("running", "failed"):
+            values = "".join(f" {name}={value}" for name, value in point["values"].items())
+            yield f"  {state:9} {point['name']}{values}{': ' * bool(error)}{error}"
 
 
 def summary(entry: Entry) -> str:
@@ -98,3 +115,39 @@ def _unlike(chosen: dict[str, Any], scale: str) -> dict[str, Any]:
 
 def _minutes(entries: list[Entry]) -> float:
     return sum(entry.seconds for entry in entries) / 60
+
+
+def recorded() -> list[dict[str, Any]]:
+    """What is known of every sweep of this home: ``name``, ``grid``, ``points``, ``folder``."""
+    found = []
+    for path in sorted((home() / "runs" / "sweeps").glob(f"*/{SWEEP}")):
+        try:
+            found.append(json.loads(path.read_text("utf-8")) | {"folder": path.parent})
+        except ValueError:
+            raise UserError(f"{path} is not whole; run its sweep again") from None
+    return found
+
+
+def states(record: Mapping[str, Any]) -> list[tuple[dict[str, Any], str, str]]:
+    """Each point of a recorded sweep with its state now, and the error of a failed one.
+
+    A state is done, running, failed, or waiting.
+    """
+    store = Store()
+    return [(point, *_state(store, point)) for point in record["points"]]
+
+
+def _state(store: Store, point: Mapping[str, Any]) -> tuple[str, str]:
+    if (store.root / point["entry"] / "entry.json").is_file():
+        return "done", ""
+    if disk.is_locked(store.root, point["entry"]):
+        return "running", ""
+    try:
+        path = store.root / "failed" / point["failed"] / "failed.json"
+        about = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return "waiting", ""
+    if about.get("run") != point["key"]:
+        return "waiting", ""
+    cell = f"cell {about['cell']}: " if about["cell"] else ""
+    return "failed", f"{cell}{about['error']}; copy: {path.parent}"

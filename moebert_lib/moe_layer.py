@@ -126,7 +126,8 @@ class ExpertLayerNorm(nn.Module):
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         """``x`` has shape ``(B*T, D)``, ``experts`` ``(B*T, 1)``."""
         normal = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        return normal * self.weight[experts[:, 0]] + self.bias[experts[:, 0]]
+        own = experts[:, 0]  # looked up as embeddings: an index's gradient varies on two threads
+        return normal * F.embedding(own, self.weight) + F.embedding(own, self.bias)
 
 
 @dataclass

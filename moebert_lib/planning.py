@@ -28,20 +28,32 @@ FOLDERS = {"importance_dir"}
 class Job:
     """One notebook with validated values, ready to run.
 
+    ``name`` is such as ``01_importance`` and ``source`` the file's text when it was planned.
     ``given`` is injected; ``parameters`` holds the notebook's defaults too. ``settings`` is
-    None for a notebook that takes none. ``changed``: more than the scale was chosen.
+    None for a notebook that takes none.
     """
 
-    notebook: Path
+    name: str
+    source: str
     given: dict[str, Any]
     parameters: dict[str, Any]
     settings: Settings | None
-    changed: bool
 
     @property
-    def name(self) -> str:
-        """The notebook's name, ``01_importance``."""
-        return self.notebook.stem
+    def values(self) -> dict[str, Any]:
+        """The values that were given, overrides among them, by name."""
+        own = {name: value for name, value in self.given.items() if name != "overrides"}
+        return own | self.given.get("overrides", {})
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The values that make it more than its scale; also what a folder's name holds.
+
+        Of folders the last part of the name only: where they lie is one machine's affair.
+        """
+        given = {name: value for name, value in self.values.items() if name != "scale"}
+        return {name: Path(value).name if name in FOLDERS else value
+                for name, value in given.items()}  # fmt: skip
 
     def key(self) -> dict[str, Any]:
         """Everything that decides the result: code cells and no prose, values, data by its digest
@@ -52,8 +64,8 @@ class Job:
             parameters[name] = checksums(Path(folder)) if (folder := parameters[name]) else {}
         return {
             "notebook": self.name,
-            "cells": [digest(_source(cell)) for cell in _cells(self.notebook)
-                      if cell["cell_type"] == "code"],
+            "cells": [digest("".join(cell["source"]))
+                      for cell in json.loads(self.source)["cells"] if cell["cell_type"] == "code"],
             "parameters": parameters,
             "settings": settings,
             "inputs": _inputs(self.settings) if self.settings else {},
@@ -135,10 +147,6 @@ def _cells(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not a notebook (nbformat 4 with a list of cells)") from None
 
 
-def _source(cell: dict[str, Any]) -> str:
-    return "".join(cell["source"])
-
-
 def _parameters(path: Path) -> dict[str, tuple[Any, Any]]:
     """Name -> (type, default) of the one cell tagged ``parameters``."""
     tagged = [cell for cell in _cells(path) if "parameters" in cell["metadata"].get("tags", [])]
@@ -146,7 +154,7 @@ def _parameters(path: Path) -> dict[str, tuple[Any, Any]]:
         raise UserError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; keep one")
     found = {}
     try:
-        for node in ast.parse(_source(tagged[0])).body if tagged else []:
+        for node in ast.parse("".join(tagged[0]["source"])).body if tagged else []:
             target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
             default = ast.literal_eval(node.value)
             annotation = getattr(node, "annotation", None)
@@ -197,7 +205,7 @@ def _job(path: Path, own: dict[str, tuple[Any, Any]], values: dict[str, Any]) ->
     given |= {"overrides": {**defaults["overrides"], **rest}} if rest else {}
     parameters = defaults | given
     knobs.check(parameters, settings)
-    return Job(path, given, parameters, settings, changed=bool(given.keys() - {"scale"}))
+    return Job(path.stem, path.read_text("utf-8"), given, parameters, settings)
 
 
 def _typed(name: str, kind: Any, default: Any, value: Any) -> Any:
@@ -237,6 +245,11 @@ def _check_data(jobs: Sequence[Job]) -> None:
     runs = itertools.chain.from_iterable(points for job in jobs for points in asked(job))
     for one in {_what_is_read(run): run for run in runs}.values():
         data.check(one)
+
+
+def describe(job: Job) -> str:
+    """The values a job was given, for a line of text; "" where there are none."""
+    return "".join(f" {name}={value}" for name, value in job.values.items())
 
 
 def asked(job: Job) -> tuple[list[Settings], list[Settings]]:

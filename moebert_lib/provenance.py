@@ -17,7 +17,10 @@ LIBRARIES = (
     "papermill accelerate"
 ).split()
 #: Modules that no notebook's result can depend on, so that changing them reruns nothing.
-OUTSIDE = ("__main__", "cli", "commands", "doctor", "report")
+OUTSIDE = (
+    "__main__ batch bench_batch cli cluster commands commands_model doctor engines export "
+    "inventory reasons report report_tables sweeps yamls"
+).split()
 
 
 def digest(obj: Any) -> str:
@@ -29,6 +32,17 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def input_digest(path: Path) -> str:
+    """:func:`file_digest` of a file that is only read: once a process, unless it changes."""
+    stat = path.stat()
+    return _input_digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _input_digest(path: Path, _size: int, _changed: int) -> str:
+    return file_digest(path)
 
 
 def checksums(folder: Path) -> dict[str, str]:

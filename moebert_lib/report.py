@@ -5,21 +5,19 @@ notebooks and to the CSV behind each figure, which lie beside it.
 """
 
 import base64
-import csv
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
 from html import unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from moebert_lib import batch, inventory, pages, publish
+from moebert_lib.report_tables import Grid, read_csv, read_markdown
 from moebert_lib.settings import UserError, home
 from moebert_lib.store import Entry, Store, write_bytes
-
-MOST_ROWS = 40  # of a figure's numbers shown in the page; the CSV has all
 
 BODY = """
 {% macro grid(table) %}<div class="scroll"><table><thead><tr>
@@ -33,6 +31,7 @@ BODY = """
 The newest run is of {{ newest }} UTC.</p>
 <nav aria-label="Contents"><ul>{% for part in parts %}
 <li><a href="#{{ part.id }}">{{ part.title }}</a></li>{% endfor %}
+{% for sweep in sweeps %}<li><a href="#{{ sweep.id }}">{{ sweep.title }}</a></li>{% endfor %}
 <li><a href="#runs">Runs</a></li></ul></nav></header>
 <main>
 {% if failed %}<section aria-label="Failed runs"><h2>Failed</h2><ul>{% for run in failed %}
@@ -53,6 +52,11 @@ The newest run is of {{ newest }} UTC.</p>
 <section id="{{ table.id }}"><h3>{{ table.label }}</h3>
 <p class="meta">{{ table.caption }}</p>{{ grid(table.grid) }}</section>{% endfor %}
 </section>{% endfor %}
+{% for sweep in sweeps %}<section id="{{ sweep.id }}"><h2>{{ sweep.title }}</h2>
+<p class="meta">{{ sweep.about }} <a href="{{ sweep.link }}">{{ sweep.link }}</a></p>
+{% if sweep.means %}<p class="meta">The mean over runs; low and high are the ends of its 95 %
+interval by Student's t.</p>{{ grid(sweep.means) }}{% endif %}
+<details><summary>All runs</summary>{{ grid(sweep.table) }}</details></section>{% endfor %}
 <section id="runs"><h2>Runs</h2>
 <p>Each row is one executed notebook. A run is used again as long as its notebook, settings,
 library, data and weights stay as they were.</p>
@@ -68,15 +72,6 @@ library, data and weights stay as they were.</p>
 <h3>Made with</h3><p class="meta">{{ versions }}<br>{{ machine }}</p>
 </section></main>
 """
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of strings; ``right`` says which columns hold numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-    right: list[bool]
 
 
 def write_report() -> Path:
@@ -96,7 +91,7 @@ def write_report() -> Path:
         parts=parts, runs=[_run(entry) for entry in entries], failed=_failed(),
         n_figures=sum(len(part["figures"]) for part in parts),
         n_tables=sum(len(part["tables"]) for part in parts),
-        newest=_minute(record["created"]), experiments=_experiments(),
+        newest=_minute(record["created"]), experiments=_experiments(), sweeps=_sweeps(),
         versions=", ".join(f"{name} {value}" for name, value in record["versions"].items()),
         machine=", ".join(f"{name} {value}" for name, value in record["machine"].items() if value),
     )  # fmt: skip
@@ -156,7 +151,7 @@ def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
         "id": f"{png.parent.name}-{png.stem}", "label": label, "caption": Markup(caption),
         "alt": f"{label}. {plain}" + (" The numbers follow as a table." if has_numbers else ""),
         "source": f"data:image/{kind};base64,{base64.b64encode(drawn.read_bytes()).decode()}",
-        "numbers": _csv(numbers) if has_numbers else None, "csv": _link(numbers),
+        "numbers": read_csv(numbers) if has_numbers else None, "csv": _link(numbers),
     }  # fmt: skip
 
 
@@ -184,25 +179,25 @@ def _last_paragraph(cell: dict[str, Any]) -> str:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    lines = path.read_text("utf-8").splitlines()
-    cells = [[cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-             for line in lines if line.lstrip().startswith("|")]  # fmt: skip
-    prose = " ".join(line.strip("*# ") for line in lines if line and not line.startswith("|"))
-    rule = cells[1] if len(cells) > 1 else []
-    right = [mark.endswith(":") for mark in rule]
-    grid = Grid(cells[0] if cells else [], cells[2:], right)
+    prose, grid = read_markdown(path)
     return {"id": f"{path.parent.name}-{path.stem}", "label": _label(path.stem),
             "caption": prose, "grid": grid}  # fmt: skip
 
 
-def _csv(path: Path) -> Grid:
-    with path.open(encoding="utf-8", newline="") as file:
-        head, *rows = list(csv.reader(file)) or [[]]
-    right = [all(_is_number(row[i]) for row in rows if len(row) > i) for i in range(len(head))]
-    shown = [[_short(cell) for cell in row] for row in rows[:MOST_ROWS]]
-    if len(rows) > MOST_ROWS:
-        shown.append([f"... {len(rows) - MOST_ROWS} more rows in the file"])
-    return Grid(head, shown, right)
+def _sweeps() -> list[dict[str, Any]]:
+    """One section for each sweep that has come to its end once."""
+    found = []
+    for record in inventory.recorded():
+        table, means = record["folder"] / inventory.TABLE, record["folder"] / inventory.MEANS
+        if table.is_file():
+            counts = Counter(state for _, state, _ in inventory.states(record))
+            told = ", ".join(f"{n} {state}" for state, n in counts.items())
+            found.append({
+                "id": f"sweep-{record['folder'].name}", "title": f"Sweep {record['name']}",
+                "about": f"{len(record['points'])} runs: {told}.", "link": _link(table),
+                "means": read_csv(means) if means.is_file() else None, "table": read_csv(table),
+            })  # fmt: skip
+    return found
 
 
 def _experiments() -> Grid | None:
@@ -269,11 +264,3 @@ def _minute(created: str) -> str:
 
 def _commit(commit: str | None) -> str:
     return re.sub(r"^(.{8})[^-]*", r"\1", commit) if commit else ""
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[-+]?(\d+\.?\d*([eE][-+]?\d+)?|nan|inf)?", text) is not None
-
-
-def _short(text: str) -> str:
-    return f"{float(text):.4g}" if "." in text and _is_number(text) else text

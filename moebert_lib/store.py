@@ -4,7 +4,8 @@ An entry is a folder ``runs/<kind>-<digest>`` whose name is the digest of everyt
 decides its content. ``entry.json``, written last, holds the row of results, the SHA-256 of
 every other file, and where, when and with what it was made. A folder is built under
 ``runs/tmp`` and renamed when it is complete, so a half-written entry is never seen, and a
-lock per digest lets processes share the store.
+lock per digest lets processes share the store. Machines share one through a mirror
+(``shared``): what is not here is fetched from it, and what is made here is sent to it.
 Left out on purpose: a database. Folders merge with ``cp`` and compare with ``diff``.
 """
 
@@ -14,13 +15,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
+from moebert_lib import disk
+from moebert_lib.disk import Unwritable, write_bytes, write_json
 from moebert_lib.provenance import (
     checksums,
     code_digest,
@@ -32,17 +34,18 @@ from moebert_lib.provenance import (
     to_json,
     versions,
 )
-from moebert_lib.settings import home
+from moebert_lib.settings import UserError, home
+from moebert_lib.shared import RECORD, Shared, parse
 
 __all__ = [
-    "Entry", "Store", "code_digest", "commit", "cores", "digest", "file_digest", "machine",
-    "output_dir", "versions", "write_bytes", "write_json",
+    "Entry", "Store", "Unwritable", "code_digest", "commit", "cores", "digest", "file_digest",
+    "machine", "output_dir", "versions", "write_bytes", "write_json",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RECORD = "entry.json"
+MIRROR = "MOEBERT_STORE"  # the environment variable that holds the mirror's address
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,13 @@ class Entry:
 class Store:
     """The entries under one folder, ``home()/runs`` unless told otherwise.
 
+    ``shared`` is the address of a mirror (:class:`shared.Shared`), "" for none. None takes the
+    environment variable ``MOEBERT_STORE``, for the default folder only.
+
+    Raises:
+        UserError: (every method that asks it) the mirror's address is wrong, or it cannot be
+            reached, read or written.
+
     Example:
         >>> import tempfile
         >>> store = Store(tempfile.mkdtemp())
@@ -75,8 +85,11 @@ class Store:
         (True, {'total': 3})
     """
 
-    def __init__(self, root: Path | str | None = None):
+    def __init__(self, root: Path | str | None = None, *, shared: str | None = None):
+        if shared is None:
+            shared = os.environ.get(MIRROR, "") if root is None else ""
         self.root = Path(root).resolve() if root is not None else home() / "runs"
+        self.shared = Shared(shared) if shared else None
 
     def folder(self, kind: str, key: dict) -> Path:
         """Where the entry of this key lies, or would lie."""
@@ -93,19 +106,51 @@ class Store:
             build: Writes its files into the folder it is given and returns the row.
                 Whatever it raises passes through, and leaves no trace in the store.
             force: Build again, and replace a stored entry once that has succeeded.
+
+        Raises:
+            Unwritable: the disk is full or the folder forbidden; no half entry is left.
+            UserError: the mirror failed. An entry built by then is kept, and the next
+                ``make`` sends it.
         """
         final = self.folder(kind, key)
-        with self._locked(final.name):
-            entry, damage = self._read(final)
-            if entry and not force:
-                return entry
-            if damage:
-                self._set_aside(final, damage)
-            return self._build(kind, key, build, final)
+        with disk.writing(self.root), disk.lock(self.root, final.name):
+            disk.sweep(final)
+            entry = self._whole(final)
+            entry = None if force else entry or self._fetch(final)
+            if entry:
+                return self._sent(entry)
+            with self.shared.lease(final.name) if self.shared else nullcontext():
+                entry = None if force else self._fetch(final)
+                return self._sent(entry or self._build(kind, key, build, final))
 
     def find(self, kind: str, key: dict) -> Entry | None:
-        """The stored entry of ``key``, or None where it is missing or damaged."""
-        return self._read(self.folder(kind, key))[0]
+        """The stored entry of ``key``, from here or the mirror; None: missing or damaged."""
+        final = self.folder(kind, key)
+        entry = self._read(final)[0]
+        if entry or self.shared is None or not self.shared.has(final.name):
+            return entry
+        with disk.writing(self.root), disk.lock(self.root, final.name):
+            return self._whole(final) or self._fetch(final)
+
+    def pull(self) -> int:
+        """Fetch all entries that the mirror has and this folder lacks; returns how many."""
+        names = self.shared.names() if self.shared else []
+        n_fetched = 0
+        with disk.writing(self.root):
+            for final in (self.root / name for name in names):
+                held = None if (final / RECORD).is_file() else disk.try_lock(self.root, final.name)
+                if held is not None:  # else it is here, or another process is at it
+                    with held:
+                        n_fetched += not self._whole(final) and self._fetch(final) is not None
+        return n_fetched
+
+    def busy(self, kind: str, key: dict) -> bool:
+        """Whether a process of this machine is making the entry of ``key`` now."""
+        return disk.is_locked(self.root, self.folder(kind, key).name)
+
+    def tidy(self) -> int:
+        """Remove what killed processes left in this folder; returns how many things."""
+        return disk.tidy(self.root)
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All complete entries (of one kind), oldest first; files are not checked."""
@@ -127,16 +172,6 @@ class Store:
             rows.append({"kind": entry.kind, **_flat(entry.key), **_flat(entry.row), **about})
         return DataFrame(rows)
 
-    def _locked(self, name: str) -> FileLock:
-        folder = self.root / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{name}.lock")
-        try:
-            return lock.acquire(timeout=0)
-        except Timeout:
-            print(f"· waiting for another process that is making {name}", flush=True)
-            return lock.acquire()
-
     def _read(self, folder: Path) -> tuple[Entry | None, str]:
         """The entry, or why it cannot be used ("" where there is none)."""
         if not folder.is_dir():
@@ -152,6 +187,37 @@ class Store:
                 return None, f"{name} has changed"
         return _entry(folder, record), ""
 
+    def _whole(self, folder: Path) -> Entry | None:
+        """The entry where it is here and whole; a damaged one is moved away."""
+        entry, damage = self._read(folder)
+        if damage:
+            self._set_aside(folder, damage)
+        return entry
+
+    def _fetch(self, final: Path) -> Entry | None:
+        """The entry from the mirror, where it has one that can be used."""
+        if self.shared is None or not self.shared.has(final.name):
+            return None
+        tmp = disk.scratch(final)
+        try:
+            if not self.shared.fetch(final.name, tmp):
+                return None
+            os.rename(tmp, final)
+        finally:
+            shutil.rmtree(tmp, ignore_errors=True)
+        return self._read(final)[0]
+
+    def _sent(self, entry: Entry) -> Entry:
+        """The same entry, once the mirror has it."""
+        name = entry.folder.name
+        if self.shared and not (entry.reused and self.shared.has(name)):
+            try:
+                self.shared.push(entry.folder)
+            except UserError as error:
+                line = f"{error}; {name} is complete in {self.root} and sent when next asked for"
+                raise UserError(line) from error
+        return entry
+
     def _set_aside(self, folder: Path, damage: str) -> None:
         aside = self.root / "damaged" / f"{folder.name}-{time.time_ns()}"
         aside.parent.mkdir(exist_ok=True)
@@ -159,9 +225,7 @@ class Store:
         print(f"moebert: {folder.name}: {damage}; moved to {aside} and made again", file=sys.stderr)
 
     def _build(self, kind: str, key: dict, build: Callable[[Path], dict], final: Path) -> Entry:
-        tmp = self.root / "tmp" / final.name  # ours alone while we hold the lock
-        shutil.rmtree(tmp, ignore_errors=True)  # what a killed process left
-        tmp.mkdir(parents=True)
+        tmp = disk.scratch(final)
         start = time.perf_counter()
         try:
             row = build(tmp)
@@ -173,25 +237,15 @@ class Store:
                 "files": checksums(tmp),
             }  # fmt: skip
             write_json(tmp / RECORD, record)
+            disk.sync(tmp / RECORD)  # after a power cut the checksums find what else was lost
             if final.exists():  # force
                 shutil.rmtree(final)
             os.rename(tmp, final)
+            disk.sync(self.root)
         except BaseException:  # Ctrl-C too
             shutil.rmtree(tmp, ignore_errors=True)
             raise
         return _entry(final, json.loads(to_json(record)), reused=False)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    write_bytes(path, (to_json(value, indent=2) + "\n").encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def output_dir() -> Path:
@@ -209,11 +263,9 @@ def _entry(folder: Path, record: dict, *, reused: bool = True) -> Entry:
 
 def _parse(path: Path) -> dict | None:
     try:
-        record = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        return parse(path.read_bytes())
+    except OSError:
         return None
-    needed = {"kind", "digest", "key", "row", "seconds", "created", "files"}
-    return record if isinstance(record, dict) and needed <= record.keys() else None
 
 
 def _flat(mapping: dict, prefix: str = "") -> dict[str, Any]:

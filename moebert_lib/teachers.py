@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from moebert_lib import data, weights
+from moebert_lib import checkpoints, data, weights
 from moebert_lib.evaluate import predict
 from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.inputs import chosen, dataset, device, load, new_model
@@ -20,6 +21,8 @@ from moebert_lib.settings import Settings, home
 from moebert_lib.stages import DATA, IMPORTANCE, TEACHER
 from moebert_lib.store import Entry, Store, code_digest, versions
 from moebert_lib.train import fine_tune
+
+ANSWERS = "answers.csv"
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
         transformers_logging.disable_progress_bar()
         set_seed(settings.dense_seed)
         model = new_model(settings, bundle.task).to(device())
-        fine_tune(model, bundle.train, bundle.tokenizer, settings, folder)
+        fine_tune(
+            model, bundle.train, bundle.tokenizer, settings, folder,
+            checkpoints=place(store, "teacher", key),
+        )  # fmt: skip
         model.save_pretrained(folder)
         bundle.tokenizer.save_pretrained(folder)
-        return evaluate(settings, model)
+        return keep_judged(settings, model, folder)
 
-    entry = Store().make("teacher", teacher_key(settings), build)
+    store, key = Store(), teacher_key(settings)
+    entry = store.make("teacher", key, build)
+    checkpoints.clear(place(store, "teacher", key))
     _say(entry, f"teacher for {settings.task}")
     model = load(entry.folder, data.TASKS[settings.task])
     return Teacher(model.eval(), entry.row, entry)
@@ -109,25 +117,44 @@ def importance_key(settings: Settings) -> dict:
 
 def evaluate(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
     """The task's metrics of a model on the validation split, and on further ones by suffix."""
-    bundle, found = dataset(settings), {}
+    return judge(settings, model)[0]
+
+
+def judge(settings: Settings, model: PreTrainedModel) -> tuple[dict[str, float], np.ndarray]:
+    """:func:`evaluate`, and what the model says to each validation example.
+
+    An answer is a class index, a value, or a text.
+    """
+    bundle, found, said = dataset(settings), {}, {}
     for split in [split for split in bundle.splits if split != "train"]:
         logits = predict(model, bundle.batches(split, batch_size=settings.eval_batch_size))
         suffix = "" if split == "validation" else f"_{split}"
         scores = bundle.score(logits, split)
         found |= {f"{name}{suffix}": value for name, value in scores.items()}
-    return found
+        said[split] = bundle.answers(logits, split)
+    return found, said["validation"]
 
 
-def answers(settings: Settings, model: PreTrainedModel) -> np.ndarray:
-    """What a model says to each validation example: a class index, a value, or a text."""
-    bundle = dataset(settings)
-    logits = predict(model, bundle.batches("validation", batch_size=settings.eval_batch_size))
-    return bundle.answers(logits)
+def keep_judged(settings: Settings, model: PreTrainedModel, folder: Path) -> dict[str, float]:
+    """:func:`evaluate`, with the answers kept in a folder for :func:`answers`."""
+    metrics, said = judge(settings, model)
+    pd.DataFrame({"answer": said}).to_csv(folder / ANSWERS, index=False)
+    return metrics
+
+
+def answers(entry: Entry) -> pd.Series:
+    """What a stored model said to each validation example."""
+    return pd.read_csv(entry.folder / ANSWERS, keep_default_na=False)["answer"]
 
 
 def truths(settings: Settings) -> list:
     """The right answers to the validation examples; for spans lists of accepted texts."""
     return dataset(settings).truths()
+
+
+def place(store: Store, kind: str, key: dict) -> Path:
+    """Where the checkpoints of an entry's training lie until the entry is complete."""
+    return store.root / "checkpoints" / store.folder(kind, key).name
 
 
 def _say(entry: Entry, what: str) -> None:

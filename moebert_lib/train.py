@@ -1,8 +1,8 @@
 """Training through transformers' ``Trainer``: fine-tune the teacher, distil the student.
 
-Optimiser, schedule, precision, devices and checkpoints are Trainer's. Ours are the loss and
-the progress line. AdamW with betas 0.9 and 0.999, linear decay, no warm-up, clipping 1.0
-(the paper's appendix).
+Optimiser, schedule, precision and devices are Trainer's. Ours are the loss, the progress line
+and when to write a checkpoint. AdamW with betas 0.9 and 0.999, linear decay, no warm-up,
+clipping 1.0 (the paper's appendix).
 """
 
 import time
@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from moebert_lib.checkpoints import keep
 from moebert_lib.distill import distillation_terms
 from moebert_lib.evaluate import without_targets
 from moebert_lib.settings import Settings
@@ -29,15 +30,21 @@ class Progress(TrainerCallback):
 
     def __init__(self, name: str, *, every_seconds: float = 15.0):
         self.name, self.every = name, every_seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
         self.started = self.said = time.monotonic()
+        self.first = state.global_step
+        if self.first:
+            print(f"· {self.name}: resumed at step {self.first}/{state.max_steps}", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.monotonic()
         if now - self.said >= self.every or state.global_step == state.max_steps:
             self.said = now
-            passed = now - self.started
+            passed = f"{now - self.started:.0f} s"
+            since = f" since step {self.first}" if self.first else ""
             print(
-                f"· {self.name}: step {state.global_step}/{state.max_steps}, {passed:.0f} s",
+                f"· {self.name}: step {state.global_step}/{state.max_steps}, {passed}{since}",
                 flush=True,
             )
 
@@ -98,8 +105,9 @@ class DistillationTrainer(Trainer):
 
 
 def fine_tune(
-    model: nn.Module, encoded, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path
-) -> None:
+    model: nn.Module, encoded, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path,
+    *, checkpoints: Path | None = None,
+) -> None:  # fmt: skip
     """Fine-tune the dense teacher on the task, in place.
 
     Args:
@@ -108,6 +116,9 @@ def fine_tune(
         tokenizer: Pads batches.
         settings: ``teacher_*``, ``seed`` and ``max_grad_norm`` are used.
         folder: For Trainer's own files; nothing is left there.
+        checkpoints: This training's own folder, to resume from and to write to every
+            ``checkpoints.CHECKPOINT_SECONDS``; left for the caller to ``checkpoints.clear``
+            once the result is stored. None: no checkpoints.
     """
     arguments = training_arguments(
         folder, seed=settings.dense_seed, epochs=settings.teacher_epochs,
@@ -119,12 +130,13 @@ def fine_tune(
         model, arguments, train_dataset=encoded, callbacks=[Progress("teacher")],
         data_collator=DataCollatorWithPadding(tokenizer),
     )  # fmt: skip
-    _quietly(trainer)
+    _run(trainer, checkpoints)
 
 
 def distil(
-    student: nn.Module, teacher: nn.Module, encoded, tokenizer, settings: Settings, folder: Path
-) -> pd.DataFrame:
+    student: nn.Module, teacher: nn.Module, encoded, tokenizer, settings: Settings, folder: Path,
+    *, checkpoints: Path | None = None,
+) -> pd.DataFrame:  # fmt: skip
     """Train the student in place; returns the loss terms by step.
 
     Args:
@@ -134,6 +146,7 @@ def distil(
         tokenizer: Pads batches.
         settings: Training, distillation and switch settings.
         folder: For Trainer's own files; nothing is left there.
+        checkpoints: As in :func:`fine_tune`.
     """
     arguments = training_arguments(
         folder, seed=settings.seed, epochs=settings.epochs, batch_size=settings.batch_size,
@@ -146,7 +159,7 @@ def distil(
         distill=settings.distill, weight=settings.distill_weight,
         padding_in_loss=settings.padding_in_loss, teacher_dropout=settings.teacher_dropout,
     )  # fmt: skip
-    _quietly(trainer)
+    _run(trainer, checkpoints, terms=trainer._terms)
     teacher.eval()
     return trainer.curve()
 
@@ -180,10 +193,11 @@ def training_arguments(
     return arguments
 
 
-def _quietly(trainer: Trainer) -> None:
-    """Train without Trainer's closing dictionary on standard output."""
+def _run(trainer: Trainer, checkpoints: Path | None, *, terms: list | None = None) -> None:
+    """Train, or go on training, without Trainer's closing dictionary on standard output."""
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    last = keep(trainer, checkpoints, terms=terms) if checkpoints else None
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.model.eval()

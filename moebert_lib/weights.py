@@ -5,7 +5,6 @@ carries it; the file is checked against its pinned SHA-256 wherever it comes fro
 Left out on purpose: pickled weights.
 """
 
-import functools
 import importlib.util
 from pathlib import Path
 
@@ -53,8 +52,7 @@ def digest(model_name: str, *, hub: bool = False) -> str:
     if not found.is_dir():
         return model_name
     files = sorted(path for path in found.iterdir() if path.is_file())
-    stamps = ((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return provenance.digest({path.name: _sha256(path, *stamp) for path, *stamp in stamps})
+    return provenance.digest({path.name: provenance.input_digest(path) for path in files})
 
 
 def check(folder: Path) -> None:
@@ -66,8 +64,7 @@ def check(folder: Path) -> None:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(f"no {path}; {INSTALL}")
-    stat = path.stat()
-    actual = _sha256(path, stat.st_size, stat.st_mtime_ns)
+    actual = provenance.input_digest(path)
     if actual != SHA256:
         raise UserError(
             f"{path} is not the pinned {MINILM}: SHA-256 {actual[:12]}…, expected {SHA256[:12]}…; "
@@ -96,8 +93,3 @@ def _download() -> Path:
     except (OSError, ValueError) as error:  # offline, unreachable, or not in the cache
         reason = type(error).__name__
         raise UserError(f"{MINILM} cannot be downloaded ({reason}); {INSTALL}") from None
-
-
-@functools.lru_cache(maxsize=64)  # once a process, unless the file changes
-def _sha256(path: Path, _size: int, _changed: int) -> str:
-    return provenance.file_digest(path)

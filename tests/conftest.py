@@ -35,7 +35,8 @@ os.environ.update(
     OMP_NUM_THREADS="2",  # the same on every machine, kernels included
     TOKENIZERS_PARALLELISM="false",
 )
-os.environ.pop("MOEBERT_FIGURES", None)
+for name in ("MOEBERT_FIGURES", "MOEBERT_STORE"):
+    os.environ.pop(name, None)
 
 import glue_files  # noqa: E402
 import hypothesis  # noqa: E402

@@ -65,8 +65,8 @@ def test_values_are_stored_as_their_setting_reads_them(home):
 
 def test_values_that_change_nothing_are_dropped(home):
     (usual,), (spelt,) = planned("01"), planned("01", seed=0, task="library", n_experts=4)
-    assert usual.key() == spelt.key() and not spelt.changed
-    assert planned("01", seed=1)[0].changed
+    assert usual.key() == spelt.key() and not spelt.chosen
+    assert planned("01", seed=1)[0].chosen == {"seed": 1}
 
 
 def test_a_value_for_another_notebook_is_no_value_for_this_one(home):
@@ -81,13 +81,11 @@ def test_planning_writes_nothing(home):
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_value_reaches_the_notebook_as_text_and_never_as_code(home, attack):
+    (path,) = batch.select(["01"])
+    source = path.read_text()
     (job,) = planned("01", label=attack)
-    source = job.notebook.read_text()
-    assert (
-        batch.plan([job.notebook], scale="smoke", parameters={"label": attack})[0].given["label"]
-        == attack
-    )
-    assert job.notebook.read_text() == source and injected(attack) == attack
+    assert job.given["label"] == attack and job.source == source == path.read_text()
+    assert injected(attack) == attack
 
 
 def injected(value):
@@ -135,19 +133,20 @@ def test_a_failed_run_says_where_and_keeps_its_copy_but_no_entry(home):
 
 
 def test_a_failure_is_forgotten_once_the_notebook_is_mended(home):
-    (job,) = planned("02")
+    (path,) = batch.select(["02"])
     for _ in range(2):
         with pytest.raises(NotebookFailed):
-            batch.run([job])
+            batch.run(planned("02"))
     assert len(batch.failed_runs()) == 1
-    edited(job.notebook, "seed == 0", "seed == 9")
-    assert not batch.run([job])[0].reused and batch.failed_runs() == []
+    edited(path, "seed == 0", "seed == 9")
+    batch.run(planned("02"))
+    assert len(Store().entries()) == 1 and batch.failed_runs() == []
 
 
 def test_after_a_failure_the_others_can_still_run(home):
     lines: list[str] = []
-    with pytest.raises(NotebookFailed):
-        batch.run(planned("02", "00"), keep_going=True, echo=lines.append)
+    failure, entry = batch.run(planned("02", "00"), keep_going=True, echo=lines.append)
+    assert isinstance(failure, NotebookFailed) and entry.row["notebook"] == "00_the_idea"
     assert [entry.key["notebook"] for entry in Store().entries()] == ["00_the_idea"]
     assert (home / "figures" / "figure0.csv").is_file()
 
@@ -168,14 +167,14 @@ def edited(path, old, new):
 
 
 def test_editing_code_makes_a_new_run_but_prose_and_outputs_do_not(home):
-    (before,) = planned("01")
-    old = before.key()
-    edited(before.notebook, '"outputs": []', '"outputs": [ ]')
-    edited(before.notebook, '"execution_count": null', '"execution_count": 7')
-    edited(before.notebook, "Something else first.", "Something else, told better.")
-    assert before.key() == old
-    edited(before.notebook, "quiet line", "another line")
-    assert before.key() != old
+    (path,) = batch.select(["01"])
+    old = planned("01")[0].key()
+    edited(path, '"outputs": []', '"outputs": [ ]')
+    edited(path, '"execution_count": null', '"execution_count": 7')
+    edited(path, "Something else first.", "Something else, told better.")
+    assert planned("01")[0].key() == old
+    edited(path, "quiet line", "another line")
+    assert planned("01")[0].key() != old
 
 
 def test_where_the_data_lies_is_not_part_of_the_key(home, tiny_glue, tmp_path):
@@ -250,7 +249,7 @@ def test_tee_logs_everything_and_passes_on_whole_progress_lines():
     tee = execution.Tee(log, lines.append)
     for piece in ("a\n· ha", "lf\nb · c\n", "· last"):
         tee.write(piece)
-    assert lines == ["    · half"] and log.getvalue() == "a\n· half\nb · c\n· last"
+    assert lines == ["· half"] and log.getvalue() == "a\n· half\nb · c\n· last"
 
 
 def cell(source, *tags):

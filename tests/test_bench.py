@@ -3,11 +3,9 @@
 import json
 
 import pandas as pd
-import pytest
 
 from moebert_lib import bench
 from moebert_lib.moe_layer import parameter_counts
-from moebert_lib.settings import UserError
 
 
 def test_calls_take_turns_after_one_untimed_round():
@@ -61,8 +59,3 @@ def test_the_command_keeps_its_numbers(moebert_home, monkeypatch, capsys):
 
 def bench_timings():
     return pd.DataFrame({"variant": ["dense", "x"], "repeat": [0, 0], "seconds": [1.0, 0.5]})
-
-
-def test_an_unknown_benchmark_is_refused():
-    with pytest.raises(UserError, match="did you mean 'inference'"):
-        bench.main("inferense")

@@ -11,7 +11,7 @@ from pathlib import Path
 import fixture_home
 import pytest
 
-from moebert_lib import cli, commands
+from moebert_lib import cli, sweeps
 from moebert_lib.store import Store
 
 COMMANDS = ["run", "sweep", "status", "report", "importance", "convert", "bench", "doctor"]
@@ -139,12 +139,12 @@ settings:
 def test_a_grid_is_the_product_of_its_lists_without_doubles(home, tmp_path, capsys):
     path = tmp_path / "grid.yaml"
     path.write_text(GRID.replace("[0, 1]", "[0, 1, 0]"))
-    jobs = commands.grid_jobs(path)
+    jobs = sweeps.read(path).jobs
     points = [(job.settings.seed, job.settings.n_shared) for job in jobs]
     assert points == [(0, 12), (0, 16), (1, 12), (1, 16)]
     assert all(job.parameters["layers"] == [0] for job in jobs)
     assert cli.main(["sweep", str(path), "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("to run") == 4 and not (home / "runs").exists()
+    assert capsys.readouterr().out.count(": never run") == 4 and not (home / "runs").exists()
 
 
 def test_sweep_runs_its_points_and_stores_one_row_each(home, tmp_path):

@@ -68,6 +68,9 @@ def test_a_row_holds_what_the_notebooks_draw(shared):
 def test_conversion_leaves_the_embeddings_and_moves_the_layers(shared):
     apart = experiment.distances(SETTINGS, experiment.converted(SETTINGS))
     assert apart.shape == (3,) and apart[0] == 0 < apart[2]
+    student = experiment.student(SETTINGS, keep_model=True)
+    again = experiment.distances(SETTINGS, student.model())
+    assert student.distances.tolist() == pytest.approx(again.tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("task", ["passage", "squad_v2", "mnli", "stsb"])
@@ -81,8 +84,9 @@ def test_every_kind_of_task_goes_the_whole_way(shared, tiny_glue, task):
     )
     model = experiment.student(settings).model()
     assert experiment.evaluate(settings, model) == {name: row[name] for name in names}
-    answers, truths = experiment.answers(settings, model), experiment.truths(settings)
-    assert len(answers) == len(truths) == len(bundle.examples["validation"])
+    said, truths = experiment.said(settings), experiment.truths(settings)
+    assert len(said) == len(truths) == len(bundle.examples["validation"])
+    assert said["distilled"].tolist() == list(teachers.judge(settings, model)[1])
 
 
 def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch):

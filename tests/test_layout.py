@@ -9,18 +9,21 @@ from checkout import LIBRARY, PYTHON, ROOT, files, text, tree
 
 #: Each module in one room. A module imports from its own room and the rooms below.
 ROOMS = {
-    "the command line": "cli __main__ commands doctor",
+    "the command line": "cli __main__ commands commands_model doctor",
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
-    "plots_results plots_claims plots_release tables widgets report bench",
-    "notebooks, planned and run": "batch planning knobs forecast estimate execution publish "
-    "inventory pages",
+    "plots_results plots_claims plots_release tables widgets report report_tables bench "
+    "bench_batch",
+    "many runs": "sweeps batch engines cluster inventory reasons export",
+    "one notebook, planned and run": "planning knobs forecast estimate worker execution publish "
+    "pages",
     "what runs say": "claims verdicts",
-    "experiments, each made once": "grids experiment teachers removal inputs store",
-    "learning": "train distill evaluate routes",
+    "experiments, each made once": "grids experiment teachers removal inputs records "
+    "store shared leases disk",
+    "learning": "train checkpoints distill evaluate routes",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance release stability experts routing",
     "ground": "data tasks corpus files spans weights settings scales stages paper checks "
-    "provenance intervals",
+    "provenance intervals yamls",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}
 

@@ -83,7 +83,7 @@ REFUSED = {
     "wrong columns": (["run", *SST2, "--data-dir", "{tmp}/glue"], "sentence"),
     # sweep
     "grid not there": (["sweep", "none.yaml"], "no file none.yaml"),
-    "sweep without a grid": (["sweep"], "required: GRID.yaml"),
+    "sweep without a grid": (["sweep"], "name a grid"),
     "grid with a misspelt name": (["sweep", "{tmp}/typo.yaml"], "did you mean 'seeds'?"),
     "grid with a misspelt setting": (["sweep", "{tmp}/setting.yaml"], "did you mean 'n_shared'?"),
     "grid with a bad point": (["sweep", "{tmp}/point.yaml"], "largest n_shared is 384"),

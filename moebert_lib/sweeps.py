@@ -1,0 +1,275 @@
+"""A grid of runs of one notebook: validated, run on any engine, gathered in one table.
+
+A grid is a mapping, in Python or in a YAML file::
+
+    notebook: 03_distillation    # the unit experiment, which is the default
+    scale: small
+    data_dir: data/glue
+    tasks: [rte, cola]
+    seeds: [0, 1, 2]
+    settings:                    # every combination of these
+      ranking: [importance, random]
+      keep_model: true
+    points:                      # and of each of these sets
+      - {n_experts: 4, expert_size: 384}
+      - {n_experts: 8, expert_size: 192}
+
+Where seeds are listed a point is one seed: ``n_seeds`` is 1 unless the grid says otherwise.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moebert_lib import batch, inventory, worker, yamls
+from moebert_lib.engines import Engine
+from moebert_lib.execution import NotebookFailed
+from moebert_lib.planning import Job
+from moebert_lib.settings import UserError, home, nearest
+from moebert_lib.store import Entry, Store, digest, write_bytes, write_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+NAMES = ("notebook", "scale", "data_dir", "tasks", "seeds", "settings", "points")
+SINGULAR = {"tasks": "task", "seeds": "seed"}
+PLURAL = {one: many for many, one in SINGULAR.items()}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A validated grid: its name, itself as it was given, and a job for each point."""
+
+    name: str
+    grid: dict[str, Any]
+    jobs: list[Job]
+
+    @property
+    def folder(self) -> Path:
+        """Where its record and its table lie: one folder for one set of points."""
+        points = [(job.name, job.parameters) for job in self.jobs]
+        return home() / "runs" / "sweeps" / f"{self.name}-{digest(points)[:8]}"
+
+
+def sweep(
+    grid: Mapping[str, Any] | str | Path,
+    *,
+    engine: Engine | None = None,
+    retry_failed: bool = False,
+    force: bool = False,
+    echo: Callable[[str], Any] = print,
+) -> "DataFrame":
+    """Run every point of a grid, reusing what is stored, and return the table of all.
+
+    Example:
+        >>> sweep({"seeds": [0, 1, 2], "settings": {"n_experts": [2, 4]}})  # doctest: +SKIP
+
+    Args:
+        grid: A mapping, or a YAML file that holds one.
+        engine: ``engines.Local(2)`` or ``cluster.Ray()``; by default as many local
+            processes as cores and memory allow.
+        retry_failed: Also run what failed before in a cell and has not changed.
+        force: Run even what is stored.
+        echo: Receives a line for each start and end.
+
+    Returns:
+        One row a point: :func:`table`.
+
+    Raises:
+        UserError: the grid is refused, before anything is run.
+    """
+    planned = plan(grid) if isinstance(grid, Mapping) else read(Path(grid))
+    results = run(planned, engine=engine, retry_failed=retry_failed, force=force, echo=echo)
+    return table(planned, results)
+
+
+def read(path: Path) -> Sweep:
+    """The sweep that a YAML file describes, named after the file.
+
+    Raises:
+        UserError: as :func:`plan`, or the file cannot be read.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}; expected a YAML grid (see moebert sweep --help)")
+    return plan(yamls.parse(path.read_text("utf-8", errors="replace"), str(path)),
+                name=path.stem, where=f"{path}: ")  # fmt: skip
+
+
+def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
+    """A grid's jobs, each validated, doubles left out; computes and writes nothing.
+
+    Raises:
+        UserError: an unknown name, a point whose values do not fit, data not there.
+    """
+    if not isinstance(grid, Mapping):
+        raise UserError(f"{where}expected names and values, such as 'seeds: [0, 1, 2]'")
+    for key in grid:
+        if key not in NAMES:
+            raise UserError(f"{where}unknown name '{key}'; {nearest(str(key), NAMES)}")
+    paths = batch.select([str(grid.get("notebook") or "03_distillation")])
+    common = {"scale": grid.get("scale") or "quick", "data_dir": str(grid.get("data_dir") or "")}
+    jobs: dict[str, Job] = {}
+    (plain,) = batch.plan(paths, **common)
+    settled = "overrides" in plain.parameters and grid.get("seeds") is not None
+    for values in _points(grid, where):
+        values = {"n_seeds": 1, **values} if settled else values
+        try:
+            (job,) = batch.plan(paths, parameters=values, **common)
+        except UserError as error:
+            told = "".join(f" {name}={value}" for name, value in values.items())
+            point = f"point{told}: " if told else ""
+            raise UserError(f"{where}{point}{error}") from None
+        jobs.setdefault(digest(job.parameters), job)
+    return Sweep(name, dict(grid), list(jobs.values()))
+
+
+def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """The values of each point, the last axis fastest."""
+    settings = grid.get("settings") or {}
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{where}settings must hold names with lists of values, "
+                        "such as 'n_shared: [0, 256]'")  # fmt: skip
+    sets = grid.get("points") or [{}]
+    if not isinstance(sets, list) or not all(isinstance(one, Mapping) for one in sets):
+        raise UserError(f"{where}points must be a list of names with values, "
+                        "such as '- {n_experts: 2, n_shared: 512}'")  # fmt: skip
+    axes = {SINGULAR[name]: grid[name] for name in SINGULAR if grid.get(name) is not None}
+    for name in {**settings, **{key: 0 for one in sets for key in one}}:
+        if name in axes or name in ("scale", "data_dir"):
+            raise UserError(f"{where}'{name}' stands in the grid's own line; leave it out here")
+    axes |= {str(name): value for name, value in settings.items()}
+    axes = {name: value if isinstance(value, list) else [value] for name, value in axes.items()}
+    for name, value in axes.items():
+        if not value:
+            name = PLURAL.get(name, name)
+            raise UserError(f"{where}'{name}' has no values; give at least one")
+    for one in sets:
+        for twice in one.keys() & axes.keys():
+            raise UserError(f"{where}'{twice}' stands in settings and in points; keep one")
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True)) | dict(one)
+
+
+def run(
+    planned: Sweep,
+    *,
+    engine: Engine | None = None,
+    retry_failed: bool = False,
+    force: bool = False,
+    echo: Callable[[str], Any] = print,
+) -> list[Entry | NotebookFailed]:
+    """Run what is missing, write record and table; arguments as of :func:`sweep`.
+
+    Returns:
+        For each point its entry, or why it failed.
+    """
+    from moebert_lib.engines import fitting
+
+    planned.folder.mkdir(parents=True, exist_ok=True)
+    points = [{"name": job.name, "values": job.values, "key": digest(job.key()),
+               "entry": Store().folder("notebook", job.key()).name,
+               "failed": worker.kept(job).name} for job in planned.jobs]  # fmt: skip
+    write_json(planned.folder / inventory.SWEEP, {"grid": planned.grid, "name": planned.name,
+                                         "points": points})  # fmt: skip
+    results = batch.run(
+        planned.jobs, engine=engine or fitting(planned.jobs), force=force, keep_going=True,
+        retry_failed=retry_failed, publishing=False, echo=echo,
+    )  # fmt: skip
+    frame = table(planned, results)
+    for name, content in {inventory.TABLE: frame, inventory.MEANS: means(frame)}.items():
+        if len(content):
+            text = content.to_csv(index=False, lineterminator="\n")
+            write_bytes(planned.folder / name, text.encode())
+    return results
+
+
+def table(planned: Sweep, results: Sequence[Entry | NotebookFailed]) -> "DataFrame":
+    """One row a point in the grid's order: its values, its state, the numbers it recorded.
+
+    Returns:
+        Columns ``scale``, ``task``, ``seed`` and what else the grid varies; ``state``, "done" or
+        "failed"; ``run``, the name of its folder in ``runs/``; then what notebooks recorded.
+    """
+    from pandas import DataFrame
+
+    varied = dict.fromkeys(name for job in planned.jobs for name in job.values)
+    named = [name for name in varied if name not in ("scale", "task", "seed", "data_dir")]
+    rows = []
+    for job, result in zip(planned.jobs, results, strict=True):
+        known = {**job.parameters, **(job.settings.model_dump() if job.settings else {})}
+        first = [name for name in ("scale", "task", "seed") if name in known]
+        row = {name: known.get(name) for name in [*first, *named]}
+        done = isinstance(result, Entry)
+        row |= {"state": "done" if done else "failed", "run": result.folder.name if done else ""}
+        rows.append(row | (result.row.get("metrics", {}) if done else {}))
+    return DataFrame(rows)
+
+
+def means(frame: "DataFrame") -> "DataFrame":
+    """The headline metric over the seeds: a row for each combination of what else varies.
+
+    Args:
+        frame: From :func:`table`.
+
+    Returns:
+        Those values, then ``metric``, ``n`` runs, ``mean``, and ``low`` and ``high``, the ends of
+        Student's 95 % interval, NaN for one run. Empty where no metric was recorded.
+    """
+    from pandas import DataFrame
+
+    from moebert_lib.intervals import student
+    from moebert_lib.tasks import TASKS
+
+    values = [name for name in frame.columns[: frame.columns.get_loc("state")] if name != "seed"]
+    rows = []
+    alike = [repr(row) for row in frame[values].to_dict("records")]
+    for _, group in frame.groupby(alike, sort=False):
+        first = group.iloc[0]
+        metric = TASKS[first["task"]].metric if first.get("task") in TASKS else ""
+        found = group[metric].dropna() if metric in group else []
+        if len(found):
+            low, high = student(found)
+            about = {"metric": metric, "n": len(found), "mean": found.mean()}
+            rows.append({**first[values], **about, "low": low, "high": high})
+    return DataFrame(rows)
+
+
+def preview(
+    jobs: Sequence[Job], *, retry_failed: bool = False, force: bool = False, whole: bool = False
+) -> Iterator[tuple[Job, str, str]]:
+    """For each job what would be done with it, "run", "reuse" or "skip", and why.
+
+    ``whole``: all the reasons, none shortened.
+    """
+    from moebert_lib import reasons
+
+    store = Store()
+    entries = store.entries("notebook")
+    for job in jobs:
+        key = job.key()
+        entry = store.find("notebook", key)
+        failure = None if entry or retry_failed else batch.failed_before(job)
+        if entry and not force:
+            yield job, "reuse", f"stored, {entry.seconds / 60:.1f} min"
+        elif failure:
+            yield job, "skip", f"failed before, --retry-failed runs it: {failure}"
+        elif force:
+            yield job, "run", "--force"
+        else:
+            told = reasons.details(key, entries) if whole else [reasons.why(key, entries)]
+            yield job, "run", "; ".join(told)
+
+
+def with_failures() -> list[Sweep]:
+    """The recorded sweeps that have failed points, planned again from their grids.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [record for record in inventory.recorded()
+             if any(state == "failed" for _, state, _ in inventory.states(record))]  # fmt: skip
+    if not found:
+        raise UserError("no sweep here has failed runs (see moebert status)")
+    return [plan(record["grid"], name=record["name"]) for record in found]

@@ -1,0 +1,140 @@
+"""A process that makes notebook runs for an engine: requests in, events out, a line each.
+
+Run as ``python -m moebert_lib.worker``. It lives while its standard input is open: when the
+engine goes, however that happens, the pipe closes, and the worker kills its kernel and leaves.
+What it was making is not in the store then, and will be made anew.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, TextIO
+
+from moebert_lib import execution, records
+from moebert_lib.planning import Job
+from moebert_lib.settings import Settings, UserError
+from moebert_lib.store import Entry, Store, digest, write_json
+
+
+def request(job: Job, *, force: bool = False) -> dict[str, Any]:
+    """A job as JSON values, with the notebook's text: another machine needs no more than it."""
+    return {
+        "name": job.name, "source": job.source, "given": job.given, "parameters": job.parameters,
+        "settings": job.settings and job.settings.model_dump(), "digest": digest(job.key()),
+        "force": force,
+    }  # fmt: skip
+
+
+def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
+    """Make the run that a :func:`request` asks for; never raises but for a stop.
+
+    Returns:
+        ``status`` "done" or "reused"; or "failed" (the notebook), "died" (its kernel, which
+        may go well another time) or "refused" (the run cannot be made here), with ``error``,
+        and ``cell`` and ``copy`` where a notebook has them.
+    """
+    settings = asked["settings"] and Settings(**asked["settings"])
+    job = Job(asked["name"], asked["source"], asked["given"], asked["parameters"], settings)
+    try:
+        if digest(job.key()) != asked["digest"]:
+            raise UserError("library, data or weights are not what the run was planned with; "
+                            "start it again")  # fmt: skip
+        entry = make(job, force=asked["force"], say=say)
+    except execution.NotebookFailed as failure:
+        status = "died" if failure.died else "failed"
+        copy = str(failure.copy) if failure.copy else None
+        return {"status": status, "error": failure.error, "cell": failure.cell, "copy": copy}
+    except (UserError, OSError) as error:
+        return {"status": "refused", "error": " ".join(str(error).split())}
+    return {"status": "reused" if entry.reused else "done", "seconds": entry.seconds}
+
+
+def make(job: Job, *, force: bool = False, say: Callable[[str], Any] = print) -> Entry:
+    """A job's entry of the store, executed first where it is missing.
+
+    The entry keeps the executed notebook, its page and log, figures, and in its row the
+    numbers that the notebook gave to ``store.record``.
+
+    Raises:
+        NotebookFailed: the executed copy is kept in ``runs/failed``.
+    """
+    store, key = Store(), job.key()
+
+    def build(folder: Path) -> dict[str, Any]:
+        from moebert_lib.pages import write_page
+
+        figures = folder / "figures"
+        figures.mkdir()
+        offline = job.settings.offline if job.settings else True
+        environment = execution.kernel_environment(figures, offline=offline)
+        try:
+            execution.execute(
+                job.name, job.source, folder,
+                parameters=job.given, environment=environment, echo=say,
+            )  # fmt: skip
+        except execution.NotebookFailed as failure:
+            _keep(failure, folder, kept(job), job)
+            raise
+        write_page(folder / "notebook.ipynb", folder / "notebook.html")
+        made = sorted(path.name for path in figures.iterdir())
+        told = {name: value for name, value in job.chosen.items() if name != "data_dir"}
+        return {"notebook": job.name, "figures": made, "changed": told, "metrics": _metrics(folder)}
+
+    entry = store.make("notebook", key, build, force=force)
+    shutil.rmtree(kept(job), ignore_errors=True)
+    return entry
+
+
+def kept(job: Job) -> Path:
+    """Where a failed run's executed copy is kept: one for each choice of values."""
+    return Store().root / "failed" / f"{job.name}-{digest(job.parameters)[:16]}"
+
+
+def _keep(failure: execution.NotebookFailed, folder: Path, target: Path, job: Job) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    shutil.copytree(folder, target)
+    about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
+    about |= {"died": failure.died, "given": job.values, "run": digest(job.key())}
+    write_json(target / "failed.json", about)
+    failure.copy = target / "notebook.ipynb"
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    path = folder / records.FILE
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
+
+def main() -> None:
+    """Answer requests from standard input until it closes."""
+    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    sys.stdout = sys.stderr  # what libraries print is no event
+    requests: SimpleQueue[str | None] = SimpleQueue()
+    threading.Thread(target=_read, args=(sys.stdin, requests), daemon=True).start()
+    while (line := requests.get()) is not None:
+        outcome = answer(json.loads(line), lambda text: _send(events, {"say": text}))
+        _send(events, {"outcome": outcome})
+
+
+def _read(source: TextIO, requests: "SimpleQueue[str | None]") -> None:
+    for line in source:
+        requests.put(line)
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):  # the kernel, and what it started
+        process.kill()
+    os._exit(0)
+
+
+def _send(events: TextIO, event: dict[str, Any]) -> None:
+    events.write(json.dumps(event) + "\n")
+    events.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The local engine: what dies is asked again, what is stopped leaves nothing behind."""
+
+import os
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moebert_lib import engines
+from moebert_lib.engines import Event, Local
+from moebert_lib.settings import UserError
+
+#: Stands in for ``moebert_lib.worker``: a request is Python that gives ``outcome``.
+STAND_IN = """
+import json, os, sys
+for line in sys.stdin:
+    space = {"say": lambda text: print(json.dumps({"say": text}), flush=True)}
+    exec(json.loads(line)["code"], space)
+    print(json.dumps({"outcome": space.get("outcome", {"status": "done"})}), flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def stand_in(tmp_path, monkeypatch):
+    """Workers that run the code they are sent, started the same way as the real ones."""
+    package = tmp_path / "moebert_lib"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "worker.py").write_text(STAND_IN)
+    monkeypatch.setattr(engines, "__file__", str(package / "engines.py"))
+    monkeypatch.chdir(tmp_path)
+
+
+def asked(*codes):
+    return [{"code": textwrap.dedent(code)} for code in codes]
+
+
+def never(index):
+    return False
+
+
+def events(engine, requests, busy=never) -> list[Event]:
+    return list(engine.run(requests, busy=busy))
+
+
+def outcomes(found):
+    return {event.index: event.outcome for event in found if event.outcome}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_request_is_answered_once_and_what_it_says_comes_before(workers):
+    found = events(Local(workers), asked(*[f"say('{n}')" for n in range(5)]))
+    assert sorted(outcomes(found)) == list(range(5))
+    assert all(outcome == {"status": "done"} for outcome in outcomes(found).values())
+    for index in range(5):
+        own = [event for event in found if event.index == index]
+        assert own[0].started and own[1].line == str(index) and own[2].outcome
+
+
+def test_no_requests_start_nothing():
+    assert events(Local(2), []) == []
+
+
+def test_one_process_answers_several_requests():
+    found = events(Local(1), asked(*["import os; say(str(os.getpid()))"] * 3))
+    assert len({event.line for event in found if event.line}) == 1
+
+
+def test_a_process_that_dies_is_replaced_and_asked_again(tmp_path):
+    once = f"""
+        import os, pathlib, signal
+        mark = pathlib.Path({str(tmp_path / "mark")!r})
+        if not mark.exists():
+            mark.touch(); os.kill(os.getpid(), signal.SIGKILL)
+    """
+    found = events(Local(1), asked(once, ""))
+    assert {outcome["status"] for outcome in outcomes(found).values()} == {"done"}
+    assert any("signal 9" in (event.line or "") for event in found)
+
+
+def test_what_dies_every_time_is_given_up_and_the_others_go_on(tmp_path):
+    log = tmp_path / "log"
+    dies = f"open({str(log)!r}, 'a').write('x'); import os; os._exit(3)"
+    found = outcomes(events(Local(1), asked(dies, "")))
+    assert found[0]["status"] == "died" and "exit status 3" in found[0]["error"]
+    assert found[1] == {"status": "done"} and log.read_text() == "x" * (1 + engines.RETRIES)
+
+
+def test_a_kernel_that_died_is_tried_again_too(tmp_path):
+    log = tmp_path / "log"
+    code = f"""
+        open({str(log)!r}, 'a').write('x')
+        died = len(open({str(log)!r}).read()) < 2
+        outcome = {{"status": "died", "error": "the kernel died"}} if died else {{"status": "done"}}
+    """
+    assert outcomes(events(Local(1), asked(code)))[0] == {"status": "done"}
+
+
+def test_what_another_batch_is_making_waits_for_the_end():
+    found = events(Local(1), asked("", "", ""), busy=lambda index: index == 0)
+    assert [event.index for event in found if event.started] == [1, 2, 0]
+
+
+def test_closing_the_iterator_ends_every_process():
+    running = Local(2).run(asked(*["import time; time.sleep(600)"] * 3), busy=never)
+    assert {next(running).started for _ in range(2)} == {True}
+    time.sleep(0.5)
+    mine = psutil.Process().children(recursive=True)
+    start = time.monotonic()
+    engines.PATIENCE, before = 0.5, engines.PATIENCE  # the stand-in does not watch its input
+    try:
+        running.close()
+    finally:
+        engines.PATIENCE = before
+    assert time.monotonic() - start < 30
+    assert not psutil.wait_procs(mine, timeout=10)[1]
+    assert not [thread for thread in threading.enumerate() if "serve" in thread.name]
+
+
+def test_cores_and_gpus_are_divided(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(engines, "cores", lambda: 8)
+    local = Local(4, gpus=["2", "5"])
+    seen = [local.environment(slot) for slot in range(4)]
+    assert {env["OMP_NUM_THREADS"] for env in seen} == {"2"}
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in seen] == ["2", "5", "2", "5"]
+    assert {env["OMP_WAIT_POLICY"] for env in seen} == {"PASSIVE"}
+    alone = Local(1).environment(0)
+    assert alone["OMP_NUM_THREADS"] == "8" and alone.keys() - seen[0].keys() == set()
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice stays
+    assert local.environment(0)["OMP_NUM_THREADS"] == "3"
+
+
+def test_as_many_workers_as_cores_memory_and_jobs_allow(monkeypatch):
+    def fitting(n_cores, gigabytes, jobs):
+        monkeypatch.setattr(engines, "cores", lambda: n_cores)
+        monkeypatch.setattr(engines, "free_memory", lambda: gigabytes << 30)
+        return engines.fitting([None] * jobs).workers
+
+    monkeypatch.setattr(engines, "gpus", list)
+    monkeypatch.setattr(engines.forecast, "runs", lambda jobs: [[]])
+    assert fitting(4, 64, 40) == 4 and fitting(4, 64, 3) == 3 and fitting(4, 0, 40) == 1
+    assert fitting(8, 3, 40) == 3  # one gigabyte for each kernel
+
+
+def test_one_run_for_each_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+    local = engines.fitting([None] * 40)
+    assert local.workers == 2 and local.gpus == ("0", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert engines.gpus() == []
+
+
+def test_free_memory_is_no_more_than_the_machine_has():
+    assert 0 < engines.free_memory() <= psutil.virtual_memory().total
+
+
+def test_no_workers_are_refused():
+    with pytest.raises(UserError, match="0 workers"):
+        Local(0)
+
+
+def test_the_real_worker_leaves_when_its_input_closes():
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "moebert_lib.worker"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    process = psutil.Popen(command, stdin=-1, stdout=-1, cwd=root, env=environment)
+    process.stdin.close()
+    assert process.wait(60) == 0 and process.stdout.read() == b""
+    process.stdout.close()

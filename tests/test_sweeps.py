@@ -1,0 +1,183 @@
+"""Grids are refused or planned whole; a sweep leaves one table, in the grid's order."""
+
+import fixture_home
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moebert_lib import batch, inventory, sweeps
+from moebert_lib.execution import NotebookFailed
+from moebert_lib.settings import UserError
+from moebert_lib.store import Entry, Store
+
+SMOKE = {"notebook": "01", "scale": "smoke"}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    names = {"01_importance": "settings", "02_fails": "fails", "03_distillation": "settings"}
+    folder = fixture_home.make(tmp_path / "home", names)
+    monkeypatch.setenv("MOEBERT_HOME", str(folder))
+    return folder
+
+
+def values(grid, *names):
+    jobs = sweeps.plan({**SMOKE, **grid}).jobs
+    return [
+        tuple({**job.parameters, **job.settings.model_dump()}[n] for n in names) for job in jobs
+    ]
+
+
+def test_the_grid_is_a_product_and_its_last_axis_is_fastest():
+    grid = {"tasks": ["library", "follows"], "seeds": [1, 0], "settings": {"n_experts": [2, 4]}}
+    assert values(grid, "task", "seed", "n_experts") == [
+        ("library", 1, 2), ("library", 1, 4), ("library", 0, 2), ("library", 0, 4),
+        ("follows", 1, 2), ("follows", 1, 4), ("follows", 0, 2), ("follows", 0, 4),
+    ]  # fmt: skip
+
+
+def test_points_are_sets_of_values_that_go_together():
+    sets = [{"n_experts": 2, "n_shared": 8}, {"n_experts": 4, "n_shared": 4}]
+    found = values({"seeds": [0, 1], "points": sets}, "seed", "n_experts", "n_shared")
+    assert found == [(0, 2, 8), (1, 2, 8), (0, 4, 4), (1, 4, 4)]
+
+
+def test_a_point_of_listed_seeds_is_one_seed_unless_the_grid_says_otherwise():
+    assert values({"seeds": [0]}, "n_seeds") == [(1,)]
+    assert values({"seeds": [0], "settings": {"n_seeds": 2}}, "n_seeds") == [(2,)]
+    assert values({}, "n_seeds") == [(batch.plan(batch.select(["01"]), scale="smoke")[0]
+                                      .settings.n_seeds,)]  # fmt: skip
+
+
+def test_one_value_needs_no_list_and_lists_are_values_of_list_parameters():
+    grid = {"seeds": 3, "settings": {"n_experts": 2, "layers": [[0], [1]]}}
+    assert values(grid, "seed", "n_experts", "layers") == [(3, 2, [0]), (3, 2, [1])]
+
+
+def test_doubles_are_one_point():
+    assert values({"seeds": [0, 0, 1]}, "seed") == [(0,), (1,)]
+    assert values({"settings": {"n_experts": [4, 4]}}, "n_experts") == [(4,)]
+
+
+@pytest.mark.parametrize(
+    "grid, said",
+    [
+        ([], "expected names and values"),
+        ({"sedes": [1]}, "did you mean 'seeds'"),
+        ({"settings": ["n_shared"]}, "settings must hold names"),
+        ({"points": {"n_experts": 2}}, "points must be a list"),
+        ({"seeds": []}, "'seeds' has no values"),
+        ({"settings": {"n_shared": []}}, "'n_shared' has no values"),
+        ({"settings": {"n_shard": [1]}}, "did you mean 'n_shared'"),
+        ({"settings": {"n_experts": [2, 99]}}, "point n_experts=99: "),
+        ({"seeds": [1], "settings": {"seed": [2]}}, "'seed' stands in the grid's own line"),
+        ({"settings": {"scale": ["quick"]}}, "'scale' stands in the grid's own line"),
+        ({"settings": {"n_shared": [8]}, "points": [{"n_shared": 4}]}, "in settings and in points"),
+        ({"tasks": ["librari"]}, "did you mean 'library'"),
+        ({"scale": "quik"}, "did you mean 'quick'"),
+        ({"notebook": "1o"}, "no notebook '1o'"),
+        ({"seeds": ["0-4"]}, "seed='0-4'"),
+    ],
+)
+def test_a_wrong_grid_is_refused_in_one_line_and_writes_nothing(home, grid, said):
+    with pytest.raises(UserError) as error:
+        sweeps.plan({**SMOKE, **grid} if isinstance(grid, dict) else grid)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert sorted(path.name for path in home.iterdir()) == ["notebooks"]
+
+
+def test_a_file_names_itself_and_what_it_gives_twice(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("seeds: [1]\nscale: smoke\nseeds: [2]\n")
+    with pytest.raises(UserError, match=r"twice.yaml: 'seeds' is given twice"):
+        sweeps.read(path)
+    path.write_text("notebook: 01\nscale: smoke\nseeds: [2]\n")  # 01 is the number 1 in YAML
+    assert [job.name for job in sweeps.read(path).jobs] == ["01_importance"]
+    assert sweeps.read(path).name == "twice"
+
+
+def test_a_sweep_runs_leaves_its_table_and_is_reused(home):
+    grid = {**SMOKE, "seeds": [1, 0], "settings": {"label": ["a", "<b>"]}}
+    lines: list[str] = []
+    frame = sweeps.sweep(grid, echo=lines.append)
+    assert frame["seed"].tolist() == [1, 1, 0, 0] and set(frame["state"]) == {"done"}
+    assert frame["label"].tolist() == ["a", "<b>", "a", "<b>"]
+    (folder,) = (home / "runs" / "sweeps").iterdir()
+    table = (folder / "table.csv").read_bytes()
+    assert pd.read_csv(folder / "table.csv")["run"].tolist() == frame["run"].tolist()
+    assert all((home / "runs" / run / "notebook.ipynb").is_file() for run in frame["run"])
+    assert not (home / "figures").exists()  # a sweep's figures stay with its runs
+    n_lines = len(lines)
+    again = sweeps.sweep(grid, echo=lines.append)
+    assert again.equals(frame) and (folder / "table.csv").read_bytes() == table
+    assert not any("running" in line for line in lines[n_lines:])
+
+
+def failing():
+    return {"notebook": "02", "scale": "smoke", "seeds": [0, 1]}
+
+
+def test_what_failed_is_told_remembered_and_run_again_only_when_asked(home):
+    lines: list[str] = []
+    planned = sweeps.plan(failing())
+    failure, entry = sweeps.run(planned, echo=lines.append)
+    assert isinstance(failure, NotebookFailed) and isinstance(entry, Entry)
+    (record,) = inventory.recorded()
+    told = [(state, error.partition(";")[0]) for _, state, error in inventory.states(record)]
+    assert told == [("failed", "cell 3: ValueError: seed 0"), ("done", "")]
+    n_lines = len(lines)
+    sweeps.run(planned, echo=lines.append)
+    assert not any("running" in line for line in lines[n_lines:])
+    assert any("failed before" in line for line in lines[n_lines:])
+    (again,) = sweeps.with_failures()
+    sweeps.run(again, retry_failed=True, echo=lines.append)
+    assert sum("running" in line for line in lines[n_lines:]) == 1
+
+
+def test_a_preview_says_what_would_happen_and_why(home):
+    planned = sweeps.plan(failing())
+    assert [does for _, does, _ in sweeps.preview(planned.jobs)] == ["run", "run"]
+    sweeps.run(planned, echo=lambda line: None)
+    (_, one, why), (_, other, _) = sweeps.preview(planned.jobs)
+    assert (one, other) == ("skip", "reuse") and "cell 3" in why
+    path = home / "notebooks" / "02_fails.ipynb"
+    path.write_text(path.read_text().replace("seed == 0", "seed == 9"))
+    seen = [(does, why) for _, does, why in sweeps.preview(sweeps.plan(failing()).jobs)]
+    assert [does for does, _ in seen] == ["run", "run"]
+    assert all("code cell" in why or "never" in why for _, why in seen)
+
+
+def test_no_failed_sweep_is_no_sweep_to_retry():
+    with pytest.raises(UserError, match="no sweep here has failed runs"):
+        sweeps.with_failures()
+
+
+@given(st.lists(st.sampled_from([0.25, 0.5, 1.0]), min_size=2, max_size=6))
+def test_means_are_those_of_the_runs_with_students_interval(accuracies):
+    rows = [{"scale": "smoke", "task": "library", "seed": seed, "n_experts": n, "state": "done",
+             "run": "", "accuracy": accuracy + n}
+            for n in (2, 4) for seed, accuracy in enumerate(accuracies)]  # fmt: skip
+    frame = sweeps.means(pd.DataFrame(rows))
+    assert frame["n_experts"].tolist() == [2, 4] and set(frame["n"]) == {len(accuracies)}
+    assert frame["mean"].tolist() == pytest.approx([np.mean(accuracies) + n for n in (2, 4)])
+    assert (frame["low"] <= frame["mean"]).all() and (frame["mean"] <= frame["high"]).all()
+    assert "seed" not in frame
+
+
+def test_means_leave_out_what_failed_and_what_recorded_nothing():
+    row = {"scale": "smoke", "task": "library", "seed": 0, "state": "failed", "run": ""}
+    assert sweeps.means(pd.DataFrame([row])).empty
+    rows = [row, {**row, "seed": 1, "state": "done", "accuracy": 0.5}]
+    (one,) = sweeps.means(pd.DataFrame(rows)).to_dict("records")
+    assert (one["n"], one["mean"]) == (1, 0.5) and np.isnan(one["low"])
+
+
+def test_a_record_that_is_not_whole_is_named(home):
+    folder = home / "runs" / "sweeps" / "x-0"
+    folder.mkdir(parents=True)
+    (folder / inventory.SWEEP).write_text("{")
+    with pytest.raises(UserError, match="sweep.json is not whole"):
+        inventory.recorded()
+    assert Store().entries() == []
