@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from moebert_lib import disk
+from moebert_lib.disk import Unwritable
 from moebert_lib.settings import home
 
 WARNING = "moebert: "  # of the library, such as a damaged file that is made again
@@ -88,6 +90,7 @@ def execute(
 
     Raises:
         NotebookFailed: A cell or a widget callback raised, or the kernel died.
+        Unwritable: A cell found the disk full, or the store forbidden.
     """
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
@@ -107,6 +110,8 @@ def execute(
                 stdout_file=out, stderr_file=err, extra_arguments=["--log-level=50"],
             )  # fmt: skip
         except PapermillExecutionError as error:
+            if _of_the_disk(error):
+                raise Unwritable(" ".join(str(error.evalue).split())) from None
             raise NotebookFailed(name, error.exec_count, _message(error)) from None
         except DeadKernelError:
             said = "the kernel died, often for want of memory"
@@ -146,6 +151,12 @@ def _private(folder: Path) -> Any:
     manager = {"connection_file": str(folder / "kernel.json")}
     manager |= {"transport_encryption": "auto"} if zmq.has("curve") else {}
     return Config({"KernelManager": manager})
+
+
+def _of_the_disk(error: Any) -> bool:
+    """Whether a cell's error is no fault of the notebook: there is no room to write."""
+    full = tuple(f"[Errno {number}]" for number in disk.FULL)
+    return error.ename == "Unwritable" or str(error.evalue).startswith(full)
 
 
 def _message(error: Any) -> str:

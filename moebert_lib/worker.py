@@ -97,12 +97,14 @@ def kept(job: Job) -> Path:
 
 def _keep(failure: execution.NotebookFailed, folder: Path, target: Path, job: Job) -> None:
     shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(exist_ok=True)
-    shutil.copytree(folder, target)
     about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
     about |= {"died": failure.died, "given": job.values, "run": digest(job.key())}
-    write_json(target / "failed.json", about)
-    failure.copy = target / "notebook.ipynb"
+    try:
+        shutil.copytree(folder, target)
+        write_json(target / "failed.json", about)
+        failure.copy = target / "notebook.ipynb"
+    except OSError:  # no room: not to know of a failure costs one more run
+        shutil.rmtree(target, ignore_errors=True)
 
 
 def _metrics(folder: Path) -> dict[str, Any]:
