@@ -15,6 +15,7 @@ from moebert_lib.settings import home
 
 WARNING = "moebert: "  # of the library, such as a damaged file that is made again
 SHOWN = ("· ", WARNING)  # lines of a notebook's output that start so are shown while it runs
+KEYS = "kernel.json"  # of the connection to a kernel, while it lives
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 
 
@@ -93,15 +94,13 @@ def execute(
         Unwritable: A cell found the disk full, or the store forbidden.
     """
     import papermill
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
 
     output = folder / "notebook.ipynb"
     output.write_text(source, "utf-8")
     log_file = (folder / "log.txt").open("w", encoding="utf-8")
     with log_file as log, _environment(environment), _papermill_logs_to(log):
         out, err = Tee(log, echo), Tee(log, echo)
-        try:
+        with _failures(name, output):
             notebook = papermill.execute_notebook(
                 _literal(output), _literal(output), parameters,
                 kernel_name="python3", progress_bar=False, start_timeout=300,
@@ -109,22 +108,32 @@ def execute(
                 iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
                 stdout_file=out, stderr_file=err, extra_arguments=["--log-level=50"],
             )  # fmt: skip
-        except PapermillExecutionError as error:
-            if _of_the_disk(error):
-                raise Unwritable(" ".join(str(error.evalue).split())) from None
-            raise NotebookFailed(name, error.exec_count, _message(error)) from None
-        except DeadKernelError:
-            said = "the kernel died, often for want of memory"
-            raise NotebookFailed(name, _last_cell(output), said, died=True) from None
-        except (CellTimeoutError, RuntimeError) as error:  # it does not start, or not answer
-            said = str(error).splitlines()[0]
-            died = isinstance(error, RuntimeError)  # not the notebook's doing
-            raise NotebookFailed(name, _last_cell(output), said, died=died) from None
-        finally:
-            (folder / "kernel.json").unlink(missing_ok=True)
     broken = widget_error(notebook)
     if broken:
         raise NotebookFailed(name, None, f"a widget's callback raised {broken}")
+
+
+@contextmanager
+def _failures(name: str, output: Path) -> Iterator[None]:
+    """What papermill raises, as :func:`execute` says it; the kernel's keys are removed."""
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    try:
+        yield
+    except PapermillExecutionError as error:
+        if _of_the_disk(error):
+            raise Unwritable(" ".join(str(error.evalue).split())) from None
+        raise NotebookFailed(name, error.exec_count, _message(error)) from None
+    except DeadKernelError:
+        said = "the kernel died, often for want of memory"
+        raise NotebookFailed(name, _last_cell(output), said, died=True) from None
+    except (CellTimeoutError, RuntimeError) as error:  # it does not start, or not answer
+        said = str(error).splitlines()[0]
+        died = isinstance(error, RuntimeError)  # not the notebook's doing
+        raise NotebookFailed(name, _last_cell(output), said, died=died) from None
+    finally:
+        (output.parent / KEYS).unlink(missing_ok=True)
 
 
 def widget_error(notebook: Mapping) -> str:
@@ -148,7 +157,7 @@ def _private(folder: Path) -> Any:
     import zmq
     from traitlets.config import Config
 
-    manager = {"connection_file": str(folder / "kernel.json")}
+    manager = {"connection_file": str(folder / KEYS)}
     manager |= {"transport_encryption": "auto"} if zmq.has("curve") else {}
     return Config({"KernelManager": manager})
 
