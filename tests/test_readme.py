@@ -8,7 +8,7 @@ import shlex
 import pandas as pd
 from checkout import LIBRARY, NOTEBOOKS, ROOT
 
-from moebert_lib import cli
+from moebert_lib import cli, sweeps
 
 README = (ROOT / "README.md").read_text()
 
@@ -38,6 +38,13 @@ def test_the_commands_it_shows_are_accepted(moebert_home, data_dir, capsys):
         if words[:2] == ["moebert", "run"] and "--help" not in words:
             words = [str(data_dir) if word == "DIR" else word for word in words[1:]]
             assert cli.main([*words, "--plan"]) in (0, None), capsys.readouterr().err
+
+
+def test_the_grid_it_shows_is_accepted(moebert_home, data_dir, tmp_path):
+    (grid,) = blocks("yaml")
+    path = tmp_path / "grid.yaml"
+    path.write_text(grid.replace("DIR", str(data_dir)))
+    assert len(sweeps.read(path).jobs) == 2 * 5 * 2 * 2
 
 
 def test_every_notebook_is_on_the_map():
