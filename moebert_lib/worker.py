@@ -43,7 +43,7 @@ def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
     try:
         if digest(job.key()) != asked["digest"]:
             raise UserError("library, data or weights are not what the run was planned with; "
-                            "start it again")  # fmt: skip
+                            "run it again")  # fmt: skip
         entry = make(job, force=asked["force"], say=say)
     except execution.NotebookFailed as failure:
         status = "died" if failure.died else "failed"
@@ -51,6 +51,9 @@ def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
         return {"status": status, "error": failure.error, "cell": failure.cell, "copy": copy}
     except (UserError, OSError) as error:
         return {"status": "refused", "error": " ".join(str(error).split())}
+    except Exception as error:  # papermill cannot read the notebook, or a page not be written
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        return {"status": "failed", "error": line, "cell": None, "copy": None}
     return {"status": "reused" if entry.reused else "done", "seconds": entry.seconds}
 
 

@@ -24,9 +24,9 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds for what takes a few on an idle machine
 LEAVING = 10  # seconds in which all processes of a sweep that ended must be gone
 MARK = "MOEBERT_MARK"  # in the environment of every process of a home
-GRID = {"notebook": "06_slow", "scale": "smoke", "seeds": [0, 1, 2, 3]}
-#: What a whole sweep of GRID executes, each once: four runs and their stages.
-ALL = {f"{what} {n}" for what in ("run", "own") for n in range(4)} | {"shared 0", "shared 1"}
+GRID = {"notebook": "06_slow", "scale": "smoke", "seeds": [0, 1, 2]}
+#: What a whole sweep of GRID executes, each once: runs and stages, "shared 0" for two runs.
+ALL = {f"{what} {n}" for what in ("run", "own") for n in range(3)} | {"shared 0", "shared 1"}
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Home:
     def check_complete(self, table: bytes) -> None:
         """All points are done and in the table; nothing is left over, locked or half made."""
         status = self.run("status")
-        assert "4 runs: 4 done, 0 running, 0 failed, 0 waiting" in status.out, status
+        assert "3 runs: 3 done, 0 running, 0 failed, 0 waiting" in status.out, status
         assert self.entries().keys() == ALL and self.table() == table
         self.check_tidy()
 

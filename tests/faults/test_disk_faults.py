@@ -100,26 +100,30 @@ def cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-DAMAGES = [
-    (flip, "pieces.bin", "notebook.html", "has changed"),
-    (cut, "pieces.bin", "figures/figure1.csv", "has changed"),
-    (Path.unlink, "pieces.bin", "notebook.ipynb", "is missing"),
-    (cut, "entry.json", "entry.json", "entry.json is missing or unreadable"),
-]
+#: What happens to which file of what, and what is said about it.
+DAMAGES = {
+    "own 0": (flip, "pieces.bin", "has changed"),
+    "own 1": (cut, "pieces.bin", "has changed"),
+    "own 2": (Path.unlink, "pieces.bin", "is missing"),
+    "shared 0": (cut, "entry.json", "is missing or unreadable"),
+    "run 0": (flip, "notebook.html", "has changed"),
+    "run 1": (Path.unlink, "figures/figure1.csv", "is missing"),
+    "run 2": (cut, "entry.json", "is missing or unreadable"),
+}
 
 
 def test_what_was_altered_is_named_in_a_line_and_made_again(tmp_path):
     home = copied(undisturbed(), tmp_path)
     before, places, damaged = home.entries(), home.places(), []
-    for point, (damage, of_stage, of_run, what) in enumerate(DAMAGES):
-        for name, file in ((f"own {point}", of_stage), (f"run {point}", of_run)):
-            damage(places[name] / file)
-            damaged.append((places[name].name, what if file in what else f"{file} {what}"))
+    for name, (damage, file, what) in DAMAGES.items():
+        damage(places[name] / file)
+        damaged.append((places[name].name, f"{file} {what}"))
     ended = home.sweep()
     said = re.findall(r"moebert: (\S+): (.+); moved to .+ and made again\n", ended.out + ended.err)
     assert sorted(said) == sorted(damaged), ended
-    assert Counter(home.log()) == Counter(name for name in ALL if "shared" not in name)
+    assert Counter(home.log()) == Counter(DAMAGES.keys())
     after = home.entries()
-    assert all(after[name] == before[name] for name in ALL if "shared" in name)
-    assert all(after[f"own {n}"]["pieces.bin"] == before["own 0"]["pieces.bin"] for n in range(4))
+    assert all(after[name] == before[name] for name in ALL - DAMAGES.keys())
+    stages = [name for name in ALL if not name.startswith("run")]
+    assert {after[name]["pieces.bin"] for name in stages} == {before["own 0"]["pieces.bin"]}
     home.check_complete(undisturbed().table())

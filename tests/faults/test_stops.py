@@ -9,7 +9,7 @@ from sweeping import ALL, Home, undisturbed, until
 
 def test_a_stop_says_one_line_leaves_no_process_and_a_resume_completes(tmp_path):
     home = Home(tmp_path)
-    for number, n_logged in ((signal.SIGINT, 2), (signal.SIGTERM, 6)):
+    for number, n_logged in ((signal.SIGINT, 2), (signal.SIGTERM, 5)):
         command = home.start()
         until(lambda n=n_logged: len(home.log()) >= n)
         os.killpg(command.process.pid, number)  # what a terminal does on Ctrl-C
