@@ -63,7 +63,7 @@ def run(
     missing = []
     for index, job in enumerate(jobs):
         entry = None if force else Store().find("notebook", job.key())
-        failure = None if entry or retry_failed else failed_before(job)
+        failure = None if entry or retry_failed or force else failed_before(job)
         if entry:
             progress.reused(index, entry)
             results[index] = _published(job, entry, publishing)
@@ -110,6 +110,8 @@ def _result(job: Job, key: dict[str, Any], outcome: dict[str, Any]) -> Entry | N
     died = outcome["status"] == "died"
     failure = NotebookFailed(job.name, outcome.get("cell"), outcome["error"], died=died)
     failure.copy = Path(outcome["copy"]) if outcome.get("copy") else None
+    if failure.copy is None:  # its process had no time for it
+        worker.remember(failure, job)
     return failure
 
 

@@ -72,8 +72,8 @@ class Worker:
                 if "outcome" in event:
                     return event["outcome"]
                 say(event["say"])
-        except (OSError, ValueError):  # the pipe broke, or a line was cut short
-            pass
+        except (OSError, ValueError, LookupError):  # the pipe broke, or holds what is no event
+            self.process.kill()
         status = self.process.wait()
         return {"status": "died", "error": f"the worker process died ({_signal(status)})"}
 

@@ -103,7 +103,7 @@ def execute(
         with _failures(name, output):
             notebook = papermill.execute_notebook(
                 _literal(output), _literal(output), parameters,
-                kernel_name="python3", progress_bar=False, start_timeout=300,
+                kernel_name="python3", language="python", progress_bar=False, start_timeout=300,
                 config=_private(folder),
                 iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
                 stdout_file=out, stderr_file=err, extra_arguments=["--log-level=50"],

@@ -5,28 +5,23 @@ the same in whatever order its stores are named.
 """
 
 import json
-import math
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import ZipFile
 
-from moebert_lib.inventory import UNSEEN
-from moebert_lib.provenance import digest, to_json
-from moebert_lib.settings import Settings, UserError, home, nearest
+from moebert_lib import columns
+from moebert_lib.provenance import digest
+from moebert_lib.settings import UserError, home, nearest
 from moebert_lib.shared import RECORD, RECORD_BYTES, Shared, parse
 from moebert_lib.store import write_bytes
 
 if TYPE_CHECKING:
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
-#: The first columns and the last; settings, parameters and metrics lie between, in that order.
-FIRST = ("kind", "notebook", "scale", "task", "seed")
-LAST = ("digest", "created", "seconds", "commit", "cpu", "torch", "transformers", "data", "store")
-GROUPS = ("first", "setting", "parameter", "metric", "last")
 A_STORE = "a MOEBERT_HOME, its runs/ folder, or a mirror's address such as file:///…"
 
 
@@ -43,11 +38,12 @@ def frame(stores: Sequence[str | Path] = (), *, kind: str = "notebook") -> "Data
 
     Columns: kind, notebook, scale, task, seed; every other setting in the order of
     :class:`Settings`, older ones after; parameters of notebooks that are no settings, by name;
-    metrics by name; digest, created (UTC), seconds, commit, the machine's cpu, versions of torch
-    and transformers, the data's digest, store. Where a name comes twice, the later column is
+    metrics by name; digest, created (UTC), superseded, seconds, commit, the machine's cpu,
+    versions of torch and transformers, the data's digest, store. Where a name comes twice, the later column is
     called ``setting.``, ``parameter.`` or ``metric.NAME``. Of a stage's nested key a name means
-    the outermost value. Lists and dicts are JSON text; numbers that are not finite, or wider
-    than 64 bits, are missing.
+    the outermost value. A run is superseded where a newer one has the same values, which then
+    differs in code, data or versions. Lists and dicts are JSON text; numbers that are not
+    finite, or wider than 64 bits, are missing.
 
     A run found in several stores is one row: the oldest. Records that cannot be used, and
     runs whose copies differ in a metric, are told on stderr, one line each.
@@ -70,7 +66,7 @@ def frame(stores: Sequence[str | Path] = (), *, kind: str = "notebook") -> "Data
     records = [record for source in sources for record in _read(source, kind)]
     if not records:
         raise UserError(f"no usable run of kind '{kind}' in {where}; each was left out")
-    return _table([_row(record) for record in _merged(records)])
+    return columns.table([columns.row(record) for record in _merged(records)])
 
 
 def write(frame: "DataFrame", path: str | Path) -> None:
@@ -143,7 +139,6 @@ def _record(content: bytes, name: str) -> dict[str, Any]:
     record = parse(content)
     if record is None:
         raise ValueError(f"{RECORD} is no complete record")
-    digest(record)  # refuses half a character, which no table can hold
     whole = digest({"kind": record["kind"], "key": record["key"]})
     right = f"{record['kind']}-{whole[:16]}"
     if (record["digest"], name) != (whole, right):
@@ -158,7 +153,7 @@ def _merged(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         runs[record["digest"]].append(record)
     for name, copies in sorted(runs.items()):
         copies.sort(key=lambda record: (record["created"], record["store"]))
-        differ = _differences([_metrics(record) for record in copies])
+        differ = _differences([columns.metrics(record) for record in copies])
         if differ:
             kept, *others = (record["store"] for record in copies)
             print(f"moebert: run {name[:16]} of {kept}, the oldest, is kept; copies differ "
@@ -172,119 +167,10 @@ def _differences(copies: Sequence[dict[str, float | None]]) -> str:
     for name in sorted({name for metrics in copies for name in metrics}):
         values = {metrics.get(name) for metrics in copies}
         if len(values) > 1:
-            spread = "not in all" if None in values else f"by {max(values) - min(values):.2g}"
-            told.append(f"{name} {spread}")
+            numbers = all(type(value) in (int, float) for value in values)
+            how = f"by {max(values) - min(values):.2g}" if numbers else "in more than digits"
+            told.append(f"{name} {'not in all' if None in values else how}")
     return ", ".join(told)
-
-
-def _metrics(record: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers of a run's row, or of what a notebook recorded as its metrics."""
-    row = record["row"]
-    named = _mapping(row.get("metrics")) if record["kind"] == "notebook" else row
-    return {name: _plain(value) for name, value in named.items() if type(value) in (int, float)}
-
-
-def _row(record: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """A run's values by group and name."""
-    key = record["key"]
-    settings, parameters, data = _choices(key) if record["kind"] != "notebook" else _given(key)
-    about = _mapping(record.get("machine")) | _mapping(record.get("versions")) | record
-    about |= {"notebook": key.get("notebook"), "data": data}
-    first = {name: settings.pop(name, None) for name in ("scale", "task", "seed")}
-    first |= {name: about[name] for name in ("kind", "notebook")}
-    last = {name: about.get(name) for name in LAST}
-    parts = zip(GROUPS, (first, settings, parameters, _metrics(record), last), strict=True)
-    return {(group, name): value for group, part in parts for name, value in part.items()}
-
-
-def _given(key: dict[str, Any]) -> tuple[dict, dict, Any]:
-    """Settings, further parameters and the data's digest, of a notebook's key."""
-    settings, given = _mapping(key.get("settings")), _mapping(key.get("parameters"))
-    known = Settings.model_fields.keys() | settings.keys()
-    own = {name: value for name, value in given.items() if name in known}
-    more = {name: given[name] for name in given if name not in known and name != "overrides"}
-    return own | settings, more, _mapping(key.get("inputs")).get("data")
-
-
-def _choices(key: dict[str, Any]) -> tuple[dict, dict, Any]:
-    """The same of a stage's key, which holds the keys of the stages before it."""
-    leaves = _leaves(key)
-    return {name: leaves[name] for name in leaves if name not in UNSEEN}, {}, leaves.get("data")
-
-
-def _leaves(key: dict[str, Any]) -> dict[str, Any]:
-    """Names and values at any depth, lists too; the outer one where a name comes twice."""
-    inner: dict[str, Any] = {}
-    for name, value in key.items():
-        if isinstance(value, dict) and name not in UNSEEN:
-            inner |= _leaves(value)
-    return inner | {name: value for name, value in key.items() if not isinstance(value, dict)}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _table(rows: Sequence[dict[tuple[str, str], Any]]) -> "DataFrame":
-    from pandas import DataFrame
-
-    names = _columns({key for row in rows for key in row})
-    table = DataFrame({name: _column(key, [row.get(key) for row in rows]) for key, name in names})
-    choices = [name for (group, _), name in names if group in ("first", "setting")]
-    return table.sort_values([*choices, "digest"], na_position="first", ignore_index=True)
-
-
-def _columns(present: set[tuple[str, str]]) -> list[tuple[tuple[str, str], str]]:
-    """Each value's group and name with the name of its column, in order."""
-    usual = {"first": FIRST, "setting": tuple(Settings.model_fields), "last": LAST}
-
-    def place(key: tuple[str, str]) -> tuple[int, int, str]:
-        group, name = key
-        return GROUPS.index(group), (*usual.get(group, ()), name).index(name), name
-
-    named, taken = [], {*FIRST, *LAST}
-    for group, name in sorted(present, key=place):
-        column = name
-        while group not in ("first", "last") and column in taken:
-            column = f"{group}.{column}"
-        taken.add(column)
-        named.append(((group, name), column))
-    return named
-
-
-def _column(key: tuple[str, str], values: Sequence[Any]) -> "Series":
-    """Values as one nullable type; as text where they have no type in common."""
-    from pandas import Series
-
-    plain = [_plain(value) for value in values]
-    types = {type(value) for value in plain if value is not None}
-    if not types:
-        return Series(plain, dtype=_usual_type(*key))
-    for same, dtype in (({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")):
-        if types <= same:
-            return Series(plain, dtype=dtype)
-    texts = [value if isinstance(value, str | None) else to_json(value) for value in plain]
-    return Series(texts, dtype="string")
-
-
-def _plain(value: Any) -> Any:
-    """A value as a column holds it."""
-    if isinstance(value, list | dict):
-        return to_json(value)
-    missing = isinstance(value, float) and not math.isfinite(value)
-    wide = isinstance(value, int) and not -(2**63) <= value < 2**63
-    return None if missing or wide else value
-
-
-def _usual_type(group: str, name: str) -> str:
-    """The type of a column without values: as :class:`Settings` declares it."""
-    if group == "metric":
-        return "Float64"
-    annotation = Settings.model_fields[name].annotation if name in Settings.model_fields else str
-    for type_, dtype in ((bool, "boolean"), (int, "Int64"), (float, "Float64")):
-        if type_ in (annotation, *get_args(annotation)):
-            return dtype
-    return "string"
 
 
 def _json(table: "DataFrame") -> bytes:

@@ -19,7 +19,7 @@ LIBRARIES = (
 #: Modules that no notebook's result can depend on, so that changing them reruns nothing.
 OUTSIDE = (
     "__main__ batch bench_batch cli cluster commands commands_model doctor engines export "
-    "inventory reasons report report_tables sweeps yamls"
+    "columns inventory nodes reasons report report_tables sweeps yamls"
 ).split()
 
 

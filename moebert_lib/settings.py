@@ -29,6 +29,9 @@ Ranking = Literal["importance", "random", "inverse"]
 Distil = Literal["all", "skip", "last", "none"]
 
 
+MOST = 2**31 - 1  # of a seed; numpy's and torch's generators take this much and some runs more
+
+
 class UserError(ValueError):
     """Something the user asked for cannot be had: one line, exit status 2."""
 
@@ -68,8 +71,8 @@ class Settings(BaseModel):
     # What is run
     scale: Scale = "quick"
     task: str = "library"
-    seed: int = Field(0, ge=0)  # routing tables, sampling, dropout, order of examples
-    teacher_seed: int | None = Field(None, ge=0)  # None: the same as seed
+    seed: int = Field(0, ge=0, le=MOST)  # routing tables, sampling, dropout, order of examples
+    teacher_seed: int | None = Field(None, ge=0, le=MOST)  # None: the same as seed
     data_dir: str = ""  # GLUE-format files; empty: built-in data, or the hub
 
     # Model and data
@@ -94,7 +97,7 @@ class Settings(BaseModel):
     expert_size: int | None = Field(None, ge=1)  # None: FFN width // n_experts
     n_shared: int | None = Field(None, ge=0)  # None: two thirds of expert_size
     ranking: Ranking = "importance"  # Fig. 3a
-    split_seed: int = Field(0, ge=0)  # of ranking="random"
+    split_seed: int = Field(0, ge=0, le=MOST)  # of ranking="random"
     routing: Routing = "hash-random"  # Fig. 3c
     balance_weight: float = Field(0.01, ge=0)  # load balance of the gates; not in the paper
 

@@ -31,7 +31,7 @@ from moebert_lib.disk import DAY, FORBIDDEN, FULL, scratch
 from moebert_lib.provenance import digest, file_digest
 from moebert_lib.settings import UserError, nearest
 
-RECORD = "entry.json"
+RECORD, SEAL = "entry.json", "seal"
 RECORD_BYTES = 2**26  # more than any row needs
 NAME = re.compile(r"[\w-]+-[0-9a-f]{16}")
 TYPES = {
@@ -188,7 +188,7 @@ class Shared:
 
 
 def parse(content: bytes) -> dict[str, Any] | None:
-    """The record in the bytes of an ``entry.json``, None where it is no complete one."""
+    """The record in the bytes of an ``entry.json``; None: not whole, or altered since."""
     try:
         record = json.loads(content)
     except (ValueError, RecursionError):
@@ -196,7 +196,16 @@ def parse(content: bytes) -> dict[str, Any] | None:
     whole = isinstance(record, dict) and all(
         isinstance(record.get(name), kind) for name, kind in TYPES.items()
     )
-    return record if whole else None
+    try:
+        return record if whole and record == sealed(record) else None
+    except UnicodeEncodeError:  # half a character, which no file can hold
+        return None
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of JSON values with the digest of everything else in it."""
+    rest = {name: value for name, value in record.items() if name != SEAL}
+    return {**rest, SEAL: digest(rest)}
 
 
 def _check_address(url: str, shown: str) -> None:

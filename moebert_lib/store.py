@@ -35,7 +35,7 @@ from moebert_lib.provenance import (
     versions,
 )
 from moebert_lib.settings import UserError, home
-from moebert_lib.shared import RECORD, Shared, parse
+from moebert_lib.shared import RECORD, Shared, parse, sealed
 
 __all__ = [
     "Entry", "Store", "Unwritable", "code_digest", "commit", "cores", "digest", "file_digest",
@@ -144,6 +144,10 @@ class Store:
                         n_fetched += not self._whole(final) and self._fetch(final) is not None
         return n_fetched
 
+    def damage(self, kind: str, key: dict) -> str:
+        """What is wrong with the entry of ``key`` here; "" where it is whole, or not there."""
+        return self._read(self.folder(kind, key))[1]
+
     def busy(self, kind: str, key: dict) -> bool:
         """Whether a process of this machine is making the entry of ``key`` now."""
         return disk.is_locked(self.root, self.folder(kind, key).name)
@@ -178,7 +182,9 @@ class Store:
             return None, ""
         record = _parse(folder / RECORD)
         if record is None:
-            return None, f"{RECORD} is missing or unreadable"
+            return None, f"{RECORD} is missing, cut short or has changed"
+        if folder.name != f"{record['kind']}-{record['digest'][:16]}":
+            return None, f"{RECORD} is that of another run"
         for name, expected in record["files"].items():
             path = folder / name
             if not path.is_file():
@@ -236,6 +242,7 @@ class Store:
                 "versions": versions(), "commit": commit(), "machine": machine(),
                 "files": checksums(tmp),
             }  # fmt: skip
+            record = sealed(json.loads(to_json(record)))
             write_json(tmp / RECORD, record)
             disk.sync(tmp / RECORD)  # after a power cut the checksums find what else was lost
             if final.exists():  # force
@@ -245,7 +252,7 @@ class Store:
         except BaseException:  # Ctrl-C too
             shutil.rmtree(tmp, ignore_errors=True)
             raise
-        return _entry(final, json.loads(to_json(record)), reused=False)
+        return _entry(final, record, reused=False)
 
 
 def output_dir() -> Path:

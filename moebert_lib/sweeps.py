@@ -18,6 +18,7 @@ Where seeds are listed a point is one seed: ``n_seeds`` is 1 unless the grid say
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 NAMES = ("notebook", "scale", "data_dir", "tasks", "seeds", "settings", "points")
+MOST = 10_000  # points of a grid
 SINGULAR = {"tasks": "task", "seeds": "seed"}
 PLURAL = {one: many for many, one in SINGULAR.items()}
 
@@ -145,6 +147,9 @@ def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
         if not value:
             name = PLURAL.get(name, name)
             raise UserError(f"{where}'{name}' has no values; give at least one")
+    n_points = len(sets) * math.prod(map(len, axes.values()))
+    if n_points > MOST:
+        raise UserError(f"{where}{n_points:,} points: expected at most {MOST:,}; split the grid")
     for one in sets:
         for twice in one.keys() & axes.keys():
             raise UserError(f"{where}'{twice}' stands in settings and in points; keep one")
@@ -178,11 +183,14 @@ def run(
         retry_failed=retry_failed, publishing=False, echo=echo,
     )  # fmt: skip
     frame = table(planned, results)
-    for name, content in {inventory.TABLE: frame, inventory.MEANS: means(frame)}.items():
-        if len(content):
-            text = content.to_csv(index=False, lineterminator="\n")
-            write_bytes(planned.folder / name, text.encode())
+    _write(frame, planned.folder / inventory.TABLE)
+    _write(means(frame), planned.folder / inventory.MEANS)
     return results
+
+
+def _write(frame: "DataFrame", path: Path) -> None:
+    if len(frame):
+        write_bytes(path, frame.to_csv(index=False, lineterminator="\n").encode())
 
 
 def table(planned: Sweep, results: Sequence[Entry | NotebookFailed]) -> "DataFrame":
@@ -203,7 +211,8 @@ def table(planned: Sweep, results: Sequence[Entry | NotebookFailed]) -> "DataFra
         row = {name: known.get(name) for name in [*first, *named]}
         done = isinstance(result, Entry)
         row |= {"state": "done" if done else "failed", "run": result.folder.name if done else ""}
-        rows.append(row | (result.row.get("metrics", {}) if done else {}))
+        told = result.row.get("metrics", {}) if done else {}
+        rows.append(row | {f"metric.{name}" if name in row else name: told[name] for name in told})
     return DataFrame(rows)
 
 
@@ -228,10 +237,11 @@ def means(frame: "DataFrame") -> "DataFrame":
     for _, group in frame.groupby(alike, sort=False):
         first = group.iloc[0]
         metric = TASKS[first["task"]].metric if first.get("task") in TASKS else ""
-        found = group[metric].dropna() if metric in group else []
+        found = [value for value in (group[metric] if metric in group else [])
+                 if isinstance(value, int | float) and not math.isnan(value)]  # fmt: skip
         if len(found):
             low, high = student(found)
-            about = {"metric": metric, "n": len(found), "mean": found.mean()}
+            about = {"metric": metric, "n": len(found), "mean": sum(found) / len(found)}
             rows.append({**first[values], **about, "low": low, "high": high})
     return DataFrame(rows)
 
@@ -258,8 +268,10 @@ def preview(
         elif force:
             yield job, "run", "--force"
         else:
-            told = reasons.details(key, entries) if whole else [reasons.why(key, entries)]
-            yield job, "run", "; ".join(told)
+            damage = store.damage("notebook", key)
+            tell = reasons.details if whole else reasons.why
+            told = tell(key, entries, damaged=damage)
+            yield job, "run", "; ".join(told) if whole else told
 
 
 def with_failures() -> list[Sweep]:

@@ -81,7 +81,7 @@ def make(job: Job, *, force: bool = False, say: Callable[[str], Any] = print) ->
                 parameters=job.given, environment=environment, echo=say,
             )  # fmt: skip
         except execution.NotebookFailed as failure:
-            _keep(failure, folder, kept(job), job)
+            remember(failure, job, folder)
             raise
         write_page(folder / "notebook.ipynb", folder / "notebook.html")
         made = sorted(path.name for path in figures.iterdir())
@@ -98,15 +98,20 @@ def kept(job: Job) -> Path:
     return Store().root / "failed" / f"{job.name}-{digest(job.parameters)[:16]}"
 
 
-def _keep(failure: execution.NotebookFailed, folder: Path, target: Path, job: Job) -> None:
+def remember(failure: execution.NotebookFailed, job: Job, folder: Path | None = None) -> None:
+    """Keep how a run failed, and the folder with its executed copy where there is one."""
+    target = kept(job)
     shutil.rmtree(target, ignore_errors=True)
     about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
     about |= {"died": failure.died, "given": job.values, "run": digest(job.key())}
     try:
-        shutil.copytree(folder, target)
+        target.mkdir(parents=True)
+        if folder:
+            shutil.copytree(folder, target, dirs_exist_ok=True)
+            failure.copy = target / "notebook.ipynb"
         write_json(target / "failed.json", about)
-        failure.copy = target / "notebook.ipynb"
     except OSError:  # no room: not to know of a failure costs one more run
+        failure.copy = None
         shutil.rmtree(target, ignore_errors=True)
 
 
@@ -117,8 +122,8 @@ def _metrics(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Answer requests from standard input until it closes."""
-    events = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    sys.stdout = sys.stderr  # what libraries print is no event
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries, kernels and their children print is no event
     requests: SimpleQueue[str | None] = SimpleQueue()
     threading.Thread(target=_read, args=(sys.stdin, requests), daemon=True).start()
     while (line := requests.get()) is not None:

@@ -18,7 +18,10 @@ def parse(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few of them can stand for billions of values
+                raise UserError(f"{where}: aliases (*name) are not read; write the value again")
+            return super().compose_node(parent, index)
 
     def mapping(loader: Loader, node: Any) -> dict:
         names = [loader.construct_object(name, deep=True) for name, _ in node.value]

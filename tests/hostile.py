@@ -5,6 +5,8 @@ import stat
 import zipfile
 from io import BytesIO
 
+from moebert_lib.shared import sealed
+
 
 def zipped(members: dict, *, compressed=(), links=()) -> bytes:
     """A zip of these names and bytes."""
@@ -38,12 +40,12 @@ def twice(good: dict, record: dict) -> bytes:
 
 
 def rerecorded(good: dict, record: dict, **more: bytes) -> bytes:
-    return zipped({**good, **more, "entry.json": json.dumps(record).encode()})
+    return zipped({**good, **more, "entry.json": json.dumps(sealed(record)).encode()})
 
 
 def outside(path: str):
     return lambda good, record: zipped(
-        {**good, path: b"one", "entry.json": json.dumps(names(record, path)).encode()}
+        {**good, path: b"one", "entry.json": json.dumps(sealed(names(record, path))).encode()}
     )
 
 
@@ -76,6 +78,12 @@ HOSTILE = {
         lambda good, record: zipped({"deep/a.txt": b"one"}), "entry.json is missing"
     ),
     "half a record": (lambda good, record: rerecorded(good, {"kind": "unit"}), "is unreadable"),
+    "edited": (
+        lambda good, record: zipped(
+            {**good, "entry.json": json.dumps({**record, "row": {"score": 9}}).encode()}
+        ),
+        "is unreadable",
+    ),
     "ill-typed": (lambda good, record: rerecorded(good, {**record, "row": []}), "is unreadable"),
     "deep": (
         lambda good, record: zipped({**good, "entry.json": b"[" * 100_000}), "is unreadable"

@@ -100,6 +100,11 @@ def test_a_kernel_that_died_is_tried_again_too(tmp_path):
     assert outcomes(events(Local(1), asked(code)))[0] == {"status": "done"}
 
 
+def test_what_is_no_event_ends_the_process_and_not_the_patience():
+    found = outcomes(events(Local(1), asked("print('noise')", "")))
+    assert found[0]["status"] == "died" and found[1] == {"status": "done"}
+
+
 def test_what_another_batch_is_making_waits_for_the_end():
     found = events(Local(1), asked("", "", ""), busy=lambda index: index == 0)
     assert [event.index for event in found if event.started] == [1, 2, 0]

@@ -14,11 +14,11 @@ from pandas.testing import assert_frame_equal
 
 from moebert_lib import batch, experiment, export
 from moebert_lib.settings import Settings, UserError
-from moebert_lib.shared import Shared
+from moebert_lib.shared import Shared, sealed
 from moebert_lib.store import Store, digest
 
 FIRST = "kind notebook scale task seed".split()
-LAST = "digest created seconds commit cpu torch transformers data store".split()
+LAST = "digest created superseded seconds commit cpu torch transformers data store".split()
 OPENED: list[str] = []  # files, from the moment a test clears it
 sys.addaudithook(lambda event, args: event == "open" and OPENED.append(str(args[0])))
 
@@ -33,7 +33,7 @@ def put(root, kind, key, row=None, **fields):
     } | fields  # fmt: skip
     folder = root / f"{kind}-{whole[:16]}"
     folder.mkdir(parents=True)
-    (folder / "entry.json").write_text(json.dumps(record))
+    (folder / "entry.json").write_text(json.dumps(sealed(record)))
     return folder
 
 
@@ -165,6 +165,11 @@ def test_where_copies_differ_the_oldest_is_kept_and_one_line_says_how_much(tmp_p
 
 def edited(folder, **fields):
     record = json.loads((folder / "entry.json").read_text())
+    (folder / "entry.json").write_text(json.dumps(sealed(record | fields)))
+
+
+def unsealed(folder, **fields):
+    record = json.loads((folder / "entry.json").read_text())
     (folder / "entry.json").write_text(json.dumps(record | fields))
 
 
@@ -173,7 +178,8 @@ DAMAGE = {
     "no text": lambda folder: (folder / "entry.json").write_bytes(b"\xff\xfe{}"),
     "too deep": lambda folder: (folder / "entry.json").write_text("[" * 99_999),
     "no row": lambda folder: edited(folder, row=None),
-    "half a character": lambda folder: edited(folder, row={"\ud800": 1}),
+    "half a character": lambda folder: unsealed(folder, row={"\ud800": 1}),
+    "a better number": lambda folder: unsealed(folder, row={"accuracy": 1.0}),
     "another key": lambda folder: edited(folder, key={"seed": 9}),
     "a folder": lambda folder: (folder / "entry.json").unlink() or (folder / "entry.json").mkdir(),
     "renamed": lambda folder: folder.rename(folder.with_name("student-" + "0" * 16)),

@@ -13,7 +13,7 @@ ROOMS = {
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
     "plots_results plots_claims plots_release tables widgets report report_tables bench "
     "bench_batch",
-    "many runs": "sweeps batch engines cluster nodes inventory reasons export",
+    "many runs": "sweeps batch engines cluster nodes inventory reasons export columns",
     "one notebook, planned and run": "planning knobs forecast estimate worker execution publish "
     "pages",
     "what runs say": "claims verdicts",

@@ -79,6 +79,8 @@ def test_doubles_are_one_point():
         ({"scale": "quik"}, "did you mean 'quick'"),
         ({"notebook": "1o"}, "no notebook '1o'"),
         ({"seeds": ["0-4"]}, "seed='0-4'"),
+        ({"seeds": [2**31]}, "less than or equal to"),
+        ({"seeds": list(range(101)), "settings": {"n_experts": [2] * 100}}, "10,100 points"),
     ],
 )
 def test_a_wrong_grid_is_refused_in_one_line_and_writes_nothing(home, grid, said):
@@ -92,6 +94,9 @@ def test_a_file_names_itself_and_what_it_gives_twice(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("seeds: [1]\nscale: smoke\nseeds: [2]\n")
     with pytest.raises(UserError, match=r"twice.yaml: 'seeds' is given twice"):
+        sweeps.read(path)
+    path.write_text("a: &x [1]\nseeds: *x\n")
+    with pytest.raises(UserError, match="aliases"):
         sweeps.read(path)
     path.write_text("notebook: 01\nscale: smoke\nseeds: [2]\n")  # 01 is the number 1 in YAML
     assert [job.name for job in sweeps.read(path).jobs] == ["01_importance"]
@@ -172,6 +177,16 @@ def test_means_leave_out_what_failed_and_what_recorded_nothing():
     rows = [row, {**row, "seed": 1, "state": "done", "accuracy": 0.5}]
     (one,) = sweeps.means(pd.DataFrame(rows)).to_dict("records")
     assert (one["n"], one["mean"]) == (1, 0.5) and np.isnan(one["low"])
+
+
+def test_what_a_notebook_records_overwrites_no_column_of_the_table(home):
+    told = {"seed": 9, "state": "x", "run": "y", "accuracy": "high"}
+    job = sweeps.plan({**SMOKE, "seeds": [1]})
+    entry = Entry("notebook", "0" * 64, home, {}, {"metrics": told}, 1.0, True)
+    frame = sweeps.table(job, [entry])
+    assert frame.loc[0, ["seed", "state", "run"]].tolist() == [1, "done", "home"]
+    assert {f"metric.{name}" for name in ("seed", "state", "run")} <= set(frame)
+    assert sweeps.means(frame).empty  # "high" is no number
 
 
 def test_a_record_that_is_not_whole_is_named(home):
