@@ -5,7 +5,6 @@ The entry's key is the notebook's code, its values and settings, the library's c
 versions, and the digests of data and weights: change any of them and it runs again.
 """
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +15,13 @@ from filelock import FileLock
 from moebert_lib import publish, worker
 from moebert_lib.engines import Engine, Event, Local
 from moebert_lib.execution import WARNING, NotebookFailed
-from moebert_lib.planning import Job, describe, notebooks, plan, select
+from moebert_lib.notebook_files import notebooks, select
+from moebert_lib.planning import Job, describe, plan
 from moebert_lib.settings import UserError, home
-from moebert_lib.store import Entry, Store, digest
+from moebert_lib.store import Entry, Store
 
 __all__ = [
-    "Job", "describe", "failed_before", "failed_runs", "notebooks", "plan", "published", "run",
+    "Job", "describe", "failed_runs", "notebooks", "plan", "published", "run",
     "select",
 ]  # fmt: skip
 
@@ -55,17 +55,18 @@ def run(
 
     Raises:
         NotebookFailed: with the failing cell; the executed copy is in ``runs/failed``.
-        UserError: a run cannot be made here, whatever the notebook.
+        UserError: no run can be made here, whatever the notebook: the disk is full, or the
+            library has changed since these were planned.
     """
     Store().tidy()
-    progress = _Progress(jobs, engine or Local(), echo)
+    progress = _Progress(jobs, engine or Local(threads=None), echo)
     results: list[Entry | NotebookFailed | None] = [None] * len(jobs)
     missing = []
     for index, job in enumerate(jobs):
         entry = None if force else Store().find("notebook", job.key())
-        failure = None if entry or retry_failed or force else failed_before(job)
+        failure = None if entry or retry_failed or force else worker.failed_before(job)
         if entry:
-            progress.reused(index, entry)
+            progress.reused(index, Store().send(entry))
             results[index] = _published(job, entry, publishing)
         elif failure:
             progress.failed(index, f"failed before: {failure}")
@@ -100,14 +101,14 @@ def _make(jobs, progress: "_Progress", numbers: Sequence[int], *, force: bool):
 
 
 def _result(job: Job, key: dict[str, Any], outcome: dict[str, Any]) -> Entry | NotebookFailed:
-    if outcome["status"] == "refused":
+    if outcome["status"] == "stopped":
         raise UserError(f"{job.name}{describe(job)}: {outcome['error']}")
     if outcome["status"] in ("done", "reused"):
         entry = Store().find("notebook", key)
-        if entry is None:
-            raise UserError(f"{job.name}{describe(job)}: made, but it is not in {Store().root}")
-        return entry
-    died = outcome["status"] == "died"
+        if entry is not None:
+            return entry
+        outcome = {"status": "refused", "error": f"made, but it is not in {Store().root}"}
+    died = outcome["status"] != "failed"
     failure = NotebookFailed(job.name, outcome.get("cell"), outcome["error"], died=died)
     failure.copy = Path(outcome["copy"]) if outcome.get("copy") else None
     if failure.copy is None:  # its process had no time for it
@@ -176,21 +177,9 @@ def _published(job: Job, entry: Entry, publishing: bool) -> Entry:
 
 def failed_runs() -> list[dict[str, Any]]:
     """What ``runs/failed`` keeps: notebook, cell, error and the executed copy, by name."""
-    found = sorted((home() / "runs" / "failed").glob("*/failed.json"))
-    return [json.loads(path.read_text("utf-8")) | {"folder": str(path.parent)} for path in found]
-
-
-def failed_before(job: Job) -> NotebookFailed | None:
-    """How this very run failed in a cell before; None if it did not, or its process died."""
-    try:
-        about = json.loads((worker.kept(job) / "failed.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    if about.get("died") or about.get("run") != digest(job.key()):
-        return None
-    failure = NotebookFailed(about["notebook"], about["cell"], about["error"])
-    failure.copy = worker.kept(job) / "notebook.ipynb"
-    return failure
+    folders = sorted((home() / "runs" / "failed").glob("*"))
+    return [about | {"folder": str(folder)} for folder in folders
+            if (about := worker.failed_in(folder))]  # fmt: skip
 
 
 def published(job: Job) -> Path:

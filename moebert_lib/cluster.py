@@ -113,7 +113,8 @@ class Ray:
             soft = {"ray.io/node-id": NotIn(*task.left_behind)}
             options["scheduling_strategy"] = NodeLabelSchedulingStrategy({}, soft=soft)
         given = {"MOEBERT_HOME": str(home()), MIRROR: os.environ.get(MIRROR, "")}
-        own = {"OMP_NUM_THREADS": str(max(math.floor(self.cpus), 1))}
+        threads = os.environ.get("OMP_NUM_THREADS") or max(math.floor(self.cpus), 1)
+        own = {"OMP_NUM_THREADS": str(threads)}
         own |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # as engines.Local
         own |= {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         remote = self._ray.remote(serve).options(**options)
@@ -224,7 +225,8 @@ def _reach(address: str) -> None:
 
 def _receive(request: dict[str, Any], outcome: dict[str, Any]) -> None:
     """Keep a failed run's files here as ``worker`` keeps its own, and drop those of older ones."""
-    job = Job(request["name"], request["source"], request["given"], request["parameters"], None)
+    about = (request[name] for name in ("name", "source", "given", "parameters"))
+    job = Job(*about, settings=None, origin=request["origin"])
     files, folder = outcome.pop("files", None), kept(job)
     if outcome["status"] in ("done", "reused") or files:
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ LAST = (
     "seconds",
     "commit",
     "cpu",
+    "torch_threads",
     "torch",
     "transformers",
     "data",

@@ -19,11 +19,12 @@ def run(args: argparse.Namespace) -> int:
     scale, values = given(args)
     jobs = batch.plan(paths, scale=scale, parameters=values, data_dir=args.data_dir)
     _use_store(args)
+    _check_engine(args)
     if args.plan or args.why:
         return _plan(jobs, why=args.why)
     from moebert_lib.engines import Local, gpus
 
-    engine = _engine(args) or Local(gpus=gpus()[:1])
+    engine = _engine(args) or Local(threads=None, gpus=gpus()[:1])
     batch.run(jobs, engine=engine, force=args.force, echo=say)
     return _finish(jobs)
 
@@ -36,6 +37,7 @@ def sweep(args: argparse.Namespace) -> int:
         raise UserError("name a grid, such as grid.yaml (see moebert sweep --help)")
     _use_store(args)
     planned = [sweeps.read(args.grid)] if args.grid else sweeps.with_failures()
+    _check_engine(args)
     if args.dry_run or args.why:
         for one in planned:
             _preview(one, args)
@@ -50,8 +52,10 @@ def sweep(args: argparse.Namespace) -> int:
         say(f"{len(results) - len(failures)} of {len(results)} done{where}")
         say(f"table     {near(one.folder / inventory.TABLE)}")
     from moebert_lib.report import write_report
+    from moebert_lib.store import Store
 
-    say(f"page      {near(write_report())}")
+    if Store().entries("notebook"):
+        say(f"page      {near(write_report())}")
     return 1 if failed else 0
 
 
@@ -71,7 +75,7 @@ def report(args: argparse.Namespace) -> int:
 
     _use_store(args)
     if args.store:
-        say(f"{Store().pull()} runs fetched from {args.store}")
+        say(f"{Store().pull()} runs fetched from {Store().shared.url}")
     say(f"page      {near(write_report())}")
     return 0
 
@@ -136,21 +140,24 @@ def _preview(one: Any, args: argparse.Namespace) -> None:
         "nothing was executed")  # fmt: skip
 
 
-def _engine(args: argparse.Namespace) -> Any:
-    """The engine that was asked for, None where none was."""
+def _check_engine(args: argparse.Namespace) -> None:
     if args.engine not in ENGINES:
         raise UserError(f"no engine '{args.engine}'; {nearest(args.engine, ENGINES)}")
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected at least 1")
+    if args.engine == "ray" and args.workers is not None:
+        raise UserError("--workers is for the local engine; a Ray cluster says itself "
+                        "how many runs fit")  # fmt: skip
+    if args.engine != "ray" and args.address is not None:
+        raise UserError("--address is for --engine ray; give both, or neither")
+
+
+def _engine(args: argparse.Namespace) -> Any:
+    """The engine that was asked for, None where none was."""
     if args.engine == "ray":
-        if args.workers is not None:
-            raise UserError("--workers is for the local engine; a Ray cluster says itself "
-                            "how many runs fit")  # fmt: skip
         from moebert_lib.cluster import Ray
 
         return Ray(args.address)
-    if args.address is not None:
-        raise UserError("--address is for --engine ray; give both, or neither")
     from moebert_lib.engines import Local, gpus
 
     return Local(args.workers, gpus=gpus()) if args.workers else None

@@ -1,12 +1,14 @@
 """What the store asks of its folder: locks, work folders, whole files, errors in one line."""
 
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -104,10 +106,27 @@ def tidy(root: Path) -> int:
                 with held:
                     shutil.rmtree(path, ignore_errors=True)
                 n_removed += not path.exists()
-        for path in filter(_abandoned, root.glob("*.tmp")):
-            path.unlink(missing_ok=True)
-            n_removed += 1
+        below = ("*.tmp", "sweeps/*/*.tmp", "failed/*.tmp")
+        for path in [path for pattern in below for path in root.glob(pattern)]:
+            if _abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                n_removed += 1
     return n_removed
+
+
+def read_json(path: Path, types: Mapping[str, type]) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is none with names of these types, and a line
+    on stderr where the file is there."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        if all(isinstance(found[name], kind) for name, kind in types.items()):
+            return found
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        pass
+    print(f"moebert: {path} is not whole, and is passed over", file=sys.stderr)
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:

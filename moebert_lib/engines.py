@@ -1,10 +1,11 @@
-"""Where runs are made: on this machine, in as many processes as fit.
+"""Where runs are made: on this machine, in as many processes as fit, a thread each.
 
 An engine takes requests (``worker.request``) and yields what becomes of them as it happens.
 It runs again what died, since a lost process or a full memory says nothing about the
 notebook; what failed in a cell would fail again and is left.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 from moebert_lib import forecast
 from moebert_lib.planning import Job
-from moebert_lib.provenance import cores
+from moebert_lib.provenance import cores, versions
 from moebert_lib.settings import UserError
 
 RETRIES = 2  # of a run whose process died
@@ -97,19 +98,22 @@ class Worker:
 
 
 class Local:
-    """Runs on this machine, each in a process of its own, cores and GPUs divided among them.
+    """Runs on this machine, each in a process of its own, GPUs divided among them.
 
     Args:
         workers: Runs at once.
-        threads: Of each run; by default the cores divided among the workers.
+        threads: Of each run, unless OMP_NUM_THREADS says otherwise; None: what torch takes
+            by itself. The last digits of a result depend on it, so it depends on nothing else.
         gpus: Names of GPUs as CUDA_VISIBLE_DEVICES has them, dealt out in turn.
     """
 
-    def __init__(self, workers: int = 1, *, threads: int | None = None, gpus: Sequence[str] = ()):
+    def __init__(self, workers: int = 1, *, threads: int | None = 1, gpus: Sequence[str] = ()):
         if workers < 1:
             raise UserError(f"{workers} workers: expected at least 1")
-        self.workers, self.gpus = workers, tuple(gpus)
-        self.threads = threads or max(cores() // workers, 1)
+        if gpus and workers > len(gpus):
+            raise UserError(f"{workers} workers: each run has a GPU to itself, and here are "
+                            f"{len(gpus)}")  # fmt: skip
+        self.workers, self.threads, self.gpus = workers, threads, tuple(gpus)
 
     def run(self, requests: Sequence[dict], *, busy: Callable[[int], bool]) -> Iterator[Event]:
         """Events of all requests, as :class:`Engine` says."""
@@ -132,7 +136,8 @@ class Local:
     def environment(self, slot: int) -> dict[str, str]:
         """The environment of a worker: its threads and its GPU."""
         own = dict(os.environ)
-        own.setdefault("OMP_NUM_THREADS", str(self.threads))
+        if self.threads:
+            own.setdefault("OMP_NUM_THREADS", str(self.threads))
         if self.workers > 1:  # threads that spin while they wait starve the other workers
             own |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
         if self.gpus:
@@ -157,11 +162,15 @@ class _Batch:
             while (index := self._take()) is not None:
                 self.events.put(Event(index, started=True))
                 for left in reversed(range(1 + RETRIES)):
-                    if worker is None or not worker.alive:
-                        worker = self._start(environment)
-                    if worker is None:  # stopped
-                        return
-                    outcome = worker.ask(self.requests[index], partial(self._say, index))
+                    try:
+                        if worker is None or not worker.alive:
+                            worker = self._start(environment)
+                    except OSError as error:  # no memory, no more processes
+                        outcome = {"status": "died", "error": f"no process can start: {error}"}
+                    else:
+                        if worker is None:  # stopped
+                            return
+                        outcome = worker.ask(self.requests[index], partial(self._say, index))
                     if outcome["status"] != "died" or not left:
                         break
                     self._say(index, f"· {outcome['error']}; once more")
@@ -215,14 +224,20 @@ def fitting(jobs: Sequence[Job]) -> Local:
 
 def gpus() -> list[str]:
     """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if versions().get("torch", "").endswith("+cpu"):
+        return []
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:
-        return [name for name in chosen.split(",") if name.strip()]
+    if chosen is not None:  # -1 and what follows it are none
+        names = [name.strip() for name in chosen.split(",")]
+        return [name for name in itertools.takewhile(lambda name: name != "-1", names) if name]
     if not shutil.which("nvidia-smi"):
         return []
     asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    said = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
-    return said.stdout.split() if said.returncode == 0 else []
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return said.stdout.split()
 
 
 def free_memory() -> int:
@@ -233,6 +248,7 @@ def free_memory() -> int:
     free = psutil.virtual_memory().available
     try:
         limit, used = (int((group / f"memory.{of}").read_text()) for of in ("max", "current"))
+        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or without a limit
         return free
-    return min(free, limit - used)
+    return min(free, limit - used + int(told.get("inactive_file", 0)))  # that cache can go

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from moebert_lib import disk
 from moebert_lib.disk import Unwritable
 from moebert_lib.settings import home
+from moebert_lib.shared import Unreachable
 
 WARNING = "moebert: "  # of the library, such as a damaged file that is made again
 SHOWN = ("· ", WARNING)  # lines of a notebook's output that start so are shown while it runs
@@ -92,6 +93,7 @@ def execute(
     Raises:
         NotebookFailed: A cell or a widget callback raised, or the kernel died.
         Unwritable: A cell found the disk full, or the store forbidden.
+        Unreachable: A cell could not reach the shared store.
     """
     import papermill
 
@@ -122,8 +124,7 @@ def _failures(name: str, output: Path) -> Iterator[None]:
     try:
         yield
     except PapermillExecutionError as error:
-        if _of_the_disk(error):
-            raise Unwritable(" ".join(str(error.evalue).split())) from None
+        _of_the_store(error)
         raise NotebookFailed(name, error.exec_count, _message(error)) from None
     except DeadKernelError:
         said = "the kernel died, often for want of memory"
@@ -162,10 +163,14 @@ def _private(folder: Path) -> Any:
     return Config({"KernelManager": manager})
 
 
-def _of_the_disk(error: Any) -> bool:
-    """Whether a cell's error is no fault of the notebook: there is no room to write."""
+def _of_the_store(error: Any) -> None:
+    """Raise a cell's error that is no fault of the notebook as what it was."""
+    line = " ".join(str(error.evalue).split())
+    if error.ename == "Unreachable":
+        raise Unreachable(line) from None
     full = tuple(f"[Errno {number}]" for number in disk.FULL)
-    return error.ename == "Unwritable" or str(error.evalue).startswith(full)
+    if error.ename == "Unwritable" or line.startswith(full):
+        raise Unwritable(line) from None
 
 
 def _message(error: Any) -> str:

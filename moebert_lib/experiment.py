@@ -146,7 +146,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         set_seed(settings.seed)
         curve = distil(
             model, dense.model, bundle.train, bundle.tokenizer, settings, folder,
-            checkpoints=place(store, "student", named),
+            checkpoints=place(store, store.folder("student", named)),
         )  # fmt: skip
         curve.to_csv(folder / "curve.csv", index=False)
         apart = pd.Series(distances(settings, model), name="distance").rename_axis("layer")
@@ -166,7 +166,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
 
     with_model = store.find("student", {**key, "keep_model": True})
     entry = with_model or store.make("student", named, build)
-    checkpoints.clear(place(store, "student", named))
+    checkpoints.clear(place(store, entry.folder))
     curve = pd.read_csv(entry.folder / "curve.csv")
     apart = pd.read_csv(entry.folder / "distances.csv", index_col="layer")["distance"]
     return Student(entry.row, curve, apart, entry)
@@ -185,7 +185,7 @@ def said(settings: Settings) -> pd.DataFrame:
 def student_key(settings: Settings) -> dict:
     """What a trained student depends on."""
     key = {"conversion": conversion_key(settings), **chosen(settings, TRAINING)}
-    return {**key, "code": code_digest("distill", "train", "evaluate", "experiment")}
+    return {**key, "code": code_digest("distill", "train", "checkpoints", "evaluate", "experiment")}
 
 
 def grid(points: list[Settings], *, run=student) -> pd.DataFrame:

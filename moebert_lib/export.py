@@ -39,11 +39,11 @@ def frame(stores: Sequence[str | Path] = (), *, kind: str = "notebook") -> "Data
     Columns: kind, notebook, scale, task, seed; every other setting in the order of
     :class:`Settings`, older ones after; parameters of notebooks that are no settings, by name;
     metrics by name; digest, created (UTC), superseded, seconds, commit, the machine's cpu,
-    versions of torch and transformers, the data's digest, store. Where a name comes twice, the later column is
-    called ``setting.``, ``parameter.`` or ``metric.NAME``. Of a stage's nested key a name means
-    the outermost value. A run is superseded where a newer one has the same values, which then
-    differs in code, data or versions. Lists and dicts are JSON text; numbers that are not
-    finite, or wider than 64 bits, are missing.
+    versions of torch and transformers, the data's digest, store. Where a name comes twice, the
+    later column is called ``setting.``, ``parameter.`` or ``metric.NAME``. Of a stage's nested
+    key a name means the outermost value. A run is superseded where a newer one has the same
+    values, which then differs in code, data or versions. Lists and dicts are JSON text; numbers
+    that are not finite, or wider than 64 bits, are missing.
 
     A run found in several stores is one row: the oldest. Records that cannot be used, and
     runs whose copies differ in a metric, are told on stderr, one line each.

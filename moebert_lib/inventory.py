@@ -1,6 +1,5 @@
 """What is stored and what failed, in words: every run by what sets it apart."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -9,6 +8,7 @@ from moebert_lib import batch, disk
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, defaults
 from moebert_lib.settings import Settings, UserError, home
 from moebert_lib.store import Entry, Store
+from moebert_lib.worker import failed_in
 
 SWEEP, TABLE, MEANS = "sweep.json", "table.csv", "means.csv"  # of a folder in runs/sweeps/
 STATES = ("done", "running", "failed", "waiting")
@@ -121,10 +121,9 @@ def recorded() -> list[dict[str, Any]]:
     """What is known of every sweep of this home: ``name``, ``grid``, ``points``, ``folder``."""
     found = []
     for path in sorted((home() / "runs" / "sweeps").glob(f"*/{SWEEP}")):
-        try:
-            found.append(json.loads(path.read_text("utf-8")) | {"folder": path.parent})
-        except ValueError:
-            raise UserError(f"{path} is not whole; run its sweep again") from None
+        record = disk.read_json(path, {"grid": dict, "name": str, "points": list})
+        if record:
+            found.append(record | {"folder": path.parent})
     return found
 
 
@@ -142,12 +141,9 @@ def _state(store: Store, point: Mapping[str, Any]) -> tuple[str, str]:
         return "done", ""
     if disk.is_locked(store.root, point["entry"]):
         return "running", ""
-    try:
-        path = store.root / "failed" / point["failed"] / "failed.json"
-        about = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return "waiting", ""
-    if about.get("run") != point["key"]:
+    folder = store.root / "failed" / point["failed"]
+    about = failed_in(folder)
+    if about is None or about["run"] != point["key"]:
         return "waiting", ""
     cell = f"cell {about['cell']}: " if about["cell"] else ""
-    return "failed", f"{cell}{about['error']}; copy: {path.parent}"
+    return "failed", f"{cell}{about['error']}; copy: {folder}"

@@ -47,6 +47,8 @@ def serve(
         return
     environment = {**os.environ, **given, "MOEBERT_HOME": str(folder), **own}
     for item in _ask(request, environment):
+        if item.get("status") == "stopped":  # here only
+            item["status"] = "refused"
         if item.get("status") in ("died", "refused"):
             item["error"] = f"{host}: {item['error']}"
         if item.get("copy") and not seen:

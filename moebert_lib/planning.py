@@ -5,7 +5,6 @@ A notebook has one cell tagged ``parameters`` with lines such as ``seed: int = 0
 ``overrides`` dictionary takes every other setting by name.
 """
 
-import ast
 import itertools
 import json
 import math
@@ -13,9 +12,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moebert_lib import estimate, grids, knobs
+from moebert_lib.notebook_files import parameters_of
 from moebert_lib.provenance import checksums, code_digests, digest, versions
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.settings import Settings, UserError, home, nearest
@@ -30,7 +30,8 @@ class Job:
 
     ``name`` is such as ``01_importance`` and ``source`` the file's text when it was planned.
     ``given`` is injected; ``parameters`` holds the notebook's defaults too. ``settings`` is
-    None for a notebook that takes none.
+    None for a notebook that takes none. ``origin`` tells notebooks of one name in different
+    folders apart; it decides no result.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Job:
     given: dict[str, Any]
     parameters: dict[str, Any]
     settings: Settings | None
+    origin: str = ""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -74,24 +76,6 @@ class Job:
         }  # fmt: skip
 
 
-def notebooks() -> list[Path]:
-    """The workbook's notebooks, in order."""
-    return sorted((home() / "notebooks").glob("[0-9]*.ipynb"))
-
-
-def select(names: Sequence[str] = ()) -> list[Path]:
-    """Notebooks by number ("01"), name ("01_importance", "importance") or path; all by default.
-
-    Raises:
-        UserError: no such notebook; names the nearest one.
-    """
-    known = {path.stem: path for path in notebooks()}
-    if not names and not known:
-        raise UserError(f"no notebooks in {home() / 'notebooks'}; run from a checkout, or set "
-                        "MOEBERT_HOME to one")  # fmt: skip
-    return list(dict.fromkeys(_find(name, known) for name in names or known))
-
-
 def plan(
     paths: Sequence[Path],
     *,
@@ -120,57 +104,11 @@ def plan(
     for name in ("data_dir", *FOLDERS):
         if isinstance(values.get(name), str) and values[name]:
             values[name] = str(Path(values[name]).expanduser().resolve())
-    own = {path: _parameters(path) for path in paths}
+    own = {path: parameters_of(path) for path in paths}
     _check_names(values, own)
     jobs = [_job(path, own[path], values) for path in paths]
     _check_data(jobs)
     return jobs
-
-
-def _find(name: str, known: dict[str, Path]) -> Path:
-    if name.endswith(".ipynb"):
-        path = Path(name).expanduser().resolve()
-        if path.is_file():
-            return path
-        raise UserError(f"no notebook '{name}'; {nearest(path.stem, known)}")
-    for stem, path in known.items():
-        number, _, words = stem.partition("_")
-        if name in (stem, number, words) or (name.isdecimal() and name.zfill(2) == number):
-            return path
-    raise UserError(f"no notebook '{name}'; {nearest(name, known)}")
-
-
-def _cells(path: Path) -> list[dict[str, Any]]:
-    try:
-        return json.loads(path.read_text("utf-8"))["cells"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not a notebook (nbformat 4 with a list of cells)") from None
-
-
-def _parameters(path: Path) -> dict[str, tuple[Any, Any]]:
-    """Name -> (type, default) of the one cell tagged ``parameters``."""
-    tagged = [cell for cell in _cells(path) if "parameters" in cell["metadata"].get("tags", [])]
-    if len(tagged) > 1:
-        raise UserError(f"{path.name} has {len(tagged)} cells tagged 'parameters'; keep one")
-    found = {}
-    try:
-        for node in ast.parse("".join(tagged[0]["source"])).body if tagged else []:
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
-            default = ast.literal_eval(node.value)
-            annotation = getattr(node, "annotation", None)
-            found[target.id] = (_type(annotation, default), default)
-    except (SyntaxError, ValueError, AttributeError, NameError, TypeError) as error:
-        raise UserError(f"{path.name}: its parameters cell may hold only lines such as "
-                        f"'seed: int = 0' ({error})") from None  # fmt: skip
-    return found
-
-
-def _type(annotation: ast.expr | None, default: Any) -> Any:
-    if annotation is None:
-        return Any if default is None else type(default)
-    plain = {kind.__name__: kind for kind in (str, int, float, bool, list, dict)}
-    names = {"__builtins__": {}, "Literal": Literal, **plain}
-    return eval(ast.unparse(annotation), names)  # of the notebook, which is about to be run
 
 
 def _check_names(values: dict[str, Any], own: dict[Path, dict]) -> None:
@@ -205,7 +143,9 @@ def _job(path: Path, own: dict[str, tuple[Any, Any]], values: dict[str, Any]) ->
     given |= {"overrides": {**defaults["overrides"], **rest}} if rest else {}
     parameters = defaults | given
     knobs.check(parameters, settings)
-    return Job(path.stem, path.read_text("utf-8"), given, parameters, settings)
+    own_folder = path.parent == home() / "notebooks"
+    origin = "" if own_folder else digest(str(path.parent))[:8]
+    return Job(path.stem, path.read_text("utf-8"), given, parameters, settings, origin)
 
 
 def _typed(name: str, kind: Any, default: Any, value: Any) -> Any:

@@ -19,7 +19,7 @@ LIBRARIES = (
 #: Modules that no notebook's result can depend on, so that changing them reruns nothing.
 OUTSIDE = (
     "__main__ batch bench_batch cli cluster commands commands_model doctor engines export "
-    "columns inventory nodes reasons report report_tables sweeps yamls"
+    "columns inventory nodes reasons report report_tables sweep_tables sweeps yamls"
 ).split()
 
 
@@ -98,14 +98,20 @@ def machine() -> dict[str, Any]:
         lines = (line.partition(":") for line in info.read_text().splitlines())
         cpu = next((value.strip() for name, _, value in lines if name.strip() == "model name"), cpu)
     torch = sys.modules.get("torch")  # only if something has imported it: it takes seconds
-    threads = torch.get_num_threads() if torch else None
+    threads = torch.get_num_threads() if torch else os.environ.get("OMP_NUM_THREADS")
+    threads = int(threads) if str(threads).isdecimal() else None
     return {"cpu": cpu, "cores": cores(), "torch_threads": threads, "system": platform.system()}
 
 
 def cores() -> int:
     """CPU cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # absent outside Linux
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    mine = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(min(mine, int(quota) // int(period)), 1)
+    except (OSError, ValueError):  # no such group, or without a limit
+        return mine
 
 
 def to_json(obj: Any, **layout: Any) -> str:

@@ -43,6 +43,10 @@ PICKLES = {".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".joblib"}
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}
 
 
+class Unreachable(UserError):
+    """The file system of a shared store failed; another time it may not."""
+
+
 class Refused(Exception):
     """Why an object of the mirror is not used."""
 
@@ -184,7 +188,7 @@ class Shared:
             if verb == "read" and getattr(error, "errno", None) in FULL:
                 raise OSError(error.errno, error.strerror) from error  # the disk here, not there
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"shared store {self.url} cannot be {verb}: {reason}") from error
+            raise Unreachable(f"shared store {self.url} cannot be {verb}: {reason}") from error
 
 
 def parse(content: bytes) -> dict[str, Any] | None:

@@ -109,8 +109,8 @@ class Store:
 
         Raises:
             Unwritable: the disk is full or the folder forbidden; no half entry is left.
-            UserError: the mirror failed. An entry built by then is kept, and the next
-                ``make`` sends it.
+            Unreachable: the mirror cannot be read. One that cannot be written is told on
+                stderr: the entry is kept here, and sent when it is next asked for.
         """
         final = self.folder(kind, key)
         with disk.writing(self.root), disk.lock(self.root, final.name):
@@ -118,10 +118,10 @@ class Store:
             entry = self._whole(final)
             entry = None if force else entry or self._fetch(final)
             if entry:
-                return self._sent(entry)
+                return self.send(entry)
             with self.shared.lease(final.name) if self.shared else nullcontext():
                 entry = None if force else self._fetch(final)
-                return self._sent(entry or self._build(kind, key, build, final))
+                return self.send(entry or self._build(kind, key, build, final))
 
     def find(self, kind: str, key: dict) -> Entry | None:
         """The stored entry of ``key``, from here or the mirror; None: missing or damaged."""
@@ -131,6 +131,17 @@ class Store:
             return entry
         with disk.writing(self.root), disk.lock(self.root, final.name):
             return self._whole(final) or self._fetch(final)
+
+    def send(self, entry: Entry) -> Entry:
+        """The same entry, which the mirror has from now on, unless a line says why not."""
+        if self.shared:
+            try:
+                if not (entry.reused and self.shared.has(entry.folder.name)):
+                    self.shared.push(entry.folder)
+            except UserError as error:
+                print(f"moebert: {error}; {entry.folder.name} is complete in {self.root} and sent "
+                      "when next asked for", file=sys.stderr)  # fmt: skip
+        return entry
 
     def pull(self) -> int:
         """Fetch all entries that the mirror has and this folder lacks; returns how many."""
@@ -213,17 +224,6 @@ class Store:
             shutil.rmtree(tmp, ignore_errors=True)
         return self._read(final)[0]
 
-    def _sent(self, entry: Entry) -> Entry:
-        """The same entry, once the mirror has it."""
-        name = entry.folder.name
-        if self.shared and not (entry.reused and self.shared.has(name)):
-            try:
-                self.shared.push(entry.folder)
-            except UserError as error:
-                line = f"{error}; {name} is complete in {self.root} and sent when next asked for"
-                raise UserError(line) from error
-        return entry
-
     def _set_aside(self, folder: Path, damage: str) -> None:
         aside = self.root / "damaged" / f"{folder.name}-{time.time_ns()}"
         aside.parent.mkdir(exist_ok=True)
@@ -245,9 +245,11 @@ class Store:
             record = sealed(json.loads(to_json(record)))
             write_json(tmp / RECORD, record)
             disk.sync(tmp / RECORD)  # after a power cut the checksums find what else was lost
+            old = disk.scratch(final) / "old"
             if final.exists():  # force
-                shutil.rmtree(final)
+                os.rename(final, old)
             os.rename(tmp, final)
+            shutil.rmtree(old.parent, ignore_errors=True)
             disk.sync(self.root)
         except BaseException:  # Ctrl-C too
             shutil.rmtree(tmp, ignore_errors=True)

@@ -14,22 +14,24 @@ A grid is a mapping, in Python or in a YAML file::
       - {n_experts: 4, expert_size: 384}
       - {n_experts: 8, expert_size: 192}
 
+Paths are found from the current folder, as on the command line.
 Where seeds are listed a point is one seed: ``n_seeds`` is 1 unless the grid says otherwise.
 """
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moebert_lib import batch, inventory, worker, yamls
+from moebert_lib import batch, inventory, notebook_files, sweep_tables, worker, yamls
 from moebert_lib.engines import Engine
 from moebert_lib.execution import NotebookFailed
 from moebert_lib.planning import Job
 from moebert_lib.settings import UserError, home, nearest
-from moebert_lib.store import Entry, Store, digest, write_bytes, write_json
+from moebert_lib.store import Entry, Store, digest, write_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -51,7 +53,7 @@ class Sweep:
     @property
     def folder(self) -> Path:
         """Where its record and its table lie: one folder for one set of points."""
-        points = [(job.name, job.parameters) for job in self.jobs]
+        points = [(job.name, job.origin, job.parameters) for job in self.jobs]
         return home() / "runs" / "sweeps" / f"{self.name}-{digest(points)[:8]}"
 
 
@@ -77,14 +79,14 @@ def sweep(
         echo: Receives a line for each start and end.
 
     Returns:
-        One row a point: :func:`table`.
+        One row a point: ``sweep_tables.table``.
 
     Raises:
         UserError: the grid is refused, before anything is run.
     """
     planned = plan(grid) if isinstance(grid, Mapping) else read(Path(grid))
     results = run(planned, engine=engine, retry_failed=retry_failed, force=force, echo=echo)
-    return table(planned, results)
+    return sweep_tables.table(planned.jobs, results)
 
 
 def read(path: Path) -> Sweep:
@@ -113,8 +115,7 @@ def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
     paths = batch.select([str(grid.get("notebook") or "03_distillation")])
     common = {"scale": grid.get("scale") or "quick", "data_dir": str(grid.get("data_dir") or "")}
     jobs: dict[str, Job] = {}
-    (plain,) = batch.plan(paths, **common)
-    settled = "overrides" in plain.parameters and grid.get("seeds") is not None
+    settled = notebook_files.takes_settings(paths[0]) and grid.get("seeds") is not None
     for values in _points(grid, where):
         values = {"n_seeds": 1, **values} if settled else values
         try:
@@ -124,7 +125,15 @@ def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
             point = f"point{told}: " if told else ""
             raise UserError(f"{where}{point}{error}") from None
         jobs.setdefault(digest(job.parameters), job)
-    return Sweep(name, dict(grid), list(jobs.values()))
+    return Sweep(name, dict(grid) | _places(grid), list(jobs.values()))
+
+
+def _places(grid: Mapping[str, Any]) -> dict[str, str]:
+    """A grid's paths as they are from here, to be found again from anywhere."""
+    named = {"data_dir": grid.get("data_dir"), "notebook": grid.get("notebook")}
+    return {name: str(Path(value).expanduser().resolve()) for name, value in named.items()
+            if isinstance(value, str) and (name == "data_dir" or value.endswith(".ipynb"))
+            and value}  # fmt: skip
 
 
 def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
@@ -182,68 +191,8 @@ def run(
         planned.jobs, engine=engine or fitting(planned.jobs), force=force, keep_going=True,
         retry_failed=retry_failed, publishing=False, echo=echo,
     )  # fmt: skip
-    frame = table(planned, results)
-    _write(frame, planned.folder / inventory.TABLE)
-    _write(means(frame), planned.folder / inventory.MEANS)
+    sweep_tables.write(planned.jobs, results, planned.folder)
     return results
-
-
-def _write(frame: "DataFrame", path: Path) -> None:
-    if len(frame):
-        write_bytes(path, frame.to_csv(index=False, lineterminator="\n").encode())
-
-
-def table(planned: Sweep, results: Sequence[Entry | NotebookFailed]) -> "DataFrame":
-    """One row a point in the grid's order: its values, its state, the numbers it recorded.
-
-    Returns:
-        Columns ``scale``, ``task``, ``seed`` and what else the grid varies; ``state``, "done" or
-        "failed"; ``run``, the name of its folder in ``runs/``; then what notebooks recorded.
-    """
-    from pandas import DataFrame
-
-    varied = dict.fromkeys(name for job in planned.jobs for name in job.values)
-    named = [name for name in varied if name not in ("scale", "task", "seed", "data_dir")]
-    rows = []
-    for job, result in zip(planned.jobs, results, strict=True):
-        known = {**job.parameters, **(job.settings.model_dump() if job.settings else {})}
-        first = [name for name in ("scale", "task", "seed") if name in known]
-        row = {name: known.get(name) for name in [*first, *named]}
-        done = isinstance(result, Entry)
-        row |= {"state": "done" if done else "failed", "run": result.folder.name if done else ""}
-        told = result.row.get("metrics", {}) if done else {}
-        rows.append(row | {f"metric.{name}" if name in row else name: told[name] for name in told})
-    return DataFrame(rows)
-
-
-def means(frame: "DataFrame") -> "DataFrame":
-    """The headline metric over the seeds: a row for each combination of what else varies.
-
-    Args:
-        frame: From :func:`table`.
-
-    Returns:
-        Those values, then ``metric``, ``n`` runs, ``mean``, and ``low`` and ``high``, the ends of
-        Student's 95 % interval, NaN for one run. Empty where no metric was recorded.
-    """
-    from pandas import DataFrame
-
-    from moebert_lib.intervals import student
-    from moebert_lib.tasks import TASKS
-
-    values = [name for name in frame.columns[: frame.columns.get_loc("state")] if name != "seed"]
-    rows = []
-    alike = [repr(row) for row in frame[values].to_dict("records")]
-    for _, group in frame.groupby(alike, sort=False):
-        first = group.iloc[0]
-        metric = TASKS[first["task"]].metric if first.get("task") in TASKS else ""
-        found = [value for value in (group[metric] if metric in group else [])
-                 if isinstance(value, int | float) and not math.isnan(value)]  # fmt: skip
-        if len(found):
-            low, high = student(found)
-            about = {"metric": metric, "n": len(found), "mean": sum(found) / len(found)}
-            rows.append({**first[values], **about, "low": low, "high": high})
-    return DataFrame(rows)
 
 
 def preview(
@@ -260,11 +209,13 @@ def preview(
     for job in jobs:
         key = job.key()
         entry = store.find("notebook", key)
-        failure = None if entry or retry_failed else batch.failed_before(job)
+        failure = worker.failed_before(job)
         if entry and not force:
             yield job, "reuse", f"stored, {entry.seconds / 60:.1f} min"
-        elif failure:
+        elif failure and not (retry_failed or force):
             yield job, "skip", f"failed before, --retry-failed runs it: {failure}"
+        elif failure:
+            yield job, "run", f"failed before: {failure}"
         elif force:
             yield job, "run", "--force"
         else:
@@ -284,4 +235,10 @@ def with_failures() -> list[Sweep]:
              if any(state == "failed" for _, state, _ in inventory.states(record))]  # fmt: skip
     if not found:
         raise UserError("no sweep here has failed runs (see moebert status)")
-    return [plan(record["grid"], name=record["name"]) for record in found]
+    planned = []
+    for record in found:
+        try:
+            planned.append(plan(record["grid"], name=record["name"]))
+        except UserError as error:  # the others can be run all the same
+            print(f"moebert: {record['folder'].name} is left out: {error}", file=sys.stderr)
+    return planned

@@ -47,8 +47,8 @@ def teacher_key(settings: Settings) -> dict:
         "model": settings.model,
         "weights": weights.digest(settings.model, hub=not settings.offline),
         "data": data.digest(settings), "device": device().type,  # bf16 on a GPU
-        "code": code_digest("data", "corpus", "spans", "weights", "inputs", "train", "evaluate",
-                            "teachers"),
+        "code": code_digest("data", "corpus", "spans", "weights", "inputs", "train", "checkpoints",
+                            "evaluate", "teachers"),
         "versions": versions(),
     }  # fmt: skip
 
@@ -69,7 +69,7 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
         model = new_model(settings, bundle.task).to(device())
         fine_tune(
             model, bundle.train, bundle.tokenizer, settings, folder,
-            checkpoints=place(store, "teacher", key),
+            checkpoints=place(store, store.folder("teacher", key)),
         )  # fmt: skip
         model.save_pretrained(folder)
         bundle.tokenizer.save_pretrained(folder)
@@ -77,7 +77,7 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
 
     store, key = Store(), teacher_key(settings)
     entry = store.make("teacher", key, build)
-    checkpoints.clear(place(store, "teacher", key))
+    checkpoints.clear(place(store, entry.folder))
     _say(entry, f"teacher for {settings.task}")
     model = load(entry.folder, data.TASKS[settings.task])
     return Teacher(model.eval(), entry.row, entry)
@@ -152,9 +152,9 @@ def truths(settings: Settings) -> list:
     return dataset(settings).truths()
 
 
-def place(store: Store, kind: str, key: dict) -> Path:
-    """Where the checkpoints of an entry's training lie until the entry is complete."""
-    return store.root / "checkpoints" / store.folder(kind, key).name
+def place(store: Store, folder: Path) -> Path:
+    """Where the checkpoints of an entry's training lie until its folder is complete."""
+    return store.root / "checkpoints" / folder.name
 
 
 def _say(entry: Entry, what: str) -> None:

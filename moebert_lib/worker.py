@@ -10,15 +10,19 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TextIO
 
 from moebert_lib import execution, records
+from moebert_lib.disk import Unwritable, read_json
 from moebert_lib.planning import Job
 from moebert_lib.settings import Settings, UserError
 from moebert_lib.store import Entry, Store, digest, write_json
+
+FAILED = "failed.json"  # beside a failed run's executed copy
 
 
 def request(job: Job, *, force: bool = False) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def request(job: Job, *, force: bool = False) -> dict[str, Any]:
     return {
         "name": job.name, "source": job.source, "given": job.given, "parameters": job.parameters,
         "settings": job.settings and job.settings.model_dump(), "digest": digest(job.key()),
-        "force": force,
+        "force": force, "origin": job.origin, "time": time.time(),
     }  # fmt: skip
 
 
@@ -34,31 +38,37 @@ def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
     """Make the run that a :func:`request` asks for; never raises but for a stop.
 
     Returns:
-        ``status`` "done" or "reused"; or "failed" (the notebook), "died" (its kernel, which
-        may go well another time) or "refused" (the run cannot be made here), with ``error``,
-        and ``cell`` and ``copy`` where a notebook has them.
+        ``status`` "done" or "reused"; or "failed" (the notebook), "died" (its kernel), "refused"
+        (it could not be made, which is not the notebook's doing) or "stopped" (nor can any
+        other), with ``error``, and ``cell`` and ``copy`` where a notebook has them.
     """
     settings = asked["settings"] and Settings(**asked["settings"])
-    job = Job(asked["name"], asked["source"], asked["given"], asked["parameters"], settings)
+    job = Job(asked["name"], asked["source"], asked["given"], asked["parameters"], settings,
+              asked["origin"])  # fmt: skip
     try:
         if digest(job.key()) != asked["digest"]:
-            raise UserError("library, data or weights are not what the run was planned with; "
-                            "run it again")  # fmt: skip
-        entry = make(job, force=asked["force"], say=say)
+            line = "library, data or weights are not what the run was planned with; run it again"
+            return {"status": "stopped", "error": line}
+        entry = make(job, force=asked["force"], since=asked["time"], say=say)
     except execution.NotebookFailed as failure:
         status = "died" if failure.died else "failed"
         copy = str(failure.copy) if failure.copy else None
         return {"status": status, "error": failure.error, "cell": failure.cell, "copy": copy}
     except (UserError, OSError) as error:
-        return {"status": "refused", "error": " ".join(str(error).split())}
+        status = "stopped" if isinstance(error, Unwritable) else "refused"
+        return {"status": status, "error": " ".join(str(error).split())}
     except Exception as error:  # papermill cannot read the notebook, or a page not be written
         line = " ".join(f"{type(error).__name__}: {error}".split())
         return {"status": "failed", "error": line, "cell": None, "copy": None}
     return {"status": "reused" if entry.reused else "done", "seconds": entry.seconds}
 
 
-def make(job: Job, *, force: bool = False, say: Callable[[str], Any] = print) -> Entry:
+def make(
+    job: Job, *, force: bool = False, since: float | None = None, say: Callable[[str], Any] = print
+) -> Entry:
     """A job's entry of the store, executed first where it is missing.
+
+    ``since``: a time (``time.time``); a failure that another process met later is met here too.
 
     The entry keeps the executed notebook, its page and log, figures, and in its row the
     numbers that the notebook gave to ``store.record``.
@@ -71,6 +81,9 @@ def make(job: Job, *, force: bool = False, say: Callable[[str], Any] = print) ->
     def build(folder: Path) -> dict[str, Any]:
         from moebert_lib.pages import write_page
 
+        failure = failed_before(job, since=since) if since else None
+        if failure:
+            raise failure
         figures = folder / "figures"
         figures.mkdir()
         offline = job.settings.offline if job.settings else True
@@ -95,24 +108,45 @@ def make(job: Job, *, force: bool = False, say: Callable[[str], Any] = print) ->
 
 def kept(job: Job) -> Path:
     """Where a failed run's executed copy is kept: one for each choice of values."""
-    return Store().root / "failed" / f"{job.name}-{digest(job.parameters)[:16]}"
+    return Store().root / "failed" / f"{job.name}-{digest([job.origin, job.parameters])[:16]}"
 
 
 def remember(failure: execution.NotebookFailed, job: Job, folder: Path | None = None) -> None:
     """Keep how a run failed, and the folder with its executed copy where there is one."""
     target = kept(job)
+    made = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(target, ignore_errors=True)
     about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
     about |= {"died": failure.died, "given": job.values, "run": digest(job.key())}
     try:
-        target.mkdir(parents=True)
+        made.mkdir(parents=True)
         if folder:
-            shutil.copytree(folder, target, dirs_exist_ok=True)
+            shutil.copytree(folder, made, dirs_exist_ok=True)
             failure.copy = target / "notebook.ipynb"
-        write_json(target / "failed.json", about)
+        write_json(made / FAILED, about)
+        os.rename(made, target)
     except OSError:  # no room: not to know of a failure costs one more run
         failure.copy = None
-        shutil.rmtree(target, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def failed_before(job: Job, *, since: float = 0.0) -> execution.NotebookFailed | None:
+    """How this very run failed in a cell before; None if it did not, or its process died."""
+    folder = kept(job)
+    about = failed_in(folder)
+    if about is None or about["died"] or about["run"] != digest(job.key()):
+        return None
+    if (folder / FAILED).stat().st_mtime < since:
+        return None
+    failure = execution.NotebookFailed(about["notebook"], about["cell"], about["error"])
+    failure.copy = folder / "notebook.ipynb"
+    return failure
+
+
+def failed_in(folder: Path) -> dict[str, Any] | None:
+    """What :func:`remember` kept in a folder of ``runs/failed``; None where there is nothing."""
+    types = {"notebook": str, "error": str, "run": str, "died": bool, "given": dict}
+    return read_json(folder / FAILED, types)
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

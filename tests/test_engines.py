@@ -126,18 +126,27 @@ def test_closing_the_iterator_ends_every_process():
     assert not [thread for thread in threading.enumerate() if "serve" in thread.name]
 
 
-def test_cores_and_gpus_are_divided(monkeypatch):
+def test_a_run_has_one_thread_however_many_run_and_a_gpu_to_itself(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setattr(engines, "cores", lambda: 8)
-    local = Local(4, gpus=["2", "5"])
-    seen = [local.environment(slot) for slot in range(4)]
-    assert {env["OMP_NUM_THREADS"] for env in seen} == {"2"}
-    assert [env["CUDA_VISIBLE_DEVICES"] for env in seen] == ["2", "5", "2", "5"]
+    local = Local(2, gpus=["2", "5"])
+    seen = [local.environment(slot) for slot in range(2)]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in seen] == ["2", "5"]
     assert {env["OMP_WAIT_POLICY"] for env in seen} == {"PASSIVE"}
-    alone = Local(1).environment(0)
-    assert alone["OMP_NUM_THREADS"] == "8" and alone.keys() - seen[0].keys() == set()
+    for workers in (1, 2, 8):
+        assert Local(workers).environment(0)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in Local(threads=None).environment(0)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice stays
     assert local.environment(0)["OMP_NUM_THREADS"] == "3"
+
+
+def test_a_process_that_cannot_start_is_an_outcome_and_no_lost_request(monkeypatch):
+    def full(environment):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(engines, "Worker", full)
+    found = outcomes(events(Local(2), asked("", "", "")))
+    assert sorted(found) == [0, 1, 2]
+    assert all("Cannot allocate memory" in outcome["error"] for outcome in found.values())
 
 
 def test_as_many_workers_as_cores_memory_and_jobs_allow(monkeypatch):
@@ -152,11 +161,18 @@ def test_as_many_workers_as_cores_memory_and_jobs_allow(monkeypatch):
     assert fitting(8, 3, 40) == 3  # one gigabyte for each kernel
 
 
-def test_one_run_for_each_gpu(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
+def test_one_run_for_each_gpu_where_torch_can_use_one(monkeypatch):
+    monkeypatch.setattr(engines, "versions", lambda: {"torch": "2.13.0"})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 3")
     local = engines.fitting([None] * 40)
     assert local.workers == 2 and local.gpus == ("0", "3")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="3 workers: each run has a GPU to itself"):
+        Local(3, gpus=engines.gpus())
+    for none in ("", "-1", "-1,0"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert engines.gpus() == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(engines, "versions", lambda: {"torch": "2.13.0+cpu"})
     assert engines.gpus() == []
 
 

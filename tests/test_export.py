@@ -11,30 +11,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
+from stored import put
 
 from moebert_lib import batch, experiment, export
 from moebert_lib.settings import Settings, UserError
 from moebert_lib.shared import Shared, sealed
-from moebert_lib.store import Store, digest
+from moebert_lib.store import Store
 
 FIRST = "kind notebook scale task seed".split()
-LAST = "digest created superseded seconds commit cpu torch transformers data store".split()
+LAST = "digest created superseded seconds commit cpu torch_threads".split()
+LAST += "torch transformers data store".split()
 OPENED: list[str] = []  # files, from the moment a test clears it
 sys.addaudithook(lambda event, args: event == "open" and OPENED.append(str(args[0])))
-
-
-def put(root, kind, key, row=None, **fields):
-    """An entry as the store writes it, without what takes time; returns its folder."""
-    whole = digest({"kind": kind, "key": key})
-    record = {
-        "kind": kind, "digest": whole, "key": key, "row": row or {}, "seconds": 1.5,
-        "created": "2026-01-02T00:00:00+00:00", "files": {}, "commit": None,
-        "machine": {"cpu": "a cpu"}, "versions": {"torch": "2.13", "transformers": "5.4"},
-    } | fields  # fmt: skip
-    folder = root / f"{kind}-{whole[:16]}"
-    folder.mkdir(parents=True)
-    (folder / "entry.json").write_text(json.dumps(sealed(record)))
-    return folder
 
 
 def notebook(name="03_x", *, parameters=None, **settings):
@@ -163,14 +151,9 @@ def test_where_copies_differ_the_oldest_is_kept_and_one_line_says_how_much(tmp_p
     assert all(str(tmp_path / name) in line for name in days) and "f1" not in line
 
 
-def edited(folder, **fields):
+def edited(folder, seal=sealed, **fields):
     record = json.loads((folder / "entry.json").read_text())
-    (folder / "entry.json").write_text(json.dumps(sealed(record | fields)))
-
-
-def unsealed(folder, **fields):
-    record = json.loads((folder / "entry.json").read_text())
-    (folder / "entry.json").write_text(json.dumps(record | fields))
+    (folder / "entry.json").write_text(json.dumps(seal(record | fields)))
 
 
 DAMAGE = {
@@ -178,8 +161,8 @@ DAMAGE = {
     "no text": lambda folder: (folder / "entry.json").write_bytes(b"\xff\xfe{}"),
     "too deep": lambda folder: (folder / "entry.json").write_text("[" * 99_999),
     "no row": lambda folder: edited(folder, row=None),
-    "half a character": lambda folder: unsealed(folder, row={"\ud800": 1}),
-    "a better number": lambda folder: unsealed(folder, row={"accuracy": 1.0}),
+    "half a character": lambda folder: edited(folder, dict, row={"\ud800": 1}),
+    "a better number": lambda folder: edited(folder, dict, row={"accuracy": 1.0}),
     "another key": lambda folder: edited(folder, key={"seed": 9}),
     "a folder": lambda folder: (folder / "entry.json").unlink() or (folder / "entry.json").mkdir(),
     "renamed": lambda folder: folder.rename(folder.with_name("student-" + "0" * 16)),

@@ -13,9 +13,9 @@ ROOMS = {
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
     "plots_results plots_claims plots_release tables widgets report report_tables bench "
     "bench_batch",
-    "many runs": "sweeps batch engines cluster nodes inventory reasons export columns",
-    "one notebook, planned and run": "planning knobs forecast estimate worker execution publish "
-    "pages",
+    "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export columns",
+    "one notebook, planned and run": "planning notebook_files knobs forecast estimate worker "
+    "execution publish pages",
     "what runs say": "claims verdicts",
     "experiments, each made once": "grids experiment teachers removal inputs records "
     "store shared leases disk",
