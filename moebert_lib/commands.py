@@ -130,7 +130,7 @@ def _preview(one: Any, args: argparse.Namespace) -> None:
     retry = args.retry_failed or args.force
     states = list(sweeps.preview(one.jobs, retry_failed=retry, force=args.force, whole=args.why))
     for number, (job, does, reason) in enumerate(states, start=1):
-        say(f"[{number}/{len(states)}] {does:6}{batch.describe(job)}: {reason}")
+        say(f"[{number}/{len(states)}] {does:6} {job.name}{batch.describe(job)}: {reason}")
     todo = [job for job, does, _ in states if does == "run"]
     for line in forecast.summary(todo):
         say(line)

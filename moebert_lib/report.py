@@ -35,8 +35,9 @@ The newest run is of {{ newest }} UTC.</p>
 <li><a href="#runs">Runs</a></li></ul></nav></header>
 <main>
 {% if failed %}<section aria-label="Failed runs"><h2>Failed</h2><ul>{% for run in failed %}
-<li><b class="bad">{{ run.notebook }}{% if run.cell %}, cell {{ run.cell }}{% endif %}</b>:
-{{ run.error }} (<a href="{{ run.link }}">executed copy</a>)</li>{% endfor %}</ul></section>
+<li><b class="bad">{{ run.notebook }}{% if run.cell %}, cell {{ run.cell }}{% endif %}</b>
+{{ run.values }}: {{ run.error }}{% if run.link %} (<a href="{{ run.link }}">executed copy</a>)
+{% endif %}</li>{% endfor %}</ul></section>
 {% endif %}
 {% for part in parts %}
 <section id="{{ part.id }}"><h2>{{ part.title }}</h2>
@@ -193,7 +194,7 @@ def _sweeps() -> list[dict[str, Any]]:
             counts = Counter(state for _, state, _ in inventory.states(record))
             told = ", ".join(f"{n} {state}" for state, n in counts.items())
             found.append({
-                "id": f"sweep-{record['folder'].name}", "title": f"Sweep {record['name']}",
+                "id": f"sweep-{record['folder'].name}", "title": f"Sweep {record['folder'].name}",
                 "about": f"{len(record['points'])} runs: {told}.", "link": _link(table),
                 "means": read_csv(means) if means.is_file() else None, "table": read_csv(table),
             })  # fmt: skip
@@ -223,8 +224,12 @@ def _run(entry: Entry) -> dict[str, str]:
 
 
 def _failed() -> list[dict[str, Any]]:
-    runs = batch.failed_runs()
-    return [run | {"link": _link(Path(run["folder"]) / "notebook.ipynb")} for run in runs]
+    found = []
+    for run in batch.failed_runs():
+        copy = Path(run["folder"]) / "notebook.ipynb"
+        values = " ".join(f"{name}={value}" for name, value in run["given"].items())
+        found.append(run | {"values": values, "link": _link(copy) if copy.is_file() else ""})
+    return found
 
 
 def _variant(settings: dict[str, Any], changed: str) -> str:

@@ -133,6 +133,12 @@ class Shared:
         finally:
             shutil.rmtree(place, ignore_errors=True)
 
+    def leased(self, name: str) -> bool:
+        """Whether a machine holds ``name``, or held it when it died."""
+        with self._reaching("reached"):
+            self.fs.invalidate_cache()
+            return self.fs.exists(f"{self.root}/leases/{name}.json")
+
     @contextmanager
     def lease(self, name: str) -> Iterator[None]:
         """Hold ``name`` against all other machines while the block runs (``leases``)."""

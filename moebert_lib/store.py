@@ -160,8 +160,10 @@ class Store:
         return self._read(self.folder(kind, key))[1]
 
     def busy(self, kind: str, key: dict) -> bool:
-        """Whether a process of this machine is making the entry of ``key`` now."""
-        return disk.is_locked(self.root, self.folder(kind, key).name)
+        """Whether a process is making the entry of ``key``, here or where the mirror is shared."""
+        name = self.folder(kind, key).name
+        here = disk.is_locked(self.root, name)
+        return here or (self.shared is not None and self.shared.leased(name))
 
     def tidy(self) -> int:
         """Remove what killed processes left in this folder; returns how many things."""

@@ -60,6 +60,7 @@ class Sweep:
 def sweep(
     grid: Mapping[str, Any] | str | Path,
     *,
+    name: str = "sweep",
     engine: Engine | None = None,
     retry_failed: bool = False,
     force: bool = False,
@@ -72,6 +73,7 @@ def sweep(
 
     Args:
         grid: A mapping, or a YAML file that holds one.
+        name: Of a mapping's sweep, in status and report; a file has its own.
         engine: ``engines.Local(2)`` or ``cluster.Ray()``; by default as many local
             processes as cores and memory allow.
         retry_failed: Also run what failed before in a cell and has not changed.
@@ -84,7 +86,7 @@ def sweep(
     Raises:
         UserError: the grid is refused, before anything is run.
     """
-    planned = plan(grid) if isinstance(grid, Mapping) else read(Path(grid))
+    planned = plan(grid, name=name) if isinstance(grid, Mapping) else read(Path(grid))
     results = run(planned, engine=engine, retry_failed=retry_failed, force=force, echo=echo)
     return sweep_tables.table(planned.jobs, results)
 

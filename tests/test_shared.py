@@ -249,3 +249,20 @@ def test_machines_that_want_the_same_entry_build_it_once(tmp_path):
     assert (tmp_path / "log").read_text() == "built\n"
     mirror = Shared(str(tmp_path / "mirror"))
     assert objects(mirror) == [f"{name}.zip" for name in mirror.names()]
+
+
+def test_what_another_machine_is_making_is_busy_here(one, other):
+    def build(folder):
+        assert other.busy("unit", {}) and not other.busy("unit", {"a": 1})
+        return write_one(folder)
+
+    assert not one.busy("unit", {})
+    one.make("unit", {}, build)
+    assert not one.busy("unit", {}) and not other.busy("unit", {})
+
+
+def test_what_was_made_before_there_was_a_mirror_is_sent_when_it_is_asked_for(one, other):
+    Store(one.root).make("unit", {}, write_one)
+    assert other.find("unit", {}) is None
+    one.send(one.find("unit", {}))
+    assert other.find("unit", {}).row == {"score": 0.5}
