@@ -18,8 +18,9 @@ LIBRARIES = (
 ).split()
 #: Modules that no notebook's result can depend on, so that changing them reruns nothing.
 OUTSIDE = (
-    "__main__ batch bench_batch cli cluster commands commands_model doctor engines export "
-    "columns inventory nodes reasons report report_tables sweep_tables sweeps yamls"
+    "__main__ batch bench_batch cli cluster columns commands commands_model doctor engines "
+    "export forecast inventory nodes publish reasons report report_tables sweep_tables sweeps "
+    "yamls"
 ).split()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "moebert_lib"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PYTHON = sorted([*LIBRARY.rglob("*.py"), *(ROOT / "tests").glob("*.py")])
+PYTHON = sorted([*LIBRARY.rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 
 _MADE = {".git", ".venv", "runs", ".ipynb_checkpoints", "__pycache__", "build", "dist"}
 _MADE |= {".hypothesis", ".pytest_cache", ".ruff_cache"}

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import fixture_home
+import nbformat
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -279,3 +280,14 @@ def test_a_folders_place_on_this_machine_names_no_figures(tmp_path):
     values = {"importance_dir": str(tmp_path / "files")}
     (job,) = batch.plan(batch.select(["08"]), scale="smoke", parameters=values)
     assert batch.published(job).name == "smoke-library-importance_dirfiles"
+
+
+def test_what_a_notebook_prints_past_python_is_no_word_of_its_worker(home):
+    """A bare notebook, as nbformat makes it, whose processes write where workers report."""
+    cells = ["n: int = 0", "import os; os.system('echo {}'); os.write(1, b'noise\\n'); print(n)"]
+    path = home / "bare.ipynb"
+    first, second = (nbformat.v4.new_code_cell(cell) for cell in cells)
+    first.metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, second]), path)
+    (entry,) = batch.run(batch.plan([path], parameters={"n": 7}))
+    assert "7" in (entry.folder / "log.txt").read_text()

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from moebert_lib import bench
+from moebert_lib import bench, bench_batch, cli
 from moebert_lib.moe_layer import parameter_counts
 
 
@@ -59,3 +59,27 @@ def test_the_command_keeps_its_numbers(moebert_home, monkeypatch, capsys):
 
 def bench_timings():
     return pd.DataFrame({"variant": ["dense", "x"], "repeat": [0, 0], "seconds": [1.0, 0.5]})
+
+
+def test_a_sweep_is_timed_in_turn_with_one_worker_and_with_two(moebert_home, monkeypatch, capsys):
+    asked = []
+
+    def sweep(where, seeds, *, workers):
+        asked.append((where.name, list(seeds), workers))
+        return 30.0 / workers
+
+    monkeypatch.setattr(bench_batch, "_sweep", sweep)
+    assert cli.main(["bench", "batch", "--runs", "20"]) == 0
+    first, second = list(range(10)), list(range(10, 20))
+    assert asked == [("1", first, 1), ("2", first, 2), ("1", second, 1), ("2", second, 2),
+                     ("2", first + second, 2)]  # fmt: skip
+    (kept,) = (moebert_home / "runs").glob("bench-batch-*.json")
+    record = json.loads(kept.read_text())
+    assert [row["ratio"] for row in record["summary"]] == [1.0, 2.0]
+    assert record["reused_seconds"] == 15.0 and "20 runs, all reused" in capsys.readouterr().out
+
+
+def test_a_sweep_that_fails_is_no_timing(moebert_home, monkeypatch, capsys):
+    monkeypatch.setattr(bench_batch.sys, "executable", "/bin/false")
+    assert cli.main(["bench", "batch", "--runs", "10"]) == 2
+    assert "the sweep failed" in capsys.readouterr().err

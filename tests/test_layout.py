@@ -1,11 +1,14 @@
 """The shape of the project: rooms, sizes, names, and nothing of one machine in it."""
 
 import ast
+import json
 import re
 import socket
 
 import pytest
-from checkout import LIBRARY, PYTHON, ROOT, files, text, tree
+from checkout import LIBRARY, NOTEBOOKS, PYTHON, ROOT, files, text, tree
+
+from moebert_lib.provenance import OUTSIDE
 
 #: Each module in one room. A module imports from its own room and the rooms below.
 ROOMS = {
@@ -119,3 +122,16 @@ def test_no_file_names_this_host_or_checkout():
 def test_folders_beside_the_checkout_are_named_by_ci_alone():
     outside = re.compile(r"\.\./[s]hared")
     assert [str(path) for path in files() if outside.search(text(path))] == [".ci/run"]
+
+
+def test_what_no_result_depends_on_is_imported_by_no_notebook():
+    """A change of these modules reruns nothing (``provenance.OUTSIDE``)."""
+    cells = [cell for path in NOTEBOOKS for cell in json.loads(path.read_text())["cells"]]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    seen, left = set(), set().union(*(imported(ast.parse(source)) for source in sources))
+    assert {"experiment", "plots", "grids"} <= left
+    while left:
+        name = left.pop()
+        seen.add(name)
+        left |= imported(tree(LIBRARY / f"{name}.py")) - seen
+    assert seen & set(OUTSIDE) == set()

@@ -171,6 +171,18 @@ def test_a_preview_says_what_would_happen_and_why(home):
     assert all("code cell" in why or "never" in why for _, why in seen)
 
 
+@pytest.mark.parametrize("how", [{}, {"retry_failed": True}, {"force": True}])
+def test_what_is_run_is_what_was_previewed(how):
+    planned = sweeps.plan(failing())
+    sweeps.run(planned, echo=lambda line: None)
+    expected = [does for _, does, _ in sweeps.preview(planned.jobs, **how)]
+    lines: list[str] = []
+    sweeps.run(planned, echo=lines.append, **how)
+    assert sum("running" in line for line in lines) == expected.count("run")
+    assert sum("reused" in line for line in lines) == expected.count("reuse")
+    assert sum("failed before" in line for line in lines) == expected.count("skip")
+
+
 def test_no_failed_sweep_is_no_sweep_to_retry():
     with pytest.raises(UserError, match="no sweep here has failed runs"):
         sweeps.with_failures()
