@@ -2,7 +2,7 @@
 #
 #   make run                     the whole workbook, offline, minutes on two cores
 #   make run ARGS='--scale small --data-dir DIR'
-#   make test                    all tests;  make test ARGS='-k routing'
+#   make test                    all tests, two at a time;  make test ARGS='-n 0 -k routing'
 #   make lint                    what pre-commit and CI check
 #   make lab                     JupyterLab in notebooks/
 #   make clean                   remove .venv and caches; runs/ and figures/ stay
@@ -29,7 +29,7 @@ run: $(STAMP)
 	@$(PY) -m moebert_lib run $(ARGS)
 
 test: $(DEV_STAMP)
-	@$(PY) -m pytest -q $(ARGS)
+	@$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 lint: $(DEV_STAMP)
 	@$(PY) -m ruff check .

@@ -13,8 +13,7 @@ FILE = "metrics.json"
 def record(**metrics: Any) -> None:
     """Keep numbers of the run that this notebook is; a name given again replaces the first.
 
-    Example:
-        >>> record(accuracy=0.75, steps=120)  # doctest: +SKIP
+    In a notebook: ``record(accuracy=0.75, steps=120)``.
 
     Raises:
         UserError: a value that is neither number, text, truth value nor None.

@@ -68,8 +68,7 @@ def sweep(
 ) -> "DataFrame":
     """Run every point of a grid, reusing what is stored, and return the table of all.
 
-    Example:
-        >>> sweep({"seeds": [0, 1, 2], "settings": {"n_experts": [2, 4]}})  # doctest: +SKIP
+    Such as ``sweep({"seeds": [0, 1, 2], "settings": {"n_experts": [2, 4]}})``.
 
     Args:
         grid: A mapping, or a YAML file that holds one.

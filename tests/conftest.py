@@ -5,12 +5,14 @@ The environment is set before any import that reads it. Everything the tests wri
 """
 
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
 import offline
 
 ROOT = Path(__file__).parents[1]
+THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
 _SCRATCH = tempfile.TemporaryDirectory(prefix="moebert-tests-", ignore_cleanup_errors=True)
 SCRATCH = Path(_SCRATCH.name)
 
@@ -22,6 +24,7 @@ def make_home(folder: Path) -> Path:
     return folder
 
 
+os.environ.setdefault("MOEBERT_KILLS_SEED", str(secrets.randbelow(10**6)))  # one for all of xdist
 offline.forbid_at_start(SCRATCH)  # of every Python below: commands, notebook kernels
 os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(SCRATCH), os.environ.get("PYTHONPATH")])),
@@ -32,7 +35,8 @@ os.environ.update(
     IPYTHONDIR=str(SCRATCH / "ipython"),
     MOEBERT_HOME=str(make_home(SCRATCH / "home")),
     MPLBACKEND="agg",
-    OMP_NUM_THREADS="2",  # the same on every machine, kernels included
+    RAY_AUTH_MODE="disabled",  # whatever token this machine keeps
+    OMP_NUM_THREADS=THREADS,  # the same on every machine, kernels included
     TOKENIZERS_PARALLELISM="false",
 )
 for name in ("MOEBERT_FIGURES", "MOEBERT_STORE"):
@@ -46,7 +50,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import BertConfig, BertForSequenceClassification, set_seed  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(THREADS))
 hypothesis.settings.register_profile(
     "moebert",
     deadline=None,  # the first example pays for imports and kernels
