@@ -30,7 +30,7 @@ def request(job: Job, *, force: bool = False) -> dict[str, Any]:
     return {
         "name": job.name, "source": job.source, "given": job.given, "parameters": job.parameters,
         "settings": job.settings and job.settings.model_dump(), "digest": digest(job.key()),
-        "force": force, "origin": job.origin, "time": time.time(),
+        "force": force, "origin": job.origin,
     }  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
         if digest(job.key()) != asked["digest"]:
             line = "library, data or weights are not what the run was planned with; run it again"
             return {"status": "stopped", "error": line}
-        entry = make(job, force=asked["force"], since=asked["time"], say=say)
+        entry = make(job, force=asked["force"], since=time.time(), say=say)
     except execution.NotebookFailed as failure:
         status = "died" if failure.died else "failed"
         copy = str(failure.copy) if failure.copy else None
@@ -68,10 +68,15 @@ def make(
 ) -> Entry:
     """A job's entry of the store, executed first where it is missing.
 
-    ``since``: a time (``time.time``); a failure that another process met later is met here too.
+    The entry keeps the executed notebook, its page and log, its figures, and in its row the
+    numbers that the notebook gave to ``record``.
 
-    The entry keeps the executed notebook, its page and log, figures, and in its row the
-    numbers that the notebook gave to ``store.record``.
+    Args:
+        job: What to run.
+        force: Execute even what is stored.
+        since: Seconds as of ``time.time``: a failure that another process met later is not met
+            again but told.
+        say: Receives the notebook's progress lines.
 
     Raises:
         NotebookFailed: the executed copy is kept in ``runs/failed``.

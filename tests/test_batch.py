@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import fixture_home
@@ -12,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib import batch, execution, planning, publish
+from moebert_lib import batch, execution, publish, worker
 from moebert_lib.execution import NotebookFailed
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 from moebert_lib.store import Store
 
 ATTACKS = [
@@ -40,16 +41,6 @@ def planned(*names, scale="smoke", data_dir="", **parameters):
 
 def row_of(entry) -> dict:
     return json.loads((entry.folder / "figures" / "row.json").read_text())
-
-
-@pytest.mark.parametrize("name", ["1", "01", "01_importance", "importance"])
-def test_a_notebook_is_found_by_number_or_name(home, name):
-    assert [path.stem for path in batch.select([name])] == ["01_importance"]
-
-
-def test_all_notebooks_in_order_are_the_default_and_none_comes_twice(home):
-    assert [path.stem[:2] for path in batch.select()] == ["00", "01", "02"]
-    assert len(batch.select(["01", "importance", str(batch.select(["01"])[0])])) == 1
 
 
 def test_a_value_goes_to_the_notebooks_own_parameter_or_to_overrides(home):
@@ -142,6 +133,20 @@ def test_a_failure_is_forgotten_once_the_notebook_is_mended(home):
     edited(path, "seed == 0", "seed == 9")
     batch.run(planned("02"))
     assert len(Store().entries()) == 1 and batch.failed_runs() == []
+
+
+def test_a_failure_that_another_process_met_meanwhile_is_told_and_not_met_again(home):
+    (job,) = planned("02")
+    before = time.time() - 1
+    with pytest.raises(NotebookFailed):
+        worker.make(job)
+    first = (worker.kept(job) / worker.FAILED).stat()
+    with pytest.raises(NotebookFailed, match="cell 3: ValueError: seed 0"):
+        worker.make(job, since=before)
+    assert (worker.kept(job) / worker.FAILED).stat() == first
+    with pytest.raises(NotebookFailed):
+        worker.make(job, since=time.time())
+    assert (worker.kept(job) / worker.FAILED).stat() != first
 
 
 def test_after_a_failure_the_others_can_still_run(home):
@@ -251,27 +256,6 @@ def test_tee_logs_everything_and_passes_on_whole_progress_lines():
     for piece in ("a\n· ha", "lf\nb · c\n", "· last"):
         tee.write(piece)
     assert lines == ["· half"] and log.getvalue() == "a\n· half\nb · c\n· last"
-
-
-def cell(source, *tags):
-    return {"cell_type": "code", "source": source, "metadata": {"tags": list(tags)}}
-
-
-@pytest.mark.parametrize(
-    "cells, said",
-    [
-        ([cell("a: int = 1", "parameters"), cell("a = 2", "parameters")], "2 cells tagged"),
-        ([cell("import os", "parameters")], "may hold only lines such as"),
-        ([cell("a = print()", "parameters")], "may hold only lines such as"),
-        ([cell("a: nothing = 1", "parameters")], "may hold only lines such as"),
-        ([cell("a = = 1", "parameters")], "may hold only lines such as"),
-    ],
-)
-def test_a_parameters_cell_that_cannot_be_read_is_refused(tmp_path, cells, said):
-    path = tmp_path / "bad.ipynb"
-    path.write_text(json.dumps({"cells": cells, "nbformat": 4}))
-    with pytest.raises(UserError, match=said):
-        planning.plan([path])
 
 
 def test_a_folders_place_on_this_machine_names_no_figures(tmp_path):
