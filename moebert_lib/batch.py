@@ -58,22 +58,23 @@ def run(
         UserError: no run can be made here, whatever the notebook: the disk is full, or the
             library has changed since these were planned.
     """
-    Store().tidy()
+    store, keys = Store(), [job.key() for job in jobs]
+    store.tidy()
     progress = _Progress(jobs, engine or Local(threads=None), echo)
     results: list[Entry | NotebookFailed | None] = [None] * len(jobs)
     missing = []
     for index, job in enumerate(jobs):
-        entry = None if force else Store().find("notebook", job.key())
+        entry = None if force else store.find("notebook", keys[index])
         failure = None if entry or retry_failed or force else worker.failed_before(job)
         if entry:
-            progress.reused(index, Store().send(entry))
+            progress.reused(index, store.send(entry))
             results[index] = _published(job, entry, publishing)
         elif failure:
             progress.failed(index, f"failed before: {failure}")
             results[index] = failure
         else:
             missing.append(index)
-    made = _make([jobs[index] for index in missing], progress, missing, force=force)
+    made = _make(jobs, keys, missing, progress, force=force)
     for index, entry in made:
         if isinstance(entry, NotebookFailed) and not keep_going:
             made.close()
@@ -83,18 +84,17 @@ def run(
     return results
 
 
-def _make(jobs, progress: "_Progress", numbers: Sequence[int], *, force: bool):
-    """Number and result of each job, as the engine gets them done."""
+def _make(jobs, keys, missing: Sequence[int], progress: "_Progress", *, force: bool):
+    """Number and result of each missing job, as the engine gets them done."""
     store = Store()
-    keys = [job.key() for job in jobs]
-    requests = [worker.request(job, force=force) for job in jobs]
-    events = progress.engine.run(requests, busy=lambda i: store.busy("notebook", keys[i]))
+    requests = [worker.request(jobs[number], force=force) for number in missing]
+    events = progress.engine.run(requests, busy=lambda i: store.busy("notebook", keys[missing[i]]))
     try:
         for event in events:
-            number = numbers[event.index]
+            number = missing[event.index]
             progress.tell(number, event)
             if event.outcome is not None:
-                yield number, _result(jobs[event.index], keys[event.index], event.outcome)
+                yield number, _result(jobs[number], keys[number], event.outcome)
     finally:
         events.close()
         store.tidy()

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moebert_lib.engines import PATIENCE, RETRIES, Event
+from moebert_lib.engines import PASSIVE, PATIENCE, RETRIES, Event
 from moebert_lib.nodes import identity, serve
 from moebert_lib.planning import Job
 from moebert_lib.provenance import cores
@@ -114,8 +114,7 @@ class Ray:
             options["scheduling_strategy"] = NodeLabelSchedulingStrategy({}, soft=soft)
         given = {"MOEBERT_HOME": str(home()), MIRROR: os.environ.get(MIRROR, "")}
         threads = os.environ.get("OMP_NUM_THREADS") or max(math.floor(self.cpus), 1)
-        own = {"OMP_NUM_THREADS": str(threads)}
-        own |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}  # as engines.Local
+        own = {"OMP_NUM_THREADS": str(threads), **PASSIVE}
         own |= {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         remote = self._ray.remote(serve).options(**options)
         tasks[remote.remote(task.request, given, own, identity(home()))] = task

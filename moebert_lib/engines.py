@@ -25,6 +25,8 @@ from moebert_lib.settings import UserError
 
 RETRIES = 2  # of a run whose process died
 PATIENCE = 10.0  # seconds that a process has to leave by itself
+#: Threads that spin while they wait starve the other workers.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 KERNEL_BYTES = 1 << 30  # Python, libraries and data of one notebook, beside its models
 
 
@@ -138,8 +140,8 @@ class Local:
         own = dict(os.environ)
         if self.threads:
             own.setdefault("OMP_NUM_THREADS", str(self.threads))
-        if self.workers > 1:  # threads that spin while they wait starve the other workers
-            own |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+        if self.workers > 1:
+            own |= PASSIVE
         if self.gpus:
             own["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         return own

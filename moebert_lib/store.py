@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moebert_lib import disk
 from moebert_lib.disk import Unwritable, write_bytes, write_json
@@ -41,9 +41,6 @@ __all__ = [
     "Entry", "Store", "Unwritable", "code_digest", "commit", "cores", "digest", "file_digest",
     "machine", "output_dir", "versions", "write_bytes", "write_json",
 ]  # fmt: skip
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 MIRROR = "MOEBERT_STORE"  # the environment variable that holds the mirror's address
 
@@ -178,17 +175,6 @@ class Store:
                 found.append((record["created"], path.parent.name, _entry(path.parent, record)))
         return [entry for _, _, entry in sorted(found, key=lambda item: item[:2])]
 
-    def frame(self, kind: str | None = None) -> "DataFrame":
-        """One row per entry: kind, key (nested names joined by a dot), row, digest, cost."""
-        from pandas import DataFrame
-
-        rows = []
-        for entry in self.entries(kind):
-            record = entry.record()
-            about = {"digest": entry.digest, "created": record["created"], "seconds": entry.seconds}
-            rows.append({"kind": entry.kind, **_flat(entry.key), **_flat(entry.row), **about})
-        return DataFrame(rows)
-
     def _read(self, folder: Path) -> tuple[Entry | None, str]:
         """The entry, or why it cannot be used ("" where there is none)."""
         if not folder.is_dir():
@@ -247,11 +233,12 @@ class Store:
             record = sealed(json.loads(to_json(record)))
             write_json(tmp / RECORD, record)
             disk.sync(tmp / RECORD)  # after a power cut the checksums find what else was lost
-            old = disk.scratch(final) / "old"
-            if final.exists():  # force
-                os.rename(final, old)
+            old = disk.scratch(final) if final.exists() else None  # force
+            if old:
+                os.rename(final, old / "old")
             os.rename(tmp, final)
-            shutil.rmtree(old.parent, ignore_errors=True)
+            if old:
+                shutil.rmtree(old, ignore_errors=True)
             disk.sync(self.root)
         except BaseException:  # Ctrl-C too
             shutil.rmtree(tmp, ignore_errors=True)
@@ -277,11 +264,3 @@ def _parse(path: Path) -> dict | None:
         return parse(path.read_bytes())
     except OSError:
         return None
-
-
-def _flat(mapping: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in mapping.items():
-        nested = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return flat

@@ -183,9 +183,9 @@ def run(
     from moebert_lib.engines import fitting
 
     planned.folder.mkdir(parents=True, exist_ok=True)
-    points = [{"name": job.name, "values": job.values, "key": digest(job.key()),
-               "entry": Store().folder("notebook", job.key()).name,
-               "failed": worker.kept(job).name} for job in planned.jobs]  # fmt: skip
+    points = [{"name": job.name, "values": job.values, "key": digest(key),
+               "entry": Store().folder("notebook", key).name, "failed": worker.kept(job).name}
+              for job, key in ((job, job.key()) for job in planned.jobs)]  # fmt: skip
     write_json(planned.folder / inventory.SWEEP, {"grid": planned.grid, "name": planned.name,
                                          "points": points})  # fmt: skip
     results = batch.run(

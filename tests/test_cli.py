@@ -11,7 +11,7 @@ from pathlib import Path
 import fixture_home
 import pytest
 
-from moebert_lib import cli, sweeps
+from moebert_lib import cli, export, sweeps
 from moebert_lib.store import Store
 
 COMMANDS = ["run", "sweep", "status", "report", "importance", "convert", "bench", "doctor"]
@@ -151,7 +151,7 @@ def test_sweep_runs_its_points_and_stores_one_row_each(home, tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("scale: smoke\nseeds: [1, 2]\n")
     assert cli.main(["sweep", str(path)]) == 0
-    assert sorted(Store().frame("notebook")["settings.seed"]) == [1, 2]
+    assert sorted(export.frame()["seed"]) == [1, 2]
 
 
 def test_doctor_says_ok_or_what_to_do(home, capsys):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib import provenance, store
+from moebert_lib import export, provenance, store
 from moebert_lib.store import Store, digest
 
 JSON = st.recursive(
@@ -144,9 +144,10 @@ def test_frame_has_one_flat_row_for_each_entry(runs):
         key = {"settings": {"seed": seed}, "code": "x"}
         runs.make("unit", key, lambda folder, s=seed: {"accuracy": s / 2})
     runs.make("other", {}, write_one)
-    frame = runs.frame("unit")
-    assert sorted(zip(frame["settings.seed"], frame["accuracy"], strict=True)) == [(0, 0), (1, 0.5)]
-    assert {"digest", "created", "seconds"} <= set(frame.columns) and len(runs.frame()) == 3
+    frame = export.frame([runs.root], kind="unit")
+    assert sorted(zip(frame["seed"], frame["accuracy"], strict=True)) == [(0, 0), (1, 0.5)]
+    assert {"digest", "created", "seconds"} <= set(frame.columns)
+    assert len(export.frame([runs.root], kind="all")) == 3
 
 
 def test_looking_creates_nothing(runs):
