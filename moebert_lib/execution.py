@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,13 +154,17 @@ def widget_error(notebook: Mapping) -> str:
 def _private(folder: Path) -> Any:
     """Kernel settings that keep others on this machine from reading code and results.
 
-    The file with the kernel's keys lies in the run's folder while the kernel lives.
+    The file with the kernel's keys lies in the run's folder while the kernel lives. On Linux
+    its sockets have names of their own and no file: a port that is free now may be taken by a
+    kernel that starts at the same moment.
     """
     import zmq
     from traitlets.config import Config
 
     manager = {"connection_file": str(folder / KEYS)}
     manager |= {"transport_encryption": "auto"} if zmq.has("curve") else {}
+    if sys.platform == "linux" and zmq.has("ipc"):
+        manager |= {"transport": "ipc", "ip": f"@moebert-{uuid.uuid4().hex}"}
     return Config({"KernelManager": manager})
 
 

@@ -175,8 +175,10 @@ def _read(source: TextIO, requests: "SimpleQueue[str | None]") -> None:
         requests.put(line)
     import psutil
 
-    for process in psutil.Process().children(recursive=True):  # the kernel, and what it started
+    children = psutil.Process().children(recursive=True)  # the kernel, and what it started
+    for process in children:
         process.kill()
+    psutil.wait_procs(children, timeout=5)  # what they locked is free once they are gone
     os._exit(0)
 
 

@@ -12,7 +12,7 @@ from moebert_lib.provenance import OUTSIDE
 
 #: Each module in one room. A module imports from its own room and the rooms below.
 ROOMS = {
-    "the command line": "cli __main__ commands commands_model doctor",
+    "the command line": "cli __main__ options commands commands_model doctor",
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
     "plots_results plots_claims plots_release tables widgets report report_tables bench "
     "bench_batch",

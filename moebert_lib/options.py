@@ -1,0 +1,218 @@
+"""The command line's grammar: every command, its options, their help and an example."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from moebert_lib import commands, commands_model
+from moebert_lib.settings import UserError, nearest
+
+SCALE_HELP = "smoke, quick (the default), small or paper"
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises :class:`UserError` where argparse prints its usage and leaves."""
+
+    def __init__(self, *args: Any, example: str = "", **kwargs: Any):
+        kwargs |= {
+            "allow_abbrev": False,
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "epilog": f"example:\n  {example}" if example else None,
+        }
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """One line that says which command's help has more."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse_all(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse options and positionals in any order; refuse what is left over."""
+        known = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in argv:  # first, so that a misspelt option is not blamed on its value
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in (*known, "--"):
+                raise UserError(f"unknown option '{option}' of {self.prog}; "
+                                f"{nearest(option, known)}")  # fmt: skip
+        args, left = self.parse_known_intermixed_args(argv)
+        if left:
+            raise UserError(f"{self.prog} has no use for '{left[0]}' (see {self.prog} --help)")
+        return args
+
+
+def parser() -> tuple[Parser, dict[str, Parser]]:
+    """The command's parser and those of its commands by name."""
+    top = Parser(
+        prog="moebert",
+        description="MoEBERT (NAACL 2022) as a workbook: run it, look at it, use it.",
+        example="moebert run --scale quick",
+    )
+    kinds = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
+    commands = (_run, _sweep, _status, _report, _export, _importance, _convert, _bench, _doctor)
+    for add in commands:
+        add(kinds)
+    return top, kinds.choices
+
+
+def _values(command: Parser) -> None:
+    command.add_argument("--scale", default=None, metavar="S", help=SCALE_HELP)
+    command.add_argument(
+        "-p", dest="values", action="append", default=[], metavar="NAME=VALUE",
+        help="a notebook's parameter or any setting (moebert_lib/settings.py); repeatable",
+    )  # fmt: skip
+    command.add_argument(
+        "--data-dir", default="", metavar="DIR",
+        help="GLUE-format files, DIR/TASK/train.jsonl and validation.jsonl, or .parquet",
+    )  # fmt: skip
+
+
+def _run(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "run", help="run notebooks, all by default, and write the report",
+        description="Run notebooks; what is done already is reused.",
+        example="moebert run 01 02 03 --scale small --data-dir DIR -p task=sst2",
+    )  # fmt: skip
+    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK",
+                         help="number, name or path: 01, 01_importance, mine.ipynb")  # fmt: skip
+    _values(command)
+    command.add_argument("--plan", action="store_true",
+                         help="only list what would run, and its time and memory")  # fmt: skip
+    command.add_argument("--why", action="store_true",
+                         help="only say of each notebook why it would run, or not")  # fmt: skip
+    _where(command, "one by default")
+    command.set_defaults(function=commands.run)
+
+
+def _sweep(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "sweep", help="run one notebook over a grid of settings, tasks and seeds",
+        description="Run 03_distillation, or another notebook, once for each point of the grid in "
+        "a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings (each a "
+        "list of values: all combinations) and points (a list of sets of values).",
+        example="moebert sweep grid.yaml --dry-run",
+    )  # fmt: skip
+    command.add_argument("grid", type=Path, nargs="?", default=None, metavar="GRID.yaml")
+    command.add_argument("--dry-run", action="store_true",
+                         help="only list what would run, what is reused, and why")  # fmt: skip
+    command.add_argument("--why", action="store_true", help="the same with every reason in full")
+    command.add_argument("--retry-failed", action="store_true",
+                         help="also what failed before; without a grid, of all sweeps")  # fmt: skip
+    _where(command, "as many as cores and memory allow by default")
+    command.set_defaults(function=commands.sweep)
+
+
+def _where(command: Parser, usual: str) -> None:
+    command.add_argument("--force", action="store_true", help="run even what is stored")
+    command.add_argument("--workers", type=int, default=None, metavar="N",
+                         help=f"runs at once on this machine; {usual}")  # fmt: skip
+    command.add_argument("--engine", default="local", metavar="E",
+                         help="local (the default), or ray from moebert[cluster]")  # fmt: skip
+    command.add_argument("--address", default=None, metavar="A",
+                         help="of a Ray cluster: auto or HOST:PORT")  # fmt: skip
+    _store(command)
+
+
+def _store(command: Parser) -> None:
+    command.add_argument("--store", default=os.environ.get("MOEBERT_STORE", ""), metavar="URL",
+                         help="share results there: a folder, s3://BUCKET/PATH or any other "
+                         "fsspec URL; MOEBERT_STORE by default")  # fmt: skip
+
+
+def _status(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "status", help="what is stored, what failed and where",
+        description="Count the stored runs by kind, and list the newest, and the failed ones.",
+        example="moebert status --all",
+    )  # fmt: skip
+    command.add_argument("--all", action="store_true", help="list all stored runs")
+    command.set_defaults(function=commands.status)
+
+
+def _report(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "report", help="gather figures, tables and runs in one HTML page",
+        description="Write runs/report.html: one file that needs no network.",
+        example="moebert report",
+    )  # fmt: skip
+    _store(command)
+    command.set_defaults(function=commands.report)
+
+
+def _export(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "export", help="one table of all runs, of this store or of several",
+        description="Write one row per run with its settings, results and origin. A run that "
+        "several stores hold is one row.",
+        example="moebert export runs.parquet\n"
+        "  moebert export runs.csv runs/ other-machine/runs/ s3://BUCKET/PATH --kind student",
+    )  # fmt: skip
+    command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv, or .json")
+    command.add_argument("stores", nargs="*", metavar="STORE",
+                         help="a home, its runs/ or an fsspec URL; here by default")  # fmt: skip
+    command.add_argument("--kind", default="notebook", metavar="K",
+                         help="notebook (the default), student, teacher, ... or all")  # fmt: skip
+    command.set_defaults(function=commands.export)
+
+
+def _importance(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "importance", help="score a fine-tuned model's neurons on a task (Eq. 4)",
+        description="Fine-tune the scale's model on a task, or reuse it, and score its neurons; "
+        "or import a file of the paper's release.",
+        example="moebert importance --task library --scale quick --out importance.safetensors\n"
+        "  moebert importance --import importance_rte.pkl --out rte.safetensors",
+    )  # fmt: skip
+    command.add_argument("--task", default=None, metavar="T", help="the scale's own by default")
+    command.add_argument("--import", dest="release", type=Path, default=None, metavar="FILE",
+                         help="a pickle of the release; nothing in it is run")  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, metavar="FILE")
+    _values(command)
+    command.set_defaults(function=commands_model.importance)
+
+
+def _convert(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "convert", help="turn a fine-tuned BERT into a MoEBERT, untrained",
+        description="Split a fine-tuned BERT's feed-forward layers into experts.",
+        example="moebert convert DIR/my-bert --importance importance.safetensors --out moe",
+    )  # fmt: skip
+    command.add_argument("model", metavar="MODEL", help="a folder with config.json, or a hub name")
+    command.add_argument("--importance", type=Path, required=True, metavar="FILE",
+                         help="from moebert importance, for the same model")  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    command.add_argument("--n-experts", type=int, default=4, metavar="N", help="4 by default")
+    command.add_argument("--expert-size", type=int, default=None, metavar="K",
+                         help="neurons each; the layer's width / N by default")  # fmt: skip
+    command.add_argument("--n-shared", type=int, default=None, metavar="S",
+                         help="neurons in all of them; two thirds of K by default")  # fmt: skip
+    command.add_argument("--routing", default="hash-random", metavar="R",
+                         help="hash-random (the default), gate-token or gate-sentence")  # fmt: skip
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the routing tables")
+    command.set_defaults(function=commands_model.convert)
+
+
+def _bench(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "bench", help="measure speed beside the equal-FLOP limit (Fig. 4)",
+        description="inference: time dense BERT, MoEBERT and the limit on this machine. "
+        "batch: time a sweep with one worker and with two.",
+        example="moebert bench inference --length 64",
+    )  # fmt: skip
+    command.add_argument("what", nargs="?", default="inference", metavar="WHAT",
+                         help="inference (the default) or batch")  # fmt: skip
+    for name, value, unit in (("batch", 1, "sentences"), ("length", 128, "tokens"),
+                              ("repeats", 11, "times"), ("runs", 40, "notebook runs")):  # fmt: skip
+        command.add_argument(f"--{name}", type=int, default=value, metavar="N",
+                             help=f"{unit}; {value} by default")  # fmt: skip
+    command.set_defaults(function=commands_model.bench)
+
+
+def _doctor(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "doctor", help="check Python, versions, weights, kernel, memory and folders",
+        description="Check what a run needs; each line is ok or says what to do.",
+        example="moebert doctor --data-dir DIR",
+    )  # fmt: skip
+    command.add_argument("--data-dir", default="", metavar="DIR", help="also check this folder")
+    command.set_defaults(function=commands_model.doctor)
