@@ -4,7 +4,9 @@
 #   make run ARGS='--scale small --data-dir DIR'
 #   make test                    all tests, two at a time;  make test ARGS='-n 0 -k routing'
 #   make lint                    what pre-commit and CI check
-#   make lab                     JupyterLab in notebooks/
+#   make lab                     JupyterLab at the first notebook
+#   make explore                 the explorer as a page, for a classroom;  ARGS='--ip 0.0.0.0'
+#   make site                    run the workbook, or reuse it, and build runs/site/index.html
 #   make clean                   remove .venv and caches; runs/ and figures/ stay
 #
 # PYTHON names another interpreter. PIP_ARGS goes to pip, for example to name an index with a
@@ -21,8 +23,9 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq install $(PIP_ARGS) $(CONSTR
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 LAB_STAMP := $(VENV)/.installed-lab
+SITE_STAMP := $(VENV)/.installed-site
 
-.PHONY: run test lint lab clean
+.PHONY: run test lint lab explore site clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -36,7 +39,14 @@ lint: $(DEV_STAMP)
 	@$(PY) -m ruff format --check .
 
 lab: $(LAB_STAMP)
-	@cd notebooks && ../$(PY) -m jupyterlab $(ARGS)
+	@cd notebooks && ../$(PY) -m jupyterlab 00_the_idea.ipynb $(ARGS)
+
+explore: $(LAB_STAMP)
+	@$(PY) -m moebert_lib explore $(ARGS)
+
+site: $(SITE_STAMP)
+	@$(PY) -m moebert_lib run
+	@$(PY) -m moebert_lib site $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
@@ -63,6 +73,11 @@ $(DEV_STAMP): $(STAMP)
 	@touch $@
 
 $(LAB_STAMP): $(STAMP)
-	@echo "adding JupyterLab to $(VENV)"
+	@echo "adding JupyterLab and Voila to $(VENV)"
 	@$(PIP) -e '.[lab]'
+	@touch $@
+
+$(SITE_STAMP): $(STAMP)
+	@echo "adding what builds the site to $(VENV)"
+	@$(PIP) -e '.[site]'
 	@touch $@

@@ -2,15 +2,19 @@
 
 Each takes the reader's own objects, computes both sides in float64, and returns a
 :class:`Check` that prints in one line; a failing one raises ``AssertionError`` with the same
-line. They use nothing of this library, so they can contradict it.
+line. They use nothing of this library, so they can contradict it. :func:`equal` holds any two
+sides that a cell has computed; the others compute one of the sides, or both, by themselves.
 """
 
 import copy
 import tempfile
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+Values = Tensor | Sequence
 
 
 class Check(NamedTuple):
@@ -28,12 +32,21 @@ class Check(NamedTuple):
     __repr__ = __str__
 
 
-def _check(claim: str, left: Tensor, right: Tensor, tolerance: float) -> Check:
-    """Compare; NaN and shapes that differ count as infinitely far apart."""
+def equal(claim: str, left: Values, right: Values, *, tolerance: float = 1e-12) -> Check:
+    """Two sides of a claim are the same: tensors, or lists of numbers.
+
+    NaN and shapes that differ count as infinitely far apart.
+
+    Example:
+        >>> equal("a half and a half are one", torch.tensor([0.5]) * 2, [1.0])
+        holds: a half and a half are one (largest difference 0.0e+00, tolerance 1e-12)
+    """
+    left = torch.as_tensor(left, dtype=torch.float64)
+    right = torch.as_tensor(right, dtype=torch.float64, device=left.device)
     if left.shape != right.shape:
         difference = float("inf")
     else:
-        gap = (left.double() - right.double()).abs()
+        gap = (left - right).abs()
         difference = float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
     check = Check(claim, difference, tolerance)
     if difference > tolerance:
@@ -59,6 +72,27 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([output.start_logits[mask], output.end_logits[mask]], -1)
 
 
+def layer_is_the_sum_of_its_neurons(
+    ffn: Callable, states: Tensor, n_neurons: int, *, seed: int = 0
+) -> Check:
+    """Put together neuron by neuron, in whatever order, a layer gives the same output (Eq. 1).
+
+    Args:
+        ffn: Function of (states, neurons): the output of the layer with only these neurons,
+            with the output's bias.
+        states: What the layer reads, ``(..., D)``.
+        n_neurons: Neurons of the layer, ``F``.
+        seed: Of the order.
+    """
+    order = torch.randperm(n_neurons, generator=torch.Generator().manual_seed(seed))
+    output = ffn(states, order[:0])
+    bias = output.clone()
+    for neuron in order:
+        output = output + (ffn(states, neuron[None]) - bias)
+    claim = f"the layer = its {n_neurons} neurons, added one by one in any order"
+    return equal(claim, output, ffn(states, torch.arange(n_neurons)))
+
+
 def one_expert_is_dense(dense: nn.Module, moebert: nn.Module, batch: dict) -> Check:
     """One expert as wide as the FFN gives the dense model's logits.
 
@@ -68,7 +102,7 @@ def one_expert_is_dense(dense: nn.Module, moebert: nn.Module, batch: dict) -> Ch
         batch: Model inputs.
     """
     left, right = _logits(_double(dense), batch), _logits(_double(moebert), batch)
-    return _check("one full-width expert = the dense model", left, right, 1e-12)
+    return equal("one full-width expert = the dense model", left, right, tolerance=1e-12)
 
 
 def permuting_neurons_changes_nothing(dense: nn.Module, batch: dict, *, seed: int = 0) -> Check:
@@ -81,7 +115,7 @@ def permuting_neurons_changes_nothing(dense: nn.Module, batch: dict, *, seed: in
         up.weight.data, up.bias.data = up.weight.data[order], up.bias.data[order]
         down.weight.data = down.weight.data[:, order]
     claim = "permuting neurons changes nothing"
-    return _check(claim, _logits(model, batch), _logits(shuffled, batch), 1e-12)
+    return equal(claim, _logits(model, batch), _logits(shuffled, batch), tolerance=1e-12)
 
 
 def padding_changes_nothing(moebert: nn.Module, batch: dict) -> Check:
@@ -100,7 +134,7 @@ def padding_changes_nothing(moebert: nn.Module, batch: dict) -> Check:
         for i in range(len(mask))
     ]
     claim = "a sentence alone and in a padded batch gets the same logits"
-    return _check(claim, _logits(model, batch), torch.cat(alone), 1e-10)
+    return equal(claim, _logits(model, batch), torch.cat(alone), tolerance=1e-10)
 
 
 def tokens_return_to_their_place(experts: nn.Module, hidden: Tensor, expert_of: Tensor) -> Check:
@@ -119,7 +153,7 @@ def tokens_return_to_their_place(experts: nn.Module, hidden: Tensor, expert_of: 
             experts(hidden[i : i + 1], expert_of[i : i + 1], ones[i : i + 1])
             for i in range(len(hidden))
         ]
-    return _check("every token returns to its place", together, torch.cat(alone), 1e-12)
+    return equal("every token returns to its place", together, torch.cat(alone), tolerance=1e-12)
 
 
 def importance_equals_slow_loop(score, dense: nn.Module, batch: dict) -> Check:
@@ -142,7 +176,44 @@ def importance_equals_slow_loop(score, dense: nn.Module, batch: dict) -> Check:
             w1, w2 = layer.intermediate.dense.weight, layer.output.dense.weight
             term = (w1.detach() * w1.grad).sum(1) + (w2.detach() * w2.grad).sum(0)
             row += term.abs().cpu()
-    return _check("importance = the per-example loop over Eq. 4", fast, slow, 1e-10)
+    return equal("importance = the per-example loop over Eq. 4", fast, slow, tolerance=1e-10)
+
+
+def importance_equals_weight_gradients(
+    scores: Tensor, losses: Callable, W1: Tensor, W2: Tensor
+) -> Check:
+    """Scores of one layer equal Eq. 4 as it is written: weight gradients, example by example.
+
+    Args:
+        scores: To be checked, ``(F,)``.
+        losses: Function of (W1, W2): the loss of each example, ``(B,)``, by differentiable steps.
+        W1: ``(D, F)``, a column for each neuron.
+        W2: ``(F, D)``, a row for each neuron.
+    """
+    slow = torch.zeros_like(scores)
+    w1, w2 = (weight.detach().clone().requires_grad_() for weight in (W1, W2))
+    for loss in losses(w1, w2):
+        grad_w1, grad_w2 = torch.autograd.grad(loss, (w1, w2), retain_graph=True)
+        slow += ((W1 * grad_w1).sum(0) + (W2 * grad_w2).sum(1)).abs()
+    return equal("importance by hand = Eq. 4 from automatic weight gradients", scores, slow)
+
+
+def importance_is_a_slope(
+    scores: Tensor, losses: Callable, W1: Tensor, W2: Tensor, *, step: float = 1e-4
+) -> Check:
+    """Eq. 4 is how fast the losses change as a neuron begins to shrink, column and row together.
+
+    No gradient is asked: each neuron is made a little smaller and a little larger. The arguments
+    are those of :func:`importance_equals_weight_gradients`; ``step`` is a part of the neuron.
+    """
+    slopes = torch.zeros_like(scores)
+    for neuron in range(len(scores)):
+        smaller, larger = torch.ones(2, len(scores), dtype=W1.dtype)
+        smaller[neuron], larger[neuron] = 1 - step, 1 + step
+        moved = [losses(W1 * scale, W2 * scale[:, None]) for scale in (smaller, larger)]
+        slopes[neuron] = ((moved[1] - moved[0]) / (2 * step)).abs().sum()
+    claim = "importance = the slope of the losses as a neuron begins to shrink"
+    return equal(claim, scores, slopes, tolerance=1e-6)
 
 
 def saving_changes_nothing(moebert: nn.Module, batch: dict) -> Check:
@@ -155,7 +226,7 @@ def saving_changes_nothing(moebert: nn.Module, batch: dict) -> Check:
         if not torch.equal(tensor, back.state_dict()[name]):
             raise AssertionError(f"FAILS: {name} changed in saving")
     claim = "save_pretrained and from_pretrained keep tables and weights bit for bit"
-    return _check(claim, _logits(moebert, batch), _logits(back.eval(), batch), 1e-6)
+    return equal(claim, _logits(moebert, batch), _logits(back.eval(), batch), tolerance=1e-6)
 
 
 def deal_is_fair(experts: Tensor, ranking: Tensor, n_shared: int) -> Check:
@@ -173,7 +244,20 @@ def deal_is_fair(experts: Tensor, ranking: Tensor, n_shared: int) -> Check:
     # identical hands (n_shared = K) or a single hand have nothing to double
     twice = len(own) - len(set(own))
     claim = "the top neurons are in every expert, each other neuron in at most one"
-    return _check(claim, torch.tensor([missing + twice]), torch.tensor([0]), 0.0)
+    return equal(claim, torch.tensor([missing + twice]), torch.tensor([0]), tolerance=0.0)
+
+
+def deal_keeps_as_many_as_the_formula(experts: Tensor, n_shared: int) -> Check:
+    """Of all neurons, ``s + N (K - s)`` sit in some expert (Sec. 3.1).
+
+    Args:
+        experts: One layer's assignment, ``(N, K)``.
+        n_shared: Neurons that every expert holds, ``s``.
+    """
+    (N, K), s = experts.shape, n_shared
+    kept = len({neuron for hand in experts.tolist() for neuron in hand})
+    claim = f"{kept:,} neurons are kept, s + N (K - s) of them"
+    return equal(claim, [kept], [s + N * (K - s)], tolerance=0.0)
 
 
 def teacher_is_its_own_best_student(loss, states: list[Tensor], logits: Tensor) -> Check:
@@ -186,7 +270,7 @@ def teacher_is_its_own_best_student(loss, states: list[Tensor], logits: Tensor) 
     """
     value = torch.as_tensor(loss(states, states, logits, logits)).reshape(1)
     claim = "the distillation loss of a model against itself is zero"
-    return _check(claim, value, torch.zeros_like(value), 1e-6)
+    return equal(claim, value, torch.zeros_like(value), tolerance=1e-6)
 
 
 def teacher_only_watches(train, student: nn.Module, teacher: nn.Module) -> Check:
@@ -211,4 +295,4 @@ def teacher_only_watches(train, student: nn.Module, teacher: nn.Module) -> Check
         raise AssertionError("FAILS: the teacher is part of the student, in train mode, or idle")
     moved = [(before[n].double() - t.double()).abs().max() for n, t in teacher.state_dict().items()]
     claim = f"the teacher answers {len(modes)} batches in eval mode and does not move"
-    return _check(claim, torch.stack(moved), torch.zeros(len(moved)).to(moved[0]), 0.0)
+    return equal(claim, torch.stack(moved), torch.zeros(len(moved)).to(moved[0]), tolerance=0.0)

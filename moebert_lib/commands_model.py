@@ -10,7 +10,7 @@ from moebert_lib.commands import given, say
 from moebert_lib.settings import Settings, UserError, nearest
 
 ROUTINGS = ("hash-random", "gate-token", "gate-sentence")
-WHAT = ("inference", "batch")
+WHAT = ("inference", "batch", "widgets")
 
 
 def importance(args: argparse.Namespace) -> int:
@@ -144,6 +144,10 @@ def bench(args: argparse.Namespace) -> int:
         from moebert_lib import bench_batch
 
         bench_batch.main(args.runs)
+    elif args.what == "widgets":
+        from moebert_lib import bench_widgets
+
+        bench_widgets.main(repeats=args.repeats)
     else:
         from moebert_lib import bench as module
 

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
@@ -30,6 +31,7 @@ from moebert_lib.moe_layer import parameter_counts
 from moebert_lib.scales import FFN_WIDTHS
 from moebert_lib.settings import Settings
 from moebert_lib.stages import CONVERSION, TRAINING
+from moebert_lib.states import sentence_states
 from moebert_lib.store import Entry, Store, code_digest
 from moebert_lib.teachers import (
     Teacher,
@@ -47,11 +49,12 @@ from moebert_lib.train import distil
 
 __all__ = [
     "Student", "Teacher", "conversion", "converted", "dataset", "describe", "device", "distances",
-    "evaluate", "grid", "importance", "said", "student", "teacher", "truths",
+    "evaluate", "grid", "importance", "said", "states", "student", "teacher", "truths",
 ]  # fmt: skip
 
 QUIET = 15  # seconds between two lines of a grid's progress
-DISTANCE_EXAMPLES = 64  # validation examples for the layer-by-layer distances
+LEARNING = ("distill", "train", "checkpoints", "evaluate", "states", "experiment")  # code
+NEAR = 64  # validation examples whose states are compared, layer by layer
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,24 @@ def _conversion(settings: Settings) -> Entry:
 
 def distances(settings: Settings, model: PreTrainedModel) -> torch.Tensor:
     """Eq. 5's term at each layer, ``(L + 1,)``: a model to its teacher, validation examples."""
-    near = dataset(settings).batches("validation", limit=DISTANCE_EXAMPLES)
-    return state_distances(model, teacher(settings).model, near)
+    return state_distances(model, teacher(settings).model, _near(settings))
+
+
+def states(settings: Settings) -> dict[str, np.ndarray]:
+    """States of teacher, converted and distilled model for the examples of :func:`distances`.
+
+    Returns:
+        Of each ``(L + 1, n, D)``: the mean state of each example's tokens, embeddings first.
+    """
+    return {
+        "teacher": sentence_states(teacher(settings).model, _near(settings)),
+        "converted": sentence_states(converted(settings), _near(settings)),
+        "distilled": np.load(student(settings).entry.folder / "states.npy").astype(np.float32),
+    }
+
+
+def _near(settings: Settings):
+    return dataset(settings).batches("validation", limit=NEAR)
 
 
 def student(settings: Settings, *, keep_model: bool = False) -> Student:
@@ -151,6 +170,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         curve.to_csv(folder / "curve.csv", index=False)
         apart = pd.Series(distances(settings, model), name="distance").rename_axis("layer")
         apart.to_csv(folder / "distances.csv")
+        np.save(folder / "states.npy", sentence_states(model, _near(settings)).astype(np.float16))
         if keep_model:
             model.save_pretrained(folder)
             bundle.tokenizer.save_pretrained(folder)
@@ -185,7 +205,7 @@ def said(settings: Settings) -> pd.DataFrame:
 def student_key(settings: Settings) -> dict:
     """What a trained student depends on."""
     key = {"conversion": conversion_key(settings), **chosen(settings, TRAINING)}
-    return {**key, "code": code_digest("distill", "train", "checkpoints", "evaluate", "experiment")}
+    return {**key, "code": code_digest(*LEARNING)}
 
 
 def grid(points: list[Settings], *, run=student) -> pd.DataFrame:

@@ -1,7 +1,7 @@
 """What a plan would run, each run once, with what it will cost: text before anything starts.
 
-Two notebooks that ask for one run share it, as the store does. Left out: untrained conversions
-and removal curves, which are evaluated only.
+Two notebooks that ask for one run share it, as the store does. Left out: untrained conversions,
+removal curves and what excites neurons, which are evaluated only.
 """
 
 import math

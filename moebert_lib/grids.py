@@ -25,6 +25,9 @@ TABLE4_TASKS = ("rte", "mnli")
 #: At the offline scales the tasks beside the main one learn from so much, and no more.
 BRIEF = {"max_train_examples": 1000, "max_eval_examples": 200, "importance_examples": 400}
 
+#: What a conversion does by default; the explorer's accuracies are of these.
+PLAIN = ("routing", "ranking", "shared_neurons", "expert_layer_norm", "gate_scaling")
+
 
 def over_seeds(settings: Settings) -> list[Settings]:
     """The experiment with ``n_seeds`` seeds; a random deal is drawn anew for each."""
@@ -83,6 +86,27 @@ def ablations(
     }
     return {name: [run for point in points for run in over_seeds(point)]
             for name, points in varied.items()}  # fmt: skip
+
+
+def conversions(settings: Settings, width: int) -> list[Settings]:
+    """Notebook 1: untrained conversions by importance, whose accuracy stands beside a deal.
+
+    2, 4 and 8 experts that fill the layer between them, none to nearly all of each shared, and
+    hash routing; two routing tables where notebook 2 asks for the same runs, with the settings'
+    own number. A teacher's scores decide all else.
+
+    Args:
+        settings: The default configuration.
+        width: Neurons of a dense FFN.
+    """
+    plain = {name: Settings.model_fields[name].default for name in PLAIN}
+    fair = settings.but(teacher_seed=settings.dense_seed, **plain)
+    return [
+        fair.but(n_experts=n, expert_size=width // n, seed=settings.seed + k,
+                 n_shared=round(width // n * part))
+        for n in (2, 4, 8) if n <= width for part in (0, 1 / 3, 2 / 3, 0.92)
+        for k in range(1 + (n == settings.n_experts))
+    ]  # fmt: skip
 
 
 def routers(settings: Settings) -> Grid:

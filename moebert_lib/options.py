@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moebert_lib import commands, commands_model
+from moebert_lib import commands, commands_model, commands_pages
 from moebert_lib.settings import UserError, nearest
 
 SCALE_HELP = "smoke, quick (the default), small or paper"
@@ -49,8 +49,9 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         example="moebert run --scale quick",
     )
     kinds = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
-    commands = (_run, _sweep, _status, _report, _export, _importance, _convert, _bench, _doctor)
-    for add in commands:
+    own = (_run, _sweep, _status, _report, _export, _explore, _site, _importance, _convert,
+           _bench, _doctor)  # fmt: skip
+    for add in own:
         add(kinds)
     return top, kinds.choices
 
@@ -155,6 +156,42 @@ def _export(kinds: Any) -> None:
     command.set_defaults(function=commands.export)
 
 
+def _explore(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "explore", help="open the explorer of importance as a page, for a classroom",
+        description="Serve the explorer of notebook 01 as a page without code, until Ctrl-C: the "
+        "files and the experiment that are named, else all that is scored here. Where nothing is, "
+        "the scale's model is trained and scored first.",
+        example="moebert explore\n  moebert explore importance_rte.pkl importance_cola.pkl\n"
+        "  moebert explore --task acceptability --ip 0.0.0.0 --no-browser",
+    )  # fmt: skip
+    command.add_argument("files", nargs="*", type=Path, metavar="FILE",
+                         help="from moebert importance, or a pickle of the release")  # fmt: skip
+    command.add_argument("--task", default=None, metavar="T", help="the scale's own by default")
+    _values(command)
+    command.add_argument("--port", type=int, default=8866, metavar="N",
+                         help="8866 by default, or the next that is free")  # fmt: skip
+    command.add_argument("--ip", default="localhost", metavar="A",
+                         help="whose visitors are let in: localhost, this machine only (the "
+                         "default); 0.0.0.0, all that reach it")  # fmt: skip
+    command.add_argument("--no-browser", action="store_true", help="only print the address")
+    command.set_defaults(function=commands_pages.explore)
+
+
+def _site(kinds: Any) -> None:
+    command = kinds.add_parser(
+        "site", help="build the site: notebooks, figures, guide and reference",
+        description="Build a site that needs no network from the executed notebooks; run the "
+        "workbook first.",
+        example="moebert site --out public",
+    )  # fmt: skip
+    command.add_argument("--out", type=Path, default=None, metavar="DIR",
+                         help="runs/site by default; an earlier site is replaced")  # fmt: skip
+    command.add_argument("--figures", type=Path, default=None, metavar="DIR",
+                         help="whose figures and notebooks; figures/ by default")  # fmt: skip
+    command.set_defaults(function=commands_pages.site)
+
+
 def _importance(kinds: Any) -> None:
     command = kinds.add_parser(
         "importance", help="score a fine-tuned model's neurons on a task (Eq. 4)",
@@ -196,11 +233,12 @@ def _bench(kinds: Any) -> None:
     command = kinds.add_parser(
         "bench", help="measure speed beside the equal-FLOP limit (Fig. 4)",
         description="inference: time dense BERT, MoEBERT and the limit on this machine. "
-        "batch: time a sweep with one worker and with two.",
+        "batch: time a sweep with one worker and with two. "
+        "widgets: time from a slider's move to the picture.",
         example="moebert bench inference --length 64",
     )  # fmt: skip
     command.add_argument("what", nargs="?", default="inference", metavar="WHAT",
-                         help="inference (the default) or batch")  # fmt: skip
+                         help="inference (the default), batch or widgets")  # fmt: skip
     for name, value, unit in (("batch", 1, "sentences"), ("length", 128, "tokens"),
                               ("repeats", 11, "times"), ("runs", 40, "notebook runs")):  # fmt: skip
         command.add_argument(f"--{name}", type=int, default=value, metavar="N",

@@ -19,13 +19,27 @@ CODE_OR_MATH = re.compile(
 
 LETTER = re.compile(r"\\(mathbf|mathcal|mathbb) (\w)")
 
-STYLE = """
-:root { --ink: #1c2024; --soft: #60656c; --line: #e0e3e7; --paper: #ffffff; --wash: #f6f7f9;
-  --link: #0b5cad; --good: #18794e; --word: #8a2f82; --bad: #b3261e; color-scheme: light; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a0a6ad; --line: #33383e;
-  --paper: #15181b; --wash: #1d2125; --link: #7cb8f5; --good: #5bd6a0; --bad: #ff8f86;
-  --word: #e39bdc;
-  color-scheme: dark; } }
+#: What colours mean on every page, by day and by night.
+LIGHT = {
+    "ink": "#1c2024", "soft": "#60656c", "line": "#e0e3e7", "paper": "#ffffff", "wash": "#f6f7f9",
+    "link": "#0b5cad", "good": "#18794e", "word": "#8a2f82", "bad": "#b3261e",
+}  # fmt: skip
+DARK = {
+    "ink": "#e6e8eb", "soft": "#a0a6ad", "line": "#33383e", "paper": "#15181b", "wash": "#1d2125",
+    "link": "#7cb8f5", "good": "#5bd6a0", "word": "#e39bdc", "bad": "#ff8f86",
+}  # fmt: skip
+
+
+def _variables(colours: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+STYLE = (
+    f"""
+:root {{ {_variables(LIGHT)} color-scheme: light; }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} color-scheme: dark; }} }}
+"""
+    + """
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; scroll-padding-top: 1rem; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 56rem; color: var(--ink);
@@ -66,6 +80,7 @@ math[display="block"] { margin: 1rem 0; overflow: auto hidden; font-size: 1.1em;
 a:focus-visible, summary:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 @media print { body { max-width: none; font-size: 11pt; } details > * { display: block; } }
 """
+)
 
 NOTEBOOK_STYLE = """
 .prompt, .anchor-link { display: none; }
@@ -122,7 +137,7 @@ def write_page(notebook: Path, target: Path) -> None:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
         for output in cell.get("outputs", []):
-            _without_widget(output)
+            without_widget(output)
     node.metadata.pop("widgets", None)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(node)
     write_bytes(target, page(title(node), body, style=STYLE + NOTEBOOK_STYLE).encode())
@@ -161,7 +176,8 @@ def with_mathml(markdown: str) -> str:
     return CODE_OR_MATH.sub(draw, markdown)
 
 
-def _without_widget(output: Any) -> None:
+def without_widget(output: Any) -> None:
+    """Put a sentence in place of a widget, which would need a kernel."""
     if WIDGET_VIEW in output.get("data", {}):
-        note = "(interactive: open the notebook in JupyterLab to move it)"
-        output["data"] = {"text/plain": note}
+        note = "Interactive: open the notebook in JupyterLab to move it."
+        output["data"] = {"text/html": f'<p class="meta">{note}</p>', "text/plain": note}

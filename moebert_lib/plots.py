@@ -1,18 +1,17 @@
 """How every figure looks, what its colours mean, and how it is saved.
 
-The drawings are in ``plots_importance``, ``plots_experts``, ``plots_learning``,
-``plots_results`` and ``plots_routing``. Each takes plain arrays or a DataFrame, draws into
+The drawings are in the modules ``plots_*``. Each takes plain arrays or a DataFrame, draws into
 ``ax`` (or a new figure) and returns it; none shows or saves. The title states the finding
 and comes from the notebook.
 
-Colours are safe for red-green blindness, and differ in lightness so they survive grey
-printing. Experts are told apart by number as well.
+Colours that meet in one figure stay apart for eyes without red or green, and in grey print;
+where grey brings two together, a mark, a number or a word tells them apart as well.
 """
 
-import os
-import tempfile
+import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure, SubFigure
 
-from moebert_lib import store
+from moebert_lib.saving import finding, output_file, settle, write, write_csv
 
 #: Figure sizes in inches: half and full width of a page.
 SINGLE, WIDE = (4.6, 3.2), (7.4, 3.2)
@@ -44,12 +43,15 @@ COLORS = {
     "dropped": "#DEDEDE",  # neurons that no expert holds
 }
 
+#: Marks of the ways to rank neurons, so that colour is never alone in telling them apart.
+MARKERS = {"importance": "o", "random": "s", "inverse": "^"}
+
 #: A value of the paper's, as arguments of ``plot``.
 DIAMOND = dict(marker="D", mfc="white", mec=COLORS["paper"], mew=1.3, ms=6, color=COLORS["paper"])
 
 #: One colour per expert, in order; also told apart by number.
 EXPERTS = (
-    "#882255", "#56B4E9", "#228833", "#EDDC5C", "#D98BA3", "#5E3A1A", "#8FD3B6", "#A05AC8",
+    "#882255", "#56B4E9", "#228833", "#EDDC5C", "#D77590", "#591601", "#A8C27B", "#BB56A0",
 )  # fmt: skip
 
 #: Light to dark, for amounts and for depth (first to last layer).
@@ -100,8 +102,9 @@ def use_style() -> None:
 def save(drawing: Axes | Figure, name: str, data: pd.DataFrame | None = None) -> Path:
     """Write a figure as PNG and SVG, with the numbers behind it as CSV.
 
-    The same drawing gives the same bytes. Files appear whole or not at all, in
-    ``store.output_dir()``.
+    Both carry the :func:`finding` as their title, for whoever cannot see the picture: in the
+    PNG as the text ``Title``, in the SVG as its metadata. The same drawing gives the same
+    bytes. Files appear whole or not at all, in ``store.output_dir()``.
 
     Args:
         drawing: What a plot function returned.
@@ -112,60 +115,24 @@ def save(drawing: Axes | Figure, name: str, data: pd.DataFrame | None = None) ->
         Path of the PNG.
 
     Raises:
-        ValueError: ``name`` holds a folder or is empty.
+        ValueError: ``name`` holds a folder or is empty, or the figure has no headline.
     """
     figure = drawing if isinstance(drawing, Figure) else drawing.get_figure(root=True)
     png = output_file(name, "png")
+    title = finding(figure)
+    if not title:
+        raise ValueError(f"{name} says nothing yet: give it a title with plots.headline")
     settle(figure)
     with mpl.rc_context({"svg.hashsalt": "moebert", "svg.fonttype": "path"}):
-        no_date = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
-        for ending, metadata in no_date.items():
-            options = dict(format=ending, dpi=200, metadata=metadata)
-            write(png.with_suffix(f".{ending}"), lambda path, o=options: figure.savefig(path, **o))
+        for kind, extra in {
+            "png": {"Software": None},
+            "svg": {"Date": None, "Creator": None},
+        }.items():
+            about = {"format": kind, "dpi": 200, "metadata": {"Title": title, **extra}}  # no date
+            write(png.with_suffix(f".{kind}"), partial(figure.savefig, **about))
     if data is not None:
         write(png.with_suffix(".csv"), lambda path: write_csv(data, path))
     return png
-
-
-def output_file(name: str, ending: str) -> Path:
-    """Where ``name`` is written; refuses anything but a plain name."""
-    if not name or Path(name).name != name or "." in name:
-        raise ValueError(f"name={name!r} must be a file name without folder or ending")
-    return store.output_dir() / f"{name}.{ending}"
-
-
-def write(path: Path, produce: Callable[[str], object]) -> None:
-    """Let ``produce`` write a temporary file, then move it to ``path`` in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-    os.close(handle)
-    try:
-        produce(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def write_csv(data: pd.DataFrame, path: str) -> None:
-    """CSV with eight digits: the last bits of a float differ between machines."""
-    index = not only_counts(data.index)
-    data.to_csv(path, index=index, float_format="%.8g", lineterminator="\n")
-
-
-def only_counts(index: pd.Index) -> bool:
-    """Whether a table's index says nothing: unnamed row numbers, not shown or written."""
-    return index.names == [None] and pd.api.types.is_integer_dtype(index)
-
-
-def settle(figure: Figure) -> None:
-    """Lay the figure out once and for all, so that saving it again gives equal bytes.
-
-    Constrained layout starts from where it last stopped, and moves by the last bit of a float.
-    """
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
 
 
 def axes(ax: Axes | None, size: tuple[float, float] = SINGLE) -> Axes:
@@ -200,16 +167,21 @@ def panels(
 def headline(drawing: Axes | Figure | SubFigure, title: str, *, legend_rows: int = 0) -> None:
     """Put a left-aligned title, wrapped to the width, and leave ``legend_rows`` under it."""
     letters = max(12, int(15.5 * _room(drawing)))
+    text = title = re.sub(r"(?<![\w.])-(?=\d)", "−", title)  # a minus, not a hyphen
     lines = -(-len(title) // letters)
-    text = title
     if lines > 1:  # the narrowest width that needs no further line
-        wrapped = (textwrap.fill(title, width) for width in range(len(title) // lines, letters))
+        wrapped = (_wrap(title, width) for width in range(len(title) // lines, letters))
         fits = (text for text in wrapped if text.count("\n") < lines)
-        text = next(fits, textwrap.fill(title, letters))
+        text = next(fits, _wrap(title, letters))
     if isinstance(drawing, Axes):
         drawing.set_title(text, loc="left", pad=7 + 14 * legend_rows)
     else:
         drawing.suptitle(text + "\n" * legend_rows, x=0.01, ha="left")
+
+
+def _wrap(title: str, width: int) -> str:
+    """Lines of at most ``width`` letters; names such as hash-random stay in one piece."""
+    return textwrap.fill(title, width, break_on_hyphens=False, break_long_words=False)
 
 
 def _room(drawing: Axes | Figure | SubFigure) -> float:
@@ -232,6 +204,31 @@ def legend_above(ax: Axes, columns: int, handles: Sequence | None = None) -> int
         borderaxespad=0.15, columnspacing=1.4, handletextpad=0.5,
     )  # fmt: skip
     return -(-len(handles) // columns)
+
+
+def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """Name lines at their right ends instead of in a legend; names that would touch move apart.
+
+    Call it when the axes have their limits.
+
+    Args:
+        ax: Axes with the lines.
+        ends: Name to the last ``x``, the last ``y`` and the colour of its line.
+    """
+    names = sorted(ends, key=lambda name: ends[name][1])
+    inches = 0.72 * ax.get_figure(root=True).get_figheight()  # of the axes, about
+    at = [ax.transAxes.inverted().transform(ax.transData.transform(ends[n][:2])) for n in names]
+    heights, gap = np.array([y for _, y in at]), 0.16 / inches
+    for _ in range(100):
+        short = np.clip(gap - np.diff(heights), 0, None) / 2
+        heights[:-1] -= short
+        heights[1:] += short
+        heights += max(0, 0.03 - heights[0])  # above the axis
+    for name, (x, _), height in zip(names, at, heights, strict=True):
+        ink = COLORS["paper"] if ends[name][2] == GREY else ends[name][2]
+        ax.annotate(name, (x, height), xycoords="axes fraction", xytext=(7, 0),
+                    textcoords="offset points", va="center", color=ink, fontsize=9,
+                    annotation_clip=False)  # fmt: skip
 
 
 def legend_under(fig: Figure | SubFigure, handles: Sequence) -> None:
@@ -265,15 +262,25 @@ def spread(n: int, width: float = 0.26) -> np.ndarray:
     return np.linspace(-width / 2, width / 2, n) if n > 1 else np.zeros(n)
 
 
-def dots(ax: Axes, x: float, values: Sequence[float], *, color: str) -> None:
+def dots(
+    ax: Axes, x: float, values: Sequence[float], *, color: str, marker: str = "o"
+) -> None:  # fmt: skip
     """Every value as a point around ``x``, and their mean as a short bar."""
     values = np.asarray(values, dtype=float)
     many = len(values) > 1
-    ax.plot(x + spread(len(values)), values, "o", color=color, ms=4.5 if many else 6,
-            alpha=0.75 if many else 1, zorder=3)  # fmt: skip
+    ax.plot(x + spread(len(values)), values, marker, color=color, ls="",
+            ms=4.5 if many else 6, alpha=0.75 if many else 1, zorder=3)  # fmt: skip
     if many:
         ax.plot([x - 0.24, x + 0.24], [values.mean()] * 2, color=color, lw=2.2, zorder=4,
                 solid_capstyle="butt")  # fmt: skip
+
+
+def all_equal(ax: Axes, width: float) -> None:
+    """The share in % that ``width`` neurons would hold if all mattered alike, named on its line."""
+    ax.plot([0, width], [0, 100], color=COLORS["random"], lw=1, ls=":")
+    ax.text(0.4 * width, 38, "all equal", rotation=np.degrees(np.arctan2(100, width)),
+            transform_rotates_text=True, rotation_mode="anchor", ha="center", va="top",
+            color=COLORS["paper"], fontsize=9)  # fmt: skip
 
 
 def reference(ax: Axes, y: float, label: str, *, color: str = INK, right: bool = True) -> None:

@@ -65,7 +65,7 @@ def _row(ax: Axes, place: float, row: tuple, gaps: pd.Series) -> None:
     pale = COLORS["paper"] if color == COLORS["random"] else color  # grey letters must be readable
     ax.annotate(row.verdict, (1.01, place), xycoords=("axes fraction", "data"), color=pale,
                 va="center", fontsize=9, annotation_clip=False)  # fmt: skip
-    ax.plot(gaps, np.full(len(gaps), place), "o", color=color, ms=4, alpha=0.5, mew=0, zorder=2)
+    ax.plot(gaps, np.full(len(gaps), place), "o", color=color, ms=4, alpha=0.7, mew=0, zorder=2)
     if len(gaps) >= FEWEST:
         ax.plot([row.low, row.high], [place] * 2, color=color, lw=2, zorder=3)
     if len(gaps) > 1:
@@ -80,14 +80,14 @@ def _signed(value: float) -> str:
 def _handles() -> list:
     ink = dict(color=COLORS["moebert"])
     return [
-        Line2D([], [], ls="", marker="o", ms=4, alpha=0.5, mew=0, label="a pair of runs", **ink),
+        Line2D([], [], ls="", marker="o", ms=4, alpha=0.7, mew=0, label="a pair of runs", **ink),
         Line2D(
             [],
             [],
             lw=2,
-            label=f"mean, and the interval that decides ({FEWEST} points or more)",
             **ink,
-        ),
+            label=f"mean, and from {FEWEST} pairs on its 95% interval",
+        ),  # fmt: skip
         Line2D([], [], ls="", label="the paper", **{**DIAMOND, "ms": 5}),
-        Patch(color=_SHADE, lw=0, label="as claimed"),
+        Patch(color=_SHADE, lw=0, label="as claimed (~: within half a point)"),
     ]

@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike
 from moebert_lib.plots import (
     COLORS,
     INK,
+    MARKERS,
     RAMP,
     SINGLE,
     WIDE,
+    all_equal,
     axes,
     depth_colors,
     headline,
@@ -32,6 +34,8 @@ from moebert_lib.plots import (
 
 #: What becomes of a neuron, and how figures say it.
 PARTS = {"shared": "shared by all experts", "own": "one expert's own", "dropped": "dropped"}
+
+_TINT = 0.4  # of the parts behind a curve
 
 #: What is removed first, and the colour of what is therefore kept.
 REMOVAL_COLORS = {
@@ -72,10 +76,10 @@ def sorted_scores(
         ax.set_title(f"layer {number}", fontsize=10, pad=3)
         ax.set(xlabel="", ylabel="")
     fig.supxlabel("neurons, most important first", fontsize=10)
-    fig.supylabel("importance", fontsize=10)
+    fig.supylabel("importance (loss, summed)", fontsize=10)
     headline(fig, title, legend_rows=1)
-    swatches = [Patch(color=COLORS[part], alpha=0.3, label=text) for part, text in PARTS.items()]
-    legend_under(fig, [*swatches, Patch(alpha=0, label="(%: share of the layer's importance)")])
+    parts = [Patch(fc=(COLORS[part], _TINT), ec=INK, lw=0.4, label=t) for part, t in PARTS.items()]
+    legend_under(fig, [*parts, Patch(alpha=0, label="(%: share of the layer's importance)")])
     return fig
 
 
@@ -96,17 +100,18 @@ def score_curve(
     ax = axes(ax)
     ordered = np.sort(np.asarray(scores, dtype=float))[::-1]
     ax.set_yscale("log")
+    ax.plot(np.arange(len(ordered)), np.where(ordered > 0, ordered, np.nan), color=INK, lw=1.4)
     parts = {"shared": (0, n_shared), "own": (n_shared, n_kept), "dropped": (n_kept, len(ordered))}
     for name, (start, stop) in parts.items():
         if stop > start:
-            ax.axvspan(start, stop, color=COLORS[name], alpha=0.3, lw=0, zorder=0)
+            ax.axvspan(start, stop, color=COLORS[name], alpha=_TINT, lw=0, zorder=0)
             held = ordered[start:stop].sum() / ordered.sum()
             ax.annotate(
                 f"{name}\n{held:.0%}" if names else f"{held:.0%}", ((start + stop) / 2, 0.97),
                 xycoords=("data", "axes fraction"), ha="center", va="top",
                 fontsize=9 if names else 8,
             )  # fmt: skip
-    ax.plot(np.arange(len(ordered)), np.where(ordered > 0, ordered, np.nan), color=INK, lw=1.4)
+    ax.vlines([n_shared, n_kept], 0, 1, color=INK, lw=0.5, transform=ax.get_xaxis_transform())
     ax.set(xlim=(0, len(ordered)), xlabel="neurons, most important first",
            ylabel="importance (loss, summed)")  # fmt: skip
     ax.margins(y=0.12)
@@ -133,11 +138,9 @@ def mass_held(
     ordered = np.sort(np.asarray(scores, dtype=float), axis=1)[:, ::-1]  # (L, F)
     n_layers, width = ordered.shape
     held = np.cumsum(ordered, axis=1) / ordered.sum(axis=1, keepdims=True)
-    ax.plot([0, width], [0, 100], color=COLORS["random"], lw=1, ls=":", label="all equal")
-    for number, (curve, color) in enumerate(
-        zip(held, depth_colors(n_layers), strict=True), start=1
-    ):
-        ax.plot(np.arange(width + 1), 100 * np.r_[0, curve], color=color, lw=1.3,
+    all_equal(ax, width)
+    for number, color in enumerate(depth_colors(n_layers), start=1):
+        ax.plot(np.arange(width + 1), 100 * np.r_[0, held[number - 1]], color=color, lw=1.3,
                 label=f"layer {number}")  # fmt: skip
     for label, neurons in (marks or {}).items():
         ax.axvline(neurons, color=INK, lw=0.8, ls=(0, (4, 3)))
@@ -169,7 +172,7 @@ def removal_curves(
         title: The finding.
     """
     ax = axes(ax, WIDE)
-    for order, color in REMOVAL_COLORS.items():
+    for (order, color), marker in zip(REMOVAL_COLORS.items(), MARKERS.values(), strict=True):
         rows = frame[frame["order"] == order]
         if rows.empty:
             continue
@@ -179,7 +182,6 @@ def removal_curves(
             ax.plot(100 * one["fraction"], 100 * one[metric], color=color, lw=0.7, alpha=0.55)
         mean = rows.groupby("fraction")[metric].mean()
         label = order if len(draws) == 1 else f"{order} ({len(draws)} draws, mean)"
-        marker = "^" if order == "most important first" else "o"
         ax.plot(100 * mean.index, 100 * mean, marker=marker, color=color, label=label)
     if chance is not None and not np.isnan(chance):
         reference(ax, 100 * chance, "guessing", color=COLORS["random"], right=False)
@@ -240,12 +242,12 @@ def topk_overlap(
     """
     ax = axes(ax)
     ax.vlines(frame["layer"], 100 * frame["low"], 100 * frame["high"], color=COLORS["importance"],
-              lw=1.6)  # fmt: skip
-    ax.plot(frame["layer"], 100 * frame["overlap"], "o", color=COLORS["importance"], ms=5.5)
+              lw=1.6, label="95% bootstrap interval")  # fmt: skip
+    ax.plot(frame["layer"], 100 * frame["overlap"], "_", color=COLORS["importance"], ms=9, mew=1.8)
     reference(ax, 100 * chance, "two random choices", color=COLORS["random"])
-    ax.set(xlabel="layer", ylabel="top neurons found again, %", ylim=(0, 100))
-    ax.set_xticks(frame["layer"])
+    ax.set(xlabel="layer", ylabel="top ones found again, %", ylim=(0, 100), xticks=frame["layer"])
     ax.margins(x=0.08)
+    ax.legend(loc="center right")
     headline(ax, title)
     return ax
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -10,6 +11,7 @@ from moebert_lib.plots import (
     INK,
     SINGLE,
     WIDE,
+    all_equal,
     axes,
     depth_colors,
     headline,
@@ -68,10 +70,11 @@ def mass_by_file(
         title: The finding.
     """
     ax = axes(ax, (SINGLE[0] + 0.4, SINGLE[1] + 0.5))
-    ax.plot([0, 100], [0, 100], color=COLORS["random"], lw=1, ls=":", label="all equal")
+    all_equal(ax, 100)
     order = curves.sum().sort_values().index  # light: spread evenly
-    for name, color in zip(order, depth_colors(len(order)), strict=True):
-        ax.plot(curves.index, curves[name], color=color, lw=1.3, label=name)
+    widths = np.linspace(3.2, 1.1, len(order)) if len(order) < 5 else np.full(len(order), 1.3)
+    for name, color, lw in zip(order, depth_colors(len(order)), widths, strict=True):
+        ax.plot(curves.index, curves[name], color=color, lw=lw, label=name)  # none hides another
     for label, share in (marks or {}).items():
         ax.axvline(share, color=INK, lw=0.8, ls=(0, (4, 3)))
         ax.annotate(label, (share, 0.0), xycoords=("data", "axes fraction"), xytext=(3, 4),

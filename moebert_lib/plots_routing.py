@@ -10,6 +10,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
 from moebert_lib.plots import (
+    INK,
     RAMP,
     WIDE,
     axes,
@@ -128,25 +129,52 @@ def token_map(
 
 
 def token_maps(
-    ways: Mapping[str, tuple[Sequence[str], ArrayLike]],
+    tokens: Sequence[str],
+    ways: Mapping[str, ArrayLike],
+    shares: Mapping[str, ArrayLike],
     *,
+    layer: int = 1,
     fig: Figure | SubFigure | None = None,
     title: str = "",
 ) -> Figure | SubFigure:
-    """One :func:`token_map` under the other; the tokens stand once, on top.
+    """One :func:`token_map` under the other, each beside its loads in one layer.
+
+    The maps hold the first 24 tokens, the loads all of them.
 
     Args:
-        ways: Name of each map to the ``T`` tokens and the experts ``(T, L)``; the tokens of
-            all are the same.
+        tokens: The ``T`` tokens; they stand once, on top.
+        ways: Router name to the experts of the tokens, ``(T, L)``.
+        shares: Router name to the experts' shares of a larger set, ``(L, E)``.
+        layer: Whose loads are drawn, counted from 1; its row is framed.
         fig: Where to draw; none makes a new figure.
         title: The finding.
     """
-    n_layers = np.asarray(next(iter(ways.values()))[1]).shape[1]
-    height = 0.35 + 0.2 * n_layers
-    fig, grid = panels(fig, len(ways), per_row=1, height=height)
-    for place, ((name, (tokens, experts)), ax) in enumerate(zip(ways.items(), grid, strict=True)):
-        token_map(tokens if place == 0 else [""] * len(tokens), experts, ax=ax)
-        ax.set_ylabel(name.replace("-", "-\n"), rotation=0, ha="right", va="center")
+    n_layers = np.asarray(next(iter(ways.values()))).shape[1]
+    n_drawn = min(len(tokens), 24)
+    fig, grid = panels(
+        fig, 2 * len(ways), per_row=2, height=0.35 + 0.2 * n_layers, width_ratios=(4.4, 1)
+    )
+    for place, (name, experts) in enumerate(ways.items()):
+        left, right = grid[2 * place : 2 * place + 2]
+        token_map(tokens[:n_drawn] if place == 0 else [""] * n_drawn, experts[:n_drawn], ax=left)
+        left.set_ylabel(name.replace("-", "-\n"), rotation=0, ha="right", va="center")
+        left.add_patch(Rectangle((-0.5, layer - 1.5), n_drawn, 1, fill=False, color=INK, lw=1.2))
+        _two_loads(right, np.asarray(experts)[:, layer - 1], np.asarray(shares[name])[layer - 1])
+    grid[1].set_title(f"layer {layer}: share of tokens, %", fontsize=9, pad=4, loc="right")
+    grid[-1].set_xlabel("bar: this sentence\nline: validation set", fontsize=9)
     fig.supylabel("layer", fontsize=10)
+    if n_drawn < len(tokens):
+        title += f" (maps: the first {n_drawn} of {len(tokens)} tokens)"
     headline(fig, title)
     return fig
+
+
+def _two_loads(ax: Axes, experts: np.ndarray, shares: np.ndarray) -> None:
+    """Each expert's share of a sentence as a bar, of a larger set as a line across it."""
+    mine = 100 * np.bincount(experts, minlength=len(shares)) / len(experts)
+    places = np.arange(len(shares))
+    ax.barh(places, mine, color=[expert_color(e) for e in places], height=0.7)
+    ax.vlines(100 * shares, places - 0.48, places + 0.48, color=INK, lw=1.6)
+    ax.set_yticks(places, places + 1)
+    ax.set(xlim=(0, 100), ylim=(len(shares) - 0.4, -0.6), xticks=(0, 50, 100), ylabel="expert")
+    ax.tick_params(axis="y", length=0)

@@ -142,15 +142,15 @@ def _distinct(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
     from markupsafe import Markup
 
-    label, svg, numbers = _label(png.stem), png.with_suffix(".svg"), png.with_suffix(".csv")
+    said, svg, numbers = label(png.stem), png.with_suffix(".svg"), png.with_suffix(".csv")
     caption = _caption(png.stem, node)
     drawn = svg if svg.is_file() and svg.stat().st_size < png.stat().st_size else png
     kind = "svg+xml" if drawn is svg else "png"
     plain = unescape(re.sub(r"<[^>]*>", "", caption))
     has_numbers = numbers.is_file()
     return {
-        "id": f"{png.parent.name}-{png.stem}", "label": label, "caption": Markup(caption),
-        "alt": f"{label}. {plain}" + (" The numbers follow as a table." if has_numbers else ""),
+        "id": f"{png.parent.name}-{png.stem}", "label": said, "caption": Markup(caption),
+        "alt": f"{said}. {plain}" + (" The numbers follow as a table." if has_numbers else ""),
         "source": f"data:image/{kind};base64,{base64.b64encode(drawn.read_bytes()).decode()}",
         "numbers": read_csv(numbers) if has_numbers else None, "csv": _link(numbers),
     }  # fmt: skip
@@ -181,7 +181,7 @@ def _last_paragraph(cell: dict[str, Any]) -> str:
 
 def _table(path: Path) -> dict[str, Any]:
     prose, grid = read_markdown(path)
-    return {"id": f"{path.parent.name}-{path.stem}", "label": _label(path.stem),
+    return {"id": f"{path.parent.name}-{path.stem}", "label": label(path.stem),
             "caption": prose, "grid": grid}  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def _notebook(entry: Entry | None) -> dict[str, Any]:
     return json.loads((entry.folder / "notebook.ipynb").read_text("utf-8"))
 
 
-def _label(stem: str) -> str:
+def label(stem: str) -> str:
     """``figure2a`` as "Figure 2a", ``01_removal_curves`` as "Removal curves"."""
     words = re.sub(r"^\d+_", "", stem).replace("_", " ").replace("-", " ")
     words = re.sub(r"^(figure|table)(?=\d)", r"\1 ", words)

@@ -1,6 +1,7 @@
 """What a model's routers did: loads of the experts, a gate's probabilities, a sentence's way."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -43,17 +44,39 @@ def _routes(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[lis
     return layers, torch.cat([batch["attention_mask"].flatten() for batch in batches]).bool()
 
 
+class Ways(NamedTuple):
+    """A sentence's way through several models."""
+
+    tokens: list[str]  #: the ``T`` tokens; words that the vocabulary lacks stand in pieces
+    experts: dict[str, np.ndarray]  #: model's name to the expert of each token, ``(T, L)``
+    cut: bool  #: whether the sentence was longer than the models read
+
+
 @torch.inference_mode()
-def sentence_way(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int = 512
-) -> tuple[list[str], np.ndarray]:
-    """A sentence's ``T`` tokens, and the expert of each in each layer, ``(T, L)``."""
+def sentence_ways(
+    models: Mapping[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    max_length: int = 512,
+) -> Ways:
+    """The expert of each of a sentence's tokens in each layer; one pass through each model.
+
+    Args:
+        models: By name, MoEBERT models with one vocabulary.
+        tokenizer: Theirs.
+        text: The sentence.
+        max_length: Tokens that are read; what is longer is cut.
+    """
     inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-    inputs = inputs.to(next(model.parameters()).device)
-    with record_routes(model) as layers:
-        model(**inputs)
-    experts = torch.cat([layer[0].experts for layer in layers], dim=1)
-    return tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]), experts.cpu().numpy()
+    cut = any(encoding.overflowing for encoding in inputs.encodings or ())
+    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    experts = {}
+    for name, model in models.items():
+        with record_routes(model) as layers:
+            model.eval().base_model(**inputs.to(next(model.parameters()).device))
+        experts[name] = torch.cat([layer[0].experts for layer in layers], dim=1).cpu().numpy()
+    return Ways(tokens, experts, cut)
 
 
 def load_frame(shares: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -66,11 +89,11 @@ def load_frame(shares: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["router", "layer", "expert", "share"])
 
 
-def way_frame(ways: Mapping[str, tuple[list[str], np.ndarray]]) -> pd.DataFrame:
+def way_frame(tokens: Sequence[str], ways: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Ways by router as one row per ``router``, ``layer`` and token, counted from 1."""
     rows = [
         (router, layer + 1, place + 1, tokens[place], int(expert) + 1)
-        for router, (tokens, experts) in ways.items()
+        for router, experts in ways.items()
         for (place, layer), expert in np.ndenumerate(experts)
     ]
     return pd.DataFrame(rows, columns=["router", "layer", "position", "token", "expert"])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from moebert_lib.plots import only_counts, output_file, write, write_csv
+from moebert_lib.saving import only_counts, output_file, write, write_csv
 
 DASH = "–"
 

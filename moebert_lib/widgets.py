@@ -1,55 +1,81 @@
-"""Sliders over figures: at most one per notebook, always after the same figure, still.
+"""Controls over pictures: at most one per notebook, always before the same picture, still.
 
-Each explorer draws into one figure of its own and only indexes and draws, so it keeps up
-with the slider. Sizes that do not fit the layer are cut to the largest that do; the title
-says which were drawn. Without ipywidgets one sentence says what is missing.
+Each explorer is a view with controls. A view draws into one picture that stays put and only
+indexes and draws (or sends one sentence through small models), so it keeps up with the hand;
+its ``draw`` needs no browser. Sizes that do not fit the layer are cut to the largest that do;
+the title says which were drawn. Without ipywidgets one sentence says what is missing.
 """
 
 import importlib.util
 import io
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from html import escape
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import PIL.Image
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from moebert_lib.experts import deal_neurons
+from moebert_lib.layer_view import fit
 from moebert_lib.plots import WIDE
 from moebert_lib.plots_experts import deal, who_keeps_what
-from moebert_lib.plots_importance import score_curve
-from moebert_lib.plots_routing import token_map
+from moebert_lib.plots_states import step
+from moebert_lib.routes import sentence_ways
+from moebert_lib.token_table import token_table
 
-MISSING = "The slider needs ipywidgets (pip install ipywidgets); the figure above stands still."
+MISSING = "The slider needs ipywidgets (pip install ipywidgets); the figure below stands still."
+DPI = 110
+#: Descriptions as long as they are, under each other.
+ROOMY = {"style": {"description_width": "9em"}, "layout": {"width": "32em", "max_width": "100%"}}
+BEFORE_AFTER = [("before distillation", "converted"), ("after distillation", "distilled")]
+UNSEEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"
 
 
-def explore_importance(
-    scores: ArrayLike,
-    *,
-    n_experts: int = 4,
-    expert_size: int | None = None,
-    n_shared: int | None = None,
-) -> None:
-    """Any layer's sorted importance, and which part is shared, dealt and dropped.
+class View(NamedTuple):
+    """What is shown, and how it is drawn anew."""
 
-    Args:
-        scores: Shape ``(L, F)``.
-        n_experts: Where its slider starts.
-        expert_size: Likewise; ``None`` is ``F // n_experts``, the paper's proportion.
-        n_shared: Likewise; ``None`` is two thirds of ``expert_size``, as in the paper.
+    widgets: tuple  #: ipywidgets, one under the other
+    draw: Callable[..., None]  #: takes the values of the controls by name
+
+
+class Picture:
+    """A figure drawn again and again, shown as one image that stays where it is.
+
+    Attributes:
+        image: The ipywidget of the picture.
+        words: What it shows, for whoever reads with a screen reader.
+        axes: One for each column.
     """
-    n_layers, width = scores.shape
 
-    def draw(ax: Axes, layer: int, n_experts: int, expert_size: int, n_shared: int) -> None:
-        size, shared = fit(width, n_experts, expert_size, n_shared)
-        kept = shared + n_experts * (size - shared)
-        title = f"Layer {layer}: {n_experts} experts of {size}, {shared} shared, keep {kept:,}"
-        score_curve(scores[layer - 1], n_shared=shared, n_kept=kept, ax=ax, title=title)
+    def __init__(self, size: tuple[float, float], **subplots: Any):
+        from ipywidgets import HTML, Image
 
-    if controls := size_sliders(width, n_experts, expert_size, n_shared):
-        _explore(draw, (5.6, 3.2), {"layer": (1, n_layers, 1), **controls})
+        self._figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+        FigureCanvasAgg(self._figure)  # whatever backend the notebook has
+        self.axes: list[Axes] = list(self._figure.subplots(1, squeeze=False, **subplots).flat)
+        self.image = Image(format="png", width=f"{size[0] * DPI:.0f}")
+        self.words = HTML()  # an image's own tooltip breaks its view in the page
+
+    def redraw(self, draw: Callable[..., object], said: str) -> None:
+        """Clear the axes, let ``draw(*axes)`` fill them, and show; ``said`` tells it in words."""
+        for ax in self.axes:
+            ax.clear()
+        draw(*self.axes)
+        self._figure.canvas.draw()
+        self._figure.set_layout_engine("none")  # laid out once: axes stay, and drawing is faster
+        with io.BytesIO() as buffer:
+            pixels = PIL.Image.fromarray(np.asarray(self._figure.canvas.buffer_rgba()))
+            pixels.convert("RGB").save(buffer, "png", compress_level=1)
+            self.image.value = buffer.getvalue()
+        self.words.value = f"<span role='status' style='{UNSEEN}'>{escape(said)}</span>"
 
 
 def explore_deal(
@@ -67,45 +93,114 @@ def explore_deal(
         expert_size: Likewise; ``None`` is ``F // n_experts``, the paper's proportion.
         n_shared: Likewise; ``None`` is two thirds of ``expert_size``, as in the paper.
     """
-    ranking = torch.as_tensor(ranking)
-    picture = deal if len(ranking) <= 16 else who_keeps_what
+    if ready():
+        _explore(deal_view(ranking), size_sliders(len(ranking), n_experts, expert_size, n_shared))
 
-    def draw(ax: Axes, n_experts: int, expert_size: int, n_shared: int) -> None:
+
+def deal_view(ranking: ArrayLike) -> View:
+    """:func:`explore_deal` without its controls."""
+    ranking = torch.as_tensor(ranking)
+    figure = deal if len(ranking) <= 16 else who_keeps_what
+    picture = Picture((WIDE[0], 3.0))
+
+    def draw(n_experts: int, expert_size: int, n_shared: int) -> None:
         size, shared = fit(len(ranking), n_experts, expert_size, n_shared)
         experts = deal_neurons(
             ranking, n_experts=n_experts, expert_size=size, n_shared=shared, allow_identical=True
         )
-        title = f"{n_experts} experts of {size}, {shared} shared"
-        picture(experts.numpy(), ranking.numpy(), ax=ax, title=title)
+        kept = len(experts.unique())
+        title = f"{n_experts} experts of {size}, {shared} shared, keep {kept:,} of {len(ranking):,}"
+        hands = experts.numpy(), ranking.numpy()
+        picture.redraw(lambda ax: figure(*hands, ax=ax, title=title), title)
 
-    if controls := size_sliders(len(ranking), n_experts, expert_size, n_shared):
-        _explore(draw, (WIDE[0], 3.0), controls)
+    return View((picture.image, picture.words), draw)
 
 
-def explore_routing(maps: Mapping[str, tuple[Sequence[str], ArrayLike]]) -> None:
-    """The expert of every token and layer, for one of several sentences.
+def explore_states(frame: pd.DataFrame, distances: pd.DataFrame) -> None:
+    """Step through the layers: a student's states beside its teacher's, before and after.
 
     Args:
-        maps: Name in the menu to the ``T`` tokens and an array ``(T, L)`` of experts.
+        frame: From ``states.planes``: stages ``teacher``, ``converted`` and ``distilled``.
+        distances: Columns ``layer``, ``stage`` and ``distance`` (Eq. 5), as
+            ``plots_learning.hidden_distance`` draws them.
     """
-
-    def draw(ax: Axes, sentence: str) -> None:
-        tokens, experts = maps[sentence]
-        token_map(tokens, experts, ax=ax, title=str(sentence))
-
     if ready():
-        _explore(draw, (WIDE[0], 3.0), {"sentence": list(maps)})
+        from ipywidgets import Dropdown, IntSlider
+
+        last = int(frame["layer"].max())
+        layer = IntSlider(value=last, min=0, max=last, description="layer", **ROOMY)
+        stage = Dropdown(options=BEFORE_AFTER, description="student", **ROOMY)
+        _explore(states_view(frame, distances), {"layer": layer, "stage": stage})
 
 
-def fit(width: int, n_experts: int, expert_size: int, n_shared: int) -> tuple[int, int]:
-    """The nearest ``(expert_size, n_shared)`` that a layer of ``width`` neurons can fill.
+def states_view(frame: pd.DataFrame, distances: pd.DataFrame) -> View:
+    """:func:`explore_states` without its controls."""
+    picture = Picture((WIDE[0], 3.7), ncols=2)
+    apart = distances.groupby(["stage", "layer"])["distance"].mean()
+    seen = frame.groupby("layer")["seen"].first()
 
-    Example:
-        >>> fit(6, n_experts=2, expert_size=5, n_shared=1)
-        (3, 1)
+    def draw(layer: int, stage: str) -> None:
+        name = f"Layer {layer}" if layer else "Embeddings"
+        title = f"{name}, {stage}: distance {apart[stage, layer]:.3g}"
+        at = dict(layer=layer, stage=stage, title=title)
+        said = f"{title}; the plane holds {seen[layer]:.0%} of the teacher's spread"
+        picture.redraw(lambda *axs: step(frame, distances, axs=axs, **at), said)
+
+    return View((picture.image, picture.words), draw)
+
+
+def explore_routing(
+    models: Mapping[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sentence: str,
+    loads: Mapping[str, ArrayLike],
+    max_length: int = 512,
+) -> None:
+    """Type a sentence and see each token's expert under every router, and the loads.
+
+    Args:
+        models: Router name to a MoEBERT model.
+        tokenizer: Theirs.
+        sentence: What the text field starts with.
+        loads: Router name to shares of the validation set, ``(L, E)``.
+        max_length: Tokens that the models read; what is longer is cut.
     """
-    shared = min(n_shared, expert_size, width)
-    return min(expert_size, (width + (n_experts - 1) * shared) // n_experts), shared
+    if ready():
+        from ipywidgets import IntSlider, Text
+
+        # While the kernel is busy the page keeps the latest text only: typing never queues.
+        text = Text(value=sentence, description="sentence", continuous_update=True, **ROOMY)
+        n_layers = len(next(iter(loads.values())))
+        layer = IntSlider(value=1, min=1, max=n_layers, description="layer", **ROOMY)
+        view = routing_view(models, tokenizer, loads=loads, max_length=max_length)
+        _explore(view, {"sentence": text, "layer": layer})
+
+
+def routing_view(
+    models: Mapping[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    loads: Mapping[str, ArrayLike],
+    max_length: int = 512,
+) -> View:
+    """:func:`explore_routing` without its controls."""
+    from ipywidgets import HTML
+
+    page, read = HTML(), {}
+
+    def draw(sentence: str, layer: int) -> None:
+        if not sentence.strip():
+            page.value = "<p role='status'>Nothing to route: type a sentence.</p>"
+            return
+        if sentence not in read:  # moving to another layer asks no model
+            read.clear()
+            read[sentence] = sentence_ways(models, tokenizer, sentence, max_length=max_length)
+        found = read[sentence]
+        note = f" Cut after {max_length} tokens, the most that the models read." * found.cut
+        page.value = token_table(found.tokens, found.experts, loads, layer=layer, note=note)
+
+    return View((page,), draw)
 
 
 def ready() -> bool:
@@ -119,46 +214,29 @@ def ready() -> bool:
 def size_sliders(
     width: int, n_experts: int, expert_size: int | None, n_shared: int | None
 ) -> dict[str, Any]:
-    """Sliders for the three sizes, started where ``Settings`` would put them; none if not ready."""
-    if not ready():
-        return {}
+    """Sliders for the three sizes, started where ``Settings`` would put them."""
     from ipywidgets import IntSlider
 
     expert_size = expert_size or max(1, width // n_experts)
     n_shared = 2 * expert_size // 3 if n_shared is None else n_shared
     step = max(1, width // 96)
     ranges = {
-        "n_experts": dict(value=n_experts, min=1, max=min(8, width)),
-        "expert_size": dict(value=expert_size, min=step, max=width, step=step),
-        "n_shared": dict(value=n_shared, min=0, max=width // 2, step=step),
-    }
-    return {
-        name: IntSlider(**limits, description=name.replace("_", " "))
-        for name, limits in ranges.items()
-    }
+        "n_experts": dict(value=n_experts, min=1, max=min(8, width), description="experts"),
+        "expert_size": dict(value=expert_size, min=step, max=width, step=step,
+                            description="expert size"),
+        "n_shared": dict(value=n_shared, min=0, max=width // 2, step=step,
+                         description="shared neurons"),
+    }  # fmt: skip
+    return {name: IntSlider(**limits, **ROOMY) for name, limits in ranges.items()}
 
 
-def _explore(draw: Callable[..., None], size: tuple[float, float], controls: dict) -> None:
-    """Call ``draw(ax, **values)`` whenever a control moves, into one picture that stays put."""
+def _explore(view: View, controls: dict[str, Any]) -> None:
+    """Draw a view whenever one of its controls moves; what goes wrong is printed under them."""
     from IPython.display import display
-    from ipywidgets import Image, interact
-
-    figure, ax = plt.subplots(figsize=size, layout="constrained")
-    plt.close(figure)  # shown as the picture only, not again at the end of the cell
-    picture = Image(format="png", width=f"{size[0] * 110:.0f}")
+    from ipywidgets import interact
 
     def show(**values: Any) -> None:
-        ax.clear()
-        draw(ax, **values)
-        picture.value = render(figure)
-        figure.set_layout_engine("none")  # laid out once: axes stay, and drawing is faster
+        view.draw(**values)
 
-    interact(show, **controls)  # an error in show is printed under the sliders
-    display(picture)
-
-
-def render(figure: Figure) -> bytes:
-    """A figure as PNG for the screen."""
-    with io.BytesIO() as buffer:
-        figure.savefig(buffer, format="png", dpi=110)
-        return buffer.getvalue()
+    interact(show, **controls)
+    display(*view.widgets)

@@ -42,6 +42,7 @@ os.environ.update(
 for name in ("MOEBERT_FIGURES", "MOEBERT_STORE"):
     os.environ.pop(name, None)
 
+import browser  # noqa: E402
 import glue_files  # noqa: E402
 import hypothesis  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
@@ -163,3 +164,25 @@ def data_dir(request, tiny_glue) -> Path:
     """``--data-dir`` where it was given (tasks: cola, mrpc, rte, sst2), else ``tiny_glue``."""
     given = request.config.getoption("--data-dir")
     return Path(given).resolve() if given else tiny_glue
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args, browser_type):
+    """pytest-playwright's, with the system's Chromium where there is one."""
+    found = browser.system_browser()
+    if found is None and not Path(browser_type.executable_path).exists():
+        (pytest.fail if "CI" in os.environ else pytest.skip)("no Chromium; playwright install")
+    chosen = {"executable_path": found} if found else {}
+    return {**browser_type_launch_args, **chosen, "args": ["--no-sandbox"]}
+
+
+@pytest.fixture(scope="session")
+def browser_context_args(browser_context_args):
+    """pytest-playwright's, with a window of a laptop's size."""
+    return {**browser_context_args, "viewport": {"width": 1280, "height": 900}}
+
+
+@pytest.fixture
+def watch(page) -> browser.Watch:
+    """What goes wrong on this test's ``page``."""
+    return browser.Watch(page)

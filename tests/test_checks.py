@@ -21,6 +21,100 @@ def test_a_check_prints_one_line():
     assert "FAILS" in str(checks.Check("x", 1.0, 1e-12)) and "\n" not in repr(check)
 
 
+@pytest.mark.parametrize(
+    "left, right",
+    [
+        (torch.ones(2).double(), [1.0, 1.0 + 1e-9]),
+        (torch.ones(2), torch.ones(2, 1)),
+        ([1.0, float("nan")], [1.0, float("nan")]),
+        ([[1, 2], [3, 4]], [[1, 2], [4, 3]]),
+    ],
+)
+def test_sides_that_differ_are_not_equal(left, right):
+    with pytest.raises(AssertionError, match="FAILS: a claim"):
+        checks.equal("a claim", left, right)
+
+
+def test_tensors_lists_and_tolerances_can_be_compared():
+    assert checks.equal("a claim", torch.tensor([1, 2]), [1, 2]).difference == 0
+    assert checks.equal("a claim", torch.tensor([0.1], dtype=torch.float64), [0.1]).difference == 0
+    assert str(checks.equal("near", [1.0], [1.1], tolerance=0.2)).startswith("holds: near")
+
+
+def layer(states, neurons, *, spoil=None):
+    """Four neurons with ReLU, of which only some; ``spoil`` is what they do to each other."""
+    made = torch.Generator().manual_seed(0)
+    W1, b1, W2, b2 = (torch.randn(n, generator=made).double() for n in ((3, 4), 4, (4, 2), 2))
+    hidden = (states @ W1[:, neurons] + b1[neurons]).relu()
+    return (spoil(hidden) if spoil and len(neurons) else hidden) @ W2[neurons] + b2
+
+
+def test_a_layer_is_the_sum_of_its_neurons():
+    check = checks.layer_is_the_sum_of_its_neurons(layer, torch.randn(5, 3).double(), 4)
+    assert check.difference < check.tolerance
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda h: h.softmax(-1), lambda h: h - h.mean(-1, keepdim=True), lambda h: h.flip(-1)]
+)
+def test_neurons_that_see_each_other_or_their_order_are_no_sum(spoil):
+    with pytest.raises(AssertionError, match="FAILS: the layer"):
+        checks.layer_is_the_sum_of_its_neurons(
+            partial(layer, spoil=spoil), torch.randn(5, 3).double(), 4
+        )
+
+
+W1, W2 = torch.randn(3, 4).double(), torch.randn(4, 2).double()
+STATES = torch.randn(6, 3).double()
+IMPORTANCE = (checks.importance_equals_weight_gradients, checks.importance_is_a_slope)
+
+
+def losses(w1, w2):
+    outputs = torch.sigmoid(STATES @ w1) @ w2
+    return torch.nn.functional.cross_entropy(outputs, torch.arange(6) % 2, reduction="none")
+
+
+def terms():
+    """Both terms of Eq. 4 for each example and neuron, ``(6, 4)``, by hand."""
+    h = torch.sigmoid(STATES @ W1)
+    delta = (h @ W2).softmax(-1) - torch.nn.functional.one_hot(torch.arange(6) % 2)
+    return (STATES @ W1) * h * (1 - h) * (delta @ W2.T), h * (delta @ W2.T)
+
+
+@pytest.mark.parametrize("check", IMPORTANCE)
+def test_importance_by_hand_holds(check):
+    check(sum(terms()).abs().sum(0), losses, W1, W2)
+
+
+@pytest.mark.parametrize("check", IMPORTANCE)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda one, two: (one + two).sum(0).abs(),
+        lambda one, two: (one.abs() + two.abs()).sum(0),
+        lambda one, two: two.abs().sum(0),
+        lambda one, two: (one + two).abs().mean(0),
+    ],
+    ids=["signs of examples", "signs of terms", "rows only", "mean"],
+)
+def test_importance_with_a_slip_fails(check, wrong):
+    with pytest.raises(AssertionError, match="FAILS: importance"):
+        check(wrong(*terms()), losses, W1, W2)
+
+
+@pytest.mark.parametrize("hands", [[[0, 1, 2], [0, 1, 3]], [[0, 1, 2]], [[0, 1], [0, 1]]])
+def test_a_deal_keeps_as_many_as_the_formula(hands):
+    kept = len({neuron for hand in hands for neuron in hand})
+    check = checks.deal_keeps_as_many_as_the_formula(torch.tensor(hands), n_shared=2)
+    assert f"{kept} neurons are kept" in str(check)
+
+
+@pytest.mark.parametrize("hands", [[[0, 1, 2], [0, 1, 2]], [[0, 1, 2], [0, 3, 4]]])
+def test_a_deal_that_keeps_another_number_fails(hands):
+    with pytest.raises(AssertionError, match="FAILS: . neurons are kept"):
+        checks.deal_keeps_as_many_as_the_formula(torch.tensor(hands), n_shared=2)
+
+
 def test_several_experts_are_not_the_dense_model(tiny_bert, tiny_batch):
     dense = tiny_bert()
     with pytest.raises(AssertionError, match="FAILS: one full-width expert"):

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +12,11 @@ from pathlib import Path
 import fixture_home
 import pytest
 
-from moebert_lib import cli, export, sweeps
+from moebert_lib import bench_widgets, cli, explore_page, export, site, sweeps
 from moebert_lib.store import Store
 
-COMMANDS = ["run", "sweep", "status", "report", "importance", "convert", "bench", "doctor"]
+COMMANDS = ["run", "sweep", "status", "report", "export", "explore", "site", "importance"]
+COMMANDS += ["convert", "bench", "doctor"]
 
 
 @pytest.fixture
@@ -191,3 +193,60 @@ def test_importance_writes_a_file_that_loads(moebert_home, tmp_path, capsys):
     assert cli.main(["importance", "--scale", "smoke", "--out", str(out)]) == 0
     assert Importance.load(out).scores.shape == (2, 64)
     assert "2 layers of 64 neurons" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["nothing.pkl"], "nothing.pkl does not exist; expected a file from moebert importance"),
+        (["notebooks"], "notebooks is a folder; expected a file"),
+        (["README.md"], "README.md: expected scores ending in .safetensors or .pkl"),
+        (["--port", "70000"], "--port 70000: expected 1 to 65535"),
+        (["--ip", "192.0.2.1"], "--ip 192.0.2.1 is no address of this machine"),
+        (["--task", "librari"], "library"),
+        (["--prot", "1"], "--port"),
+    ],
+)
+def test_explore_refuses_in_one_line_before_anything_opens(home, argv, told, capsys):
+    (home / "README.md").write_text("no scores")
+    assert cli.main(["explore", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moebert: ") and told in line
+    assert not (home / "runs").exists()
+
+
+def test_explore_says_what_to_install_where_voila_is_missing(home, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "voila.app", None)
+    assert cli.main(["explore"]) == 2
+    assert "pip install 'moebert[lab]'" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_gives_way_to_the_next_free_one():
+    with socket.create_server(("localhost", 0)) as server:
+        taken = server.getsockname()[1]
+        assert explore_page.free_port("localhost", taken) > taken
+
+
+def test_explore_makes_what_it_shows_before_the_page_opens(home, monkeypatch, capsys):
+    served = {}
+    monkeypatch.setattr(explore_page, "serve", lambda code, **how: served.update(how, code=code))
+    assert cli.main(["explore", "--scale", "smoke", "--no-browser"]) == 0
+    assert {"teacher", "importance"} <= {entry.kind for entry in Store().entries()}
+    assert "made in" in capsys.readouterr().out and served["browser"] is False
+    assert cli.main(["explore"]) == 0
+    assert "sources.from_store()" in served["code"] and served["ip"] == "localhost"
+
+
+def test_site_and_widgets_are_given_what_was_asked_for(home, monkeypatch, capsys):
+    asked = {}
+
+    def build(out, *, figures):
+        asked.update(out=out, figures=figures)
+        return home / "index.html"
+
+    monkeypatch.setattr(site, "build", build)
+    monkeypatch.setattr(bench_widgets, "main", lambda **how: asked.update(how))
+    assert cli.main(["site", "--out", "public"]) == 0
+    assert capsys.readouterr().out.split() == ["site", "index.html"]
+    assert cli.main(["bench", "widgets", "--repeats", "3"]) == 0
+    assert asked == {"out": Path("public"), "figures": None, "repeats": 3}

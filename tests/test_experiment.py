@@ -6,6 +6,7 @@ import torch
 from moebert_lib import experiment, inputs, teachers
 from moebert_lib.moe_layer import moe_layers
 from moebert_lib.settings import Settings
+from moebert_lib.states import sentence_states
 from moebert_lib.store import Store
 
 SETTINGS = Settings.at("smoke")
@@ -71,6 +72,17 @@ def test_conversion_leaves_the_embeddings_and_moves_the_layers(shared):
     student = experiment.student(SETTINGS, keep_model=True)
     again = experiment.distances(SETTINGS, student.model())
     assert student.distances.tolist() == pytest.approx(again.tolist(), rel=1e-5)
+
+
+def test_a_students_states_are_those_of_its_model_beside_its_teachers(shared):
+    model = experiment.student(SETTINGS, keep_model=True).model()
+    found = experiment.states(SETTINGS)
+    batches = experiment.dataset(SETTINGS).batches("validation", limit=experiment.NEAR)
+    again = sentence_states(model, batches)
+    assert {values.shape for values in found.values()} == {again.shape}
+    assert found["distilled"] == pytest.approx(again, abs=5e-3)  # kept in float16
+    assert (found["teacher"][0] == found["converted"][0]).all()
+    assert (found["teacher"][1:] != found["converted"][1:]).any()
 
 
 @pytest.mark.parametrize("task", ["passage", "squad_v2", "mnli", "stsb"])

@@ -191,3 +191,20 @@ def test_every_task_that_a_grid_reads_is_checked_when_planned(moebert_home, tiny
     values = {"task": "sst2", "other_tasks": ["squad"]}
     with pytest.raises(UserError, match="squad"):
         batch.plan([path], scale="small", parameters=values, data_dir=str(tmp_path / "some"))
+
+
+def test_the_explorer_shares_its_points_of_four_experts_with_notebook_2():
+    settings = Settings.at("quick")
+    found = grids.conversions(settings, 1536)
+    four = {(s.n_shared, s.seed) for s in found if s.n_experts == 4}
+    assert four == set(itertools.product((0, 128, 256, 353), (0, 1)))
+    assert len(found) == 16 and {s.n_experts * s.expert_size for s in found} == {1536}
+
+
+def test_the_explorers_conversions_are_plain_whatever_the_settings():
+    other = Settings.at("quick", ranking="random", routing="gate-token", preset="release")
+    for point in grids.conversions(other, 1536):
+        assert (point.ranking, point.routing, point.gate_scaling) == (
+            "importance", "hash-random", "inside",
+        )  # fmt: skip
+        assert point.importance_split == "validation"

@@ -12,21 +12,25 @@ from moebert_lib.provenance import OUTSIDE
 
 #: Each module in one room. A module imports from its own room and the rooms below.
 ROOMS = {
-    "the command line": "cli __main__ options commands commands_model doctor",
+    "the command line": "cli __main__ options commands commands_model commands_pages "
+    "explore_page doctor",
     "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
-    "plots_results plots_claims plots_release tables widgets report report_tables bench "
-    "bench_batch",
+    "plots_results plots_speed plots_claims plots_release plots_states saving tables widgets "
+    "token_table explorer explorer_widget plots_explorer readout sources bench_widgets report "
+    "report_tables site site_notebooks site_pages site_reference site_theme bench bench_batch",
     "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export columns",
     "one notebook, planned and run": "planning notebook_files knobs forecast estimate worker "
     "execution publish pages",
+    "exercises": "exercises exercises_method exercises_learning exercises_results",
     "what runs say": "claims verdicts",
-    "experiments, each made once": "grids experiment teachers removal inputs records "
+    "experiments, each made once": "grids experiment teachers removal excitation inputs records "
     "store shared leases disk",
-    "learning": "train checkpoints distill evaluate routes",
+    "learning": "train checkpoints distill evaluate routes states",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
-    "the method: tensors in, tensors out": "importance release stability experts routing",
+    "the method: tensors in, tensors out": "importance release stability experts "
+    "layer_view routing",
     "ground": "data tasks corpus files spans weights settings scales stages paper checks "
-    "provenance intervals yamls",
+    "checks_model provenance intervals yamls",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}
 

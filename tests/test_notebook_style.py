@@ -24,8 +24,10 @@ def read(path):
     return nbformat.read(path, as_version=4)
 
 
-def sources(path, kind):
-    return [cell.source for cell in read(path).cells if cell.cell_type == kind]
+def sources(path, kind, *, exercises=False):
+    """Sources of the lesson's cells of a kind, or of its exercises, which are tagged."""
+    cells = [cell for cell in read(path).cells if cell.cell_type == kind]
+    return [c.source for c in cells if ("exercise" in c.metadata.get("tags", [])) == exercises]
 
 
 def parameters(path):
@@ -72,6 +74,19 @@ def test_text_leads_and_code_answers(path):
     words = sum(len(re.findall(r"\S*\w\S*", text)) for text in markdown)
     assert 800 <= words <= 1800, f"{words} words"
     assert len(markdown) >= len(sources(path, "code"))
+
+
+def test_exercises_are_one_section_of_short_cells_before_the_take_away(path):
+    cells = read(path).cells
+    places = [n for n, cell in enumerate(cells) if "exercise" in cell.metadata.get("tags", [])]
+    assert places == list(range(len(cells) - 9, len(cells) - 3))
+    assert cells[places[0]].source.startswith("## Exercises\n")
+    kinds = [cells[place].cell_type for place in places]
+    assert kinds == ["markdown", "code"] * 3
+    lines = [len(s.splitlines()) for s in sources(path, "code", exercises=True)]
+    assert max(lines) <= 8
+    words = sum(len(s.split()) for s in sources(path, "markdown", exercises=True))
+    assert words <= 450, f"{words} words"
 
 
 def test_first_cell_is_title_and_box(path):

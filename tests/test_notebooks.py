@@ -5,8 +5,8 @@ import re
 
 import nbformat
 import pytest
+import smoke_runs
 from checkout import NOTEBOOKS
-from conftest import make_home
 
 from moebert_lib import batch
 from moebert_lib.execution import NotebookFailed
@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     done = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOEBERT_HOME", str(make_home(folder / "home")))
+        patch.setenv("MOEBERT_HOME", str(smoke_runs.home(folder / "home", tmp_path_factory)))
 
         def once(path):
             if path not in done:

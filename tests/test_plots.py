@@ -1,13 +1,15 @@
 """Style, saving and the shared marks; what single figures draw is tested beside their modules."""
 
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
+from PIL import Image
 
-from moebert_lib import plots
+from moebert_lib import plots, saving
 
 
 @pytest.fixture
@@ -46,6 +48,53 @@ def test_saving_writes_png_svg_and_csv_and_nothing_else(out, style):
     assert (out / "figure0.csv").read_bytes() == b"x\n1\n0.1\n"
 
 
+def test_a_saved_figure_carries_its_finding_as_title(out, style):
+    ax = plots.axes(None)
+    plots.headline(ax, "Without hash-random, a step of -1.5 points is all that remains to be seen")
+    path = plots.save(ax, "figure0")
+    said = "Without hash-random, a step of \u22121.5 points is all that remains to be seen"
+    assert "\n" in ax.get_title(loc="left")
+    assert Image.open(path).text["Title"] == said
+    svg = path.with_suffix(".svg").read_text(encoding="utf-8")
+    assert f"<dc:title>{said}</dc:title>" in svg
+
+
+def test_a_figure_of_panels_is_titled_by_its_headline_or_by_theirs():
+    figure, panels = plots.panels(None, 2, per_row=2)
+    for ax, title in zip(panels, ("One", "Other"), strict=True):
+        ax.set_title(title)
+        plots.headline(ax, title)
+    assert saving.finding(figure) == "One. Other"
+    plots.headline(figure, "Both", legend_rows=1)
+    assert saving.finding(figure) == "Both"
+
+
+def test_a_figure_without_a_finding_is_not_saved(out):
+    with pytest.raises(ValueError, match="figure0 says nothing yet"):
+        plots.save(plots.axes(None), "figure0")
+    assert contents(out) == {}
+
+
+def test_names_at_the_ends_of_lines_keep_their_order_and_do_not_touch(style):
+    ax = plots.axes(None)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    ends = {name: (1.0, y, "k") for name, y in {"b": 0.5, "a": 0.49, "d": 0.9, "c": 0.51}.items()}
+    plots.label_ends(ax, ends)
+    saving.settle(ax.get_figure())
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert [text.get_text() for text in ax.texts] == ["a", "b", "c", "d"]
+    assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
+
+
+def test_names_at_the_bottom_stay_above_the_axis(style):
+    ax = plots.axes(None)
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    plots.label_ends(ax, {name: (1.0, 0.01, "k") for name in "abc"})
+    saving.settle(ax.get_figure())
+    lowest = min(text.get_window_extent().y0 for text in ax.texts)
+    assert lowest >= ax.get_window_extent().y0 - 5
+
+
 def test_without_data_there_is_no_csv(out):
     plots.save(picture(), "figure0")
     assert not (out / "figure0.csv").exists()
@@ -71,7 +120,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(out):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
-        plots.write(out / "a.txt", fail)
+        saving.write(out / "a.txt", fail)
     assert contents(out) == {}
 
 
@@ -107,7 +156,7 @@ def test_a_title_is_wrapped_inside_the_figure_even_beside_long_labels(style):
     ax.set_yticks([0, 1], ["a rather long label", "b"])
     plots.headline(ax, "One active expert in four makes MoEBERT faster than BERT by a half")
     figure = ax.get_figure()
-    plots.settle(figure)
+    saving.settle(figure)
     title = title_of(ax)
     assert "\n" in title.get_text()
     assert title.get_window_extent().x1 <= figure.bbox.x1
@@ -123,7 +172,7 @@ def test_a_long_title_is_balanced_over_no_more_lines_than_it_needs(style):
 
 def test_a_legend_above_covers_neither_axes_nor_title(style):
     ax = picture()
-    plots.settle(ax.get_figure())
+    saving.settle(ax.get_figure())
     legend = ax.get_legend().get_window_extent()
     assert legend.y0 >= ax.get_window_extent().y1 - 1
     assert legend.y1 <= title_of(ax).get_window_extent().y0 + 1

@@ -24,7 +24,7 @@ def runs(column, scores):
 def test_after_conversion_draws_every_split_and_the_dense_line():
     frame = runs("ranking", {"inverse": [0.25], "random": [0.5, 0.375], "importance": [0.75]})
     ax = drawn.after_conversion(frame, dense=0.875, chance=0.125)
-    assert heights(ax, "o") == [75, 50, 37.5, 25]
+    assert [heights(ax, mark) for mark in "os^"] == [[75], [50, 37.5], [25]]
     assert {87.5, 12.5} <= set(heights(ax, "None"))
     words = [label.get_text() for label in ax.get_xticklabels()]
     assert words == ["importance", "random\n(2 runs)", "inverse"]
@@ -39,7 +39,9 @@ def test_after_conversion_shades_the_interval_it_is_given():
 
 def test_by_shared_draws_every_run_and_joins_the_means():
     frame = runs("n_shared", {0: [0.25, 0.5], 256: [0.75]}).assign(ranking="random")
-    points, mean = drawn.by_shared(frame).get_lines()
+    ax = drawn.by_shared(frame)
+    points, mean = ax.get_lines()
+    assert [text.get_text() for text in ax.texts] == ["random"]
     assert list(points.get_ydata()) == [25, 50, 75]
     assert list(mean.get_ydata()) == [37.5, 75]
 
@@ -70,24 +72,9 @@ def test_both_panels_span_the_same_number_of_points_and_hold_all_data():
     assert here.get_ylim()[0] < 30 and here.get_ylim()[1] > 90
 
 
-def test_speed_draws_every_timing_from_zero_with_the_limit_as_a_line():
-    frame = pd.DataFrame(
-        [("dense", 0.5), ("dense", 0.25), ("equal FLOPs", 0.125), ("moebert gate-sentence", 0.2)],
-        columns=["variant", "seconds"],
-    )
-    ax = drawn.speed(frame, ratios={"moebert gate-sentence": 2.0})
-    points = [list(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "o"]
-    assert points == [[2, 4], [5]]
-    assert [line.get_xdata() for line in ax.get_lines() if line.get_marker() == "D"] == [[6]]
-    assert [8, 8] in [list(line.get_xdata()) for line in ax.get_lines()]
-    assert ax.get_xlim()[0] == 0
-
-
-def test_latency_draws_milliseconds_and_joins_medians():
-    frame = pd.DataFrame(
-        [("dense", t, s) for t in (8, 64) for s in (0.001, 0.002, 0.009)],
-        columns=["variant", "tokens", "seconds"],
-    )
-    points, median = drawn.latency(frame).get_lines()
-    assert list(points.get_ydata()) == pytest.approx([1, 2, 9, 1, 2, 9])
-    assert list(median.get_ydata()) == pytest.approx([2, 2])
+@pytest.mark.parametrize("scores, side", [([0.2, 0.5], "right"), ([0.6, 0.3], "left")])
+def test_words_on_the_line_stand_where_the_points_leave_room(scores, side):
+    frame = pd.DataFrame({"expert_size": [2, 8], "accuracy": scores})
+    here, _ = drawn.beside_paper(frame, "figure2a", dense=0.25).axes
+    words = next(text for text in here.texts if text.get_text() == "before conversion")
+    assert words.get_ha() == side

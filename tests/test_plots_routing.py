@@ -36,10 +36,29 @@ def test_token_map_numbers_and_colours_the_expert_of_each_token_in_each_layer():
     assert [label.get_text() for label in ax.get_xticklabels()] == ["[CLS]", "good", "[SEP]"]
 
 
+WAYS = {"hash-random": np.array([[0, 1], [1, 0]]), "gate-token": np.array([[1, 1], [1, 1]])}
+SHARES = {name: np.array([[0.25, 0.75], [0.5, 0.5]]) for name in WAYS}
+
+
 def test_token_maps_name_the_tokens_once_and_every_map():
-    way = (["a", "b"], np.array([[0, 1], [1, 0]]))
-    first, second = drawn.token_maps({"hash-random": way, "gate-token": way}).axes
+    first, _, second, _ = drawn.token_maps(["a", "b"], WAYS, SHARES).axes
     assert [label.get_text() for label in first.get_xticklabels()] == ["a", "b"]
     assert [label.get_text() for label in second.get_xticklabels()] == ["", ""]
     assert first.get_ylabel().startswith("hash-\nrandom")
     assert second.get_ylabel().startswith("gate-\ntoken")
+
+
+def test_loads_of_the_sentence_stand_beside_each_map_as_bars_under_lines_of_the_larger_set():
+    _, right, _, other = drawn.token_maps(["a", "b"], WAYS, SHARES, layer=1).axes
+    assert [bar.get_width() for bar in right.patches] == [50, 50]
+    assert [bar.get_width() for bar in other.patches] == [0, 100]
+    lines = right.collections[0].get_segments()
+    assert [line[0][0] for line in lines] == [25, 75]
+
+
+def test_a_long_sentence_is_drawn_to_its_24th_token_and_counted_whole():
+    ways = {"gate-token": np.arange(40)[:, None] % 2}
+    figure = drawn.token_maps(["a"] * 40, ways, {"gate-token": [[0.5, 0.5]]}, title="Seen")
+    left, right = figure.axes
+    assert len(left.texts) == 24 and [bar.get_width() for bar in right.patches] == [50, 50]
+    assert "24 of 40 tokens" in figure.get_suptitle().replace("\n", " ")

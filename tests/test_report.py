@@ -173,7 +173,7 @@ def test_a_figure_that_is_gone_does_not_break_the_page(page, home):
     [("figure2a", "Figure 2a"), ("table3", "Table 3"), ("01_removal_curves", "Removal curves")],
 )
 def test_files_are_labelled_as_people_name_them(stem, label):
-    assert report._label(stem) == label
+    assert report.label(stem) == label
 
 
 def test_formulas_become_mathml_and_code_stays():

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from moebert_lib import routes
+from moebert_lib import routes, weights
 from moebert_lib.convert import to_moebert
 from moebert_lib.experts import random_ranking
+from moebert_lib.moe_layer import record_routes
 from moebert_lib.routing import ROUTINGS
+from moebert_lib.scales import MINILM
 
 
 @pytest.fixture
@@ -49,10 +52,36 @@ def test_a_hash_passes_its_experts_on_whole_and_a_fresh_gate_about_a_quarter(moe
 def test_frames_count_from_one_and_keep_every_value():
     loads = routes.load_frame({"a": np.array([[0.25, 0.75]])})
     assert loads.values.tolist() == [["a", 1, 1, 0.25], ["a", 1, 2, 0.75]]
-    ways = routes.way_frame({"a": (["x", "y"], np.array([[0], [3]]))})
+    ways = routes.way_frame(["x", "y"], {"a": np.array([[0], [3]])})
     assert ways.values.tolist() == [["a", 1, 1, "x", 1], ["a", 1, 2, "y", 4]]
 
 
 def test_the_busiest_expert_is_that_of_the_least_even_layer():
     shares = {"a": np.array([[0.5, 0.5], [0.2, 0.8]])}
     assert routes.busiest(shares)["a"] == pytest.approx(1.6)
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(weights.find(MINILM, hub=False))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_a_sentences_way_is_the_routers_choice_for_each_of_its_tokens(
+    tiny_bert, tokenizer, routing
+):
+    counts, dense = torch.arange(len(tokenizer)), tiny_bert(vocab_size=len(tokenizer))
+    ranking = random_ranking(2, 64, seed=0)
+    model = to_moebert(dense, ranking, routing=routing, token_frequencies=counts)
+    way = routes.sentence_ways({"it": model}, tokenizer, "Unsqueezable!")
+    with record_routes(model) as layers:
+        model(**tokenizer("Unsqueezable!", return_tensors="pt"))
+    expected = torch.cat([layer[0].experts for layer in layers], dim=1)
+    assert way.tokens[1:3] == ["un", "##sque"] and not way.cut
+    assert np.array_equal(way.experts["it"], expected)
+
+
+def test_a_long_sentence_is_cut_and_says_so(tiny_bert, tokenizer):
+    model = to_moebert(tiny_bert(vocab_size=len(tokenizer)), random_ranking(2, 64, seed=0))
+    way = routes.sentence_ways({"it": model}, tokenizer, "word " * 500, max_length=12)
+    assert len(way.tokens) == 12 and way.cut and way.experts["it"].shape == (12, 2)

@@ -1,99 +1,158 @@
-"""Explorers draw at both ends of every slider, without an error hidden in their state."""
+"""Explorers draw at both ends of every control, in time, without an error hidden in their state."""
 
 import importlib.util
 import itertools
+import time
 
 import ipywidgets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
-from moebert_lib import widgets
-from moebert_lib.experts import deal_neurons
+from moebert_lib import routing, weights, widgets
+from moebert_lib.convert import to_moebert
+from moebert_lib.experts import random_ranking
+from moebert_lib.scales import MINILM
+from moebert_lib.states import planes
 
-SCORES = np.arange(1.0, 129.0).reshape(2, 64)
+DEAL = dict(n_experts=2, expert_size=3, n_shared=1)
 
 
 @pytest.fixture
 def moved(monkeypatch):
-    """What an explorer hands to ``interact``: the callback, the controls and the picture."""
+    """What an explorer hands to ``interact``: the callback, the controls and what is shown."""
     seen = {}
     monkeypatch.setattr(ipywidgets, "interact", lambda show, **c: seen.update(show=show, **c))
-    monkeypatch.setattr("IPython.display.display", lambda picture: seen.update(picture=picture))
+    monkeypatch.setattr("IPython.display.display", lambda *shown: seen.update(shown=shown))
     return seen
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(weights.find(MINILM, hub=False))
+
+
+@pytest.fixture
+def routed(tiny_bert, tokenizer):
+    """Arguments of ``explore_routing``: four tiny models and even loads."""
+    counts, dense = torch.arange(len(tokenizer)), tiny_bert(vocab_size=len(tokenizer))
+    options = dict(token_frequencies=counts)
+    ranking = random_ranking(2, 64, seed=0)
+    models = {
+        name: to_moebert(dense, ranking, routing=name, **options) for name in routing.ROUTINGS
+    }
+    return (models, tokenizer), {"loads": {name: np.full((2, 4), 0.25) for name in models}}
+
+
+@pytest.fixture
+def states(rng):
+    """Arguments of ``explore_states``."""
+    names = ("teacher", "converted", "distilled")
+    frame = planes({name: rng.normal(size=(3, 64, 8)) for name in names})
+    pairs = [(layer, stage, layer + 0.5) for layer in range(3) for stage in names[1:]]
+    return frame, pd.DataFrame(pairs, columns=["layer", "stage", "distance"])
+
+
 def ends(control):
-    """Both ends of a slider, or all entries of a menu."""
-    if isinstance(control, tuple):
-        return control[:2]
-    return control if isinstance(control, list) else (control.min, control.max)
+    """Both ends of a slider, all entries of a menu, or what a text field may hold."""
+    if isinstance(control, ipywidgets.Text):
+        return ["", "The array. " * 40, "<b>$x$</b>"]
+    if isinstance(control, ipywidgets.Dropdown):
+        return [value for _, value in control.options]
+    return (control.min, control.max)
+
+
+def visit(moved):
+    """Draw every corner of the controls; what was shown in each."""
+    show, (picture, *_) = moved.pop("show"), moved.pop("shown")
+    for corner in itertools.product(*map(ends, moved.values())):
+        show(**dict(zip(moved, corner, strict=True)))
+        yield picture.value
 
 
 @pytest.mark.parametrize(
     "explore",
     [
-        lambda: widgets.explore_importance(SCORES),
-        lambda: widgets.explore_deal(np.arange(6), n_experts=2, expert_size=3, n_shared=1),
+        lambda: widgets.explore_deal(np.arange(6), **DEAL),
         lambda: widgets.explore_deal(np.arange(64)[::-1].copy()),
     ],
 )
-def test_every_corner_of_the_sliders_is_drawn(moved, explore):
+def test_every_corner_of_the_deals_sliders_is_drawn(moved, explore):
     explore()
-    show, picture = moved.pop("show"), moved.pop("picture")
-    for corner in itertools.product(*map(ends, moved.values())):
-        show(**dict(zip(moved, corner, strict=True)))
-    assert bytes(picture.value).startswith(b"\x89PNG")
+    assert all(bytes(shown).startswith(b"\x89PNG") for shown in visit(moved))
 
 
-def test_moving_a_slider_changes_the_picture_in_place(moved):
-    widgets.explore_deal(np.arange(6), n_experts=2, expert_size=3, n_shared=1)
-    moved["show"](n_experts=2, expert_size=3, n_shared=1)
-    before = bytes(moved["picture"].value)
-    moved["show"](n_experts=2, expert_size=3, n_shared=2)
-    assert bytes(moved["picture"].value) != before
+def test_every_layer_before_and_after_is_another_picture(moved, states):
+    widgets.explore_states(*states)
+    assert len(set(map(bytes, visit(moved)))) == 4
 
 
-def test_routing_explorer_shows_every_entry_of_its_menu(moved):
-    tokens = ["a", "cat", "sat"]
-    widgets.explore_routing({n: (tokens, np.eye(3, 2, dtype=int) + n) for n in (0, 1)})
-    show, picture = moved["show"], moved["picture"]
-    pictures = []
-    for choice in (0, 1):
-        show(sentence=choice)
-        pictures.append(bytes(picture.value))
-    assert pictures[0] != pictures[1]
+def test_every_text_and_layer_is_drawn_under_every_router(moved, routed):
+    arguments, options = routed
+    widgets.explore_routing(*arguments, sentence="A mean.", **options, max_length=16)
+    empty, also_empty, *pages = visit(moved)
+    assert empty == also_empty and "type a sentence" in empty
+    assert all(name in page for name in routing.ROUTINGS for page in pages)
+    assert ["Cut after 16 tokens" in page for page in pages] == [True, True, False, False]
+    assert not any("<b>$x$</b>" in page for page in pages)
 
 
-@given(
-    width=st.integers(1, 100), n_experts=st.integers(1, 8),
-    expert_size=st.integers(1, 120), n_shared=st.integers(0, 120),
-)  # fmt: skip
-def test_fitted_sizes_can_always_be_dealt_and_fitting_twice_changes_nothing(
-    width, n_experts, expert_size, n_shared
-):
-    n_experts = min(n_experts, width)
-    size, shared = widgets.fit(width, n_experts, expert_size, n_shared)
-    hands = deal_neurons(
-        torch.arange(width), n_experts=n_experts, expert_size=size, n_shared=shared,
-        allow_identical=True,
-    )  # fmt: skip
-    assert hands.shape == (n_experts, size)
-    assert widgets.fit(width, n_experts, size, shared) == (size, shared)
+def test_a_sentence_is_read_once_and_other_layers_ask_no_model(routed):
+    arguments, options = routed
+    view, calls = widgets.routing_view(*arguments, **options), []
+    for model in arguments[0].values():
+        model.bert.register_forward_hook(lambda *_: calls.append(1))
+    for layer in (1, 2, 1):
+        view.draw(sentence="The mean of an array", layer=layer)
+    assert len(calls) == len(routing.ROUTINGS)
 
 
-def test_sizes_that_fit_are_left_alone():
-    assert widgets.fit(3072, 4, 768, 512) == (768, 512)
+def test_moving_a_slider_changes_the_picture_and_its_words_in_place(moved):
+    widgets.explore_deal(np.arange(6), **DEAL)
+    seen = []
+    for n_shared in (1, 2):
+        moved["show"](**{**DEAL, "n_shared": n_shared})
+        picture, words = moved["shown"]
+        seen.append((bytes(picture.value), words.value))
+    assert seen[0][0] != seen[1][0]
+    assert "2 experts of 3, 1 shared, keep 5 of 6" in seen[0][1]
+    assert "2 experts of 3, 2 shared, keep 4 of 6" in seen[1][1]
 
 
-def test_without_ipywidgets_one_sentence_says_what_is_missing(monkeypatch, capsys):
+def test_controls_say_what_they_are_and_are_not_cut_off(moved, states, routed):
+    widgets.explore_deal(np.arange(64))
+    widgets.explore_states(*states)
+    widgets.explore_routing(*routed[0], sentence="x", **routed[1])
+    controls = [value for value in moved.values() if isinstance(value, ipywidgets.DOMWidget)]
+    named = [control for control in controls if getattr(control, "description", "")]
+    assert {control.description for control in named} == {
+        "experts", "expert size", "shared neurons", "layer", "student", "sentence"
+    }  # fmt: skip
+    assert {control.style.description_width for control in named} == {"9em"}
+
+
+def test_a_redraw_keeps_up_with_the_hand(states, routed):
+    """Half a second is generous, for machines that are busy; ``moebert bench`` measures."""
+    views = {
+        widgets.deal_view(np.arange(1536)): dict(n_experts=4, expert_size=384, n_shared=256),
+        widgets.states_view(*states): dict(layer=1, stage="distilled"),
+        widgets.routing_view(*routed[0], **routed[1]): dict(sentence="A mean of means.", layer=1),
+    }
+    for view, values in views.items():
+        view.draw(**values)
+        started = time.perf_counter()
+        view.draw(**values)
+        assert time.perf_counter() - started < 0.5
+
+
+def test_without_ipywidgets_one_sentence_says_what_is_missing(monkeypatch, capsys, states):
     found = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "ipywidgets" else found(name)
     )
-    widgets.explore_importance(SCORES)
     widgets.explore_deal(np.arange(6))
-    widgets.explore_routing({"x": (["a"], [[0]])})
+    widgets.explore_states(*states)
+    widgets.explore_routing({}, None, sentence="", loads={})
     assert capsys.readouterr().out == 3 * f"{widgets.MISSING}\n"

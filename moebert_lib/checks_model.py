@@ -1,0 +1,171 @@
+"""Equalities about routers and about learning, for a reader to run and for pytest to run.
+
+As in ``checks``: both sides are computed here, in float64, from the reader's own objects, with
+nothing else of this library.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moebert_lib.checks import Check, equal
+
+
+def same_token_same_expert(model: nn.Module, batch: dict[str, Tensor]) -> Check:
+    """Under a hash, every occurrence of a token goes to one expert in each layer.
+
+    Args:
+        model: A MoEBERT with a hash router.
+        batch: Model inputs.
+    """
+    ids = batch["input_ids"].flatten()
+    first = (ids[:, None] == ids).int().argmax(1)  # of each token, where it stands first
+    moved = [(experts != experts[first]).sum() for experts, _ in routes(model, batch)]
+    claim = "a hash sends every occurrence of a token to one expert"
+    return _holds(claim, torch.stack(moved).max(), 0.0)
+
+
+def training_leaves_tables(before: nn.Module, after: nn.Module) -> Check:
+    """A hash learns nothing: its tables are the same before and after training.
+
+    Args:
+        before: A MoEBERT with hash routers, as converted.
+        after: The same, trained.
+    """
+    own, other = (
+        [table for name, table in model.named_buffers() if name.endswith("tid2eid")]
+        for model in (before, after)
+    )
+    moved = sum(int((a != b).sum()) for a, b in zip(own, other, strict=True)) if own else 1
+    return _holds("training leaves a hash's tables as they were", moved, 0.0)
+
+
+def sentence_stays_together(model: nn.Module, batch: dict[str, Tensor]) -> Check:
+    """Under a sentence gate, all tokens of a sentence go to one expert in each layer.
+
+    Args:
+        model: A MoEBERT with a sentence gate.
+        batch: Model inputs.
+    """
+    shape = batch["input_ids"].shape
+    rows = [experts.view(shape) for experts, _ in routes(model, batch)]
+    apart = torch.stack([(row != row[:, :1]).sum() for row in rows]).max()
+    return _holds("a sentence gate keeps a sentence's tokens together", apart, 0.0)
+
+
+def gate_takes_its_favourite(model: nn.Module, batch: dict[str, Tensor]) -> Check:
+    """A gate's factor is softmax's largest, so at least ``1 / N`` (Eq. 3 with one expert a token).
+
+    Args:
+        model: A MoEBERT with a gate.
+        batch: Model inputs.
+    """
+    short = [
+        torch.maximum(1 / model.config.n_experts - weights, weights - 1).max()
+        for _, weights in routes(model, batch)
+    ]
+    return _holds("a gate's p lies between 1/N and 1", torch.stack(short).max().clamp(min=0), 1e-6)
+
+
+def balance_is_within_one_token(table: Tensor, counts: Tensor, n_experts: int) -> Check:
+    """A balanced table's loads differ by at most the count of the most frequent token.
+
+    Args:
+        table: Expert of each vocabulary entry, ``(vocab,)``.
+        counts: Occurrences of each, ``(vocab,)``.
+        n_experts: Number of experts; one that has no token has no work.
+    """
+    work = torch.bincount(table.flatten(), weights=counts.double(), minlength=n_experts)
+    over = (work.max() - work.min() - counts.max()).clamp(min=0)
+    return _holds("the loads differ by at most the most frequent token", over, 0.0)
+
+
+def conversion_leaves_embeddings(moebert: nn.Module, dense: nn.Module, batch: dict) -> Check:
+    """Before training, student and teacher start each sentence from the same states, X^0.
+
+    Args:
+        moebert: As converted.
+        dense: The model that was converted.
+        batch: Model inputs.
+    """
+    ids = batch["input_ids"]
+    own, other = (
+        copy.deepcopy(model.base_model.embeddings).double().eval() for model in (moebert, dense)
+    )
+    with torch.no_grad():
+        apart = (own(ids) - other(ids)).abs().max()
+    return _holds("conversion leaves the embeddings as they are", apart, 0.0)
+
+
+def swapping_changes_nothing(
+    loss: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor
+) -> Check:
+    """A symmetric divergence is the same both ways, and one direction of KL is not.
+
+    Args:
+        loss: Function of two tensors of logits, such as ``distill.prediction_loss`` (Eq. 6).
+        a: Logits ``(B, C)``.
+        b: Logits ``(B, C)``.
+
+    Raises:
+        AssertionError: the two ways differ, or KL is symmetric for these logits, so that
+            nothing is shown by them.
+    """
+    a, b = a.double(), b.double()
+    p, q = a.softmax(-1), b.softmax(-1)
+    one_way, other_way = ((x * (x / y).log()).sum() for x, y in ((p, q), (q, p)))
+    if torch.isclose(one_way, other_way):
+        raise AssertionError("FAILS: KL is the same both ways for these logits; choose others")
+    apart = (loss(a, b) - loss(b, a)).abs()
+    return _holds("L_pred is the same both ways, though KL is not", apart, 1e-12)
+
+
+def dealt_neurons_are_counted(experts: Tensor, n_shared: int) -> Check:
+    """``N`` experts of ``K`` neurons, ``s`` of them shared, hold ``s + N (K - s)`` distinct ones.
+
+    Args:
+        experts: One layer's assignment, ``(N, K)``.
+        n_shared: Neurons that every expert holds.
+    """
+    n, size = experts.shape
+    apart = abs(len(set(experts.flatten().tolist())) - (n_shared + n * (size - n_shared)))
+    return _holds(f"{n} experts of {size}, {n_shared} shared, keep s + N(K - s)", apart, 0.0)
+
+
+def identical_experts_are_one(many: nn.Module, one: nn.Module, batch: dict) -> Check:
+    """Experts that are copies of each other give the logits of one of them alone.
+
+    Args:
+        many: A MoEBERT whose experts all hold the same neurons, as converted, with a hash router.
+        one: The same conversion with a single expert.
+        batch: Model inputs.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        left, right = (copy.deepcopy(m).double().eval()(**inputs) for m in (many, one))
+    names = [name for name in ("logits", "start_logits", "end_logits") if name in left]
+    apart = max(float((left[name] - right[name]).abs().max()) for name in names)
+    return _holds("identical experts, untrained, are one expert", apart, 1e-10)
+
+
+@torch.no_grad()
+def routes(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer's router: chosen experts and factors, ``(B*T,)`` each."""
+    found = []
+    hooks = [
+        module.register_forward_hook(lambda _m, _a, route: found.append((route[0], route[1])))
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] == "router"
+    ]
+    try:
+        model.eval()(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(experts.flatten(), weights.flatten().double()) for experts, weights in found]
+
+
+def _holds(claim: str, difference: Tensor | float, tolerance: float) -> Check:
+    return equal(claim, [float(difference)], [0.0], tolerance=tolerance)

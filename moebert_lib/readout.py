@@ -1,0 +1,138 @@
+"""The explorer's words: what a deal costs and keeps, and what excites a neuron, as HTML tables.
+
+Both are live regions, so that a screen reader says what a moved slider changed.
+"""
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+
+from moebert_lib.layer_view import View, interval
+from moebert_lib.plots import COLORS
+from moebert_lib.sources import Source
+
+Chosen = Sequence[tuple[Source, str]]
+
+STYLE = """<style>
+.moebert{max-width:860px}
+.moebert table{border-collapse:collapse;margin:.3em 0 .6em;font-size:13px;line-height:1.35}
+.moebert caption{text-align:left;font-weight:600;padding:.2em 0}
+.moebert th,.moebert td{padding:.12em 1.6em .12em 0;text-align:left;font-weight:400;
+vertical-align:top;border:0}
+.moebert thead th{border-bottom:1px solid #999;font-weight:600}
+.moebert tbody th{color:#444;min-width:12em}
+.moebert td.number{text-align:right;font-variant-numeric:tabular-nums;padding-right:.9em}
+.moebert td.before{text-align:right;padding-right:.3em;color:#444}
+.moebert td.after{color:#444}
+.moebert mark{background:INK;padding:0 .2em}
+.moebert .side{display:flex;flex-wrap:wrap;gap:0 2.5em}
+.moebert p{margin:.2em 0;font-size:13px}
+</style>""".replace("INK", COLORS["own"])
+
+
+def table(chosen: Chosen, views: Sequence[View]) -> str:
+    """What the deal of each column is, costs and keeps."""
+    facts = [_facts(source, score, one) for (source, score), one in zip(chosen, views, strict=True)]
+    if len(views) > 1:
+        for fact, one in zip(facts, views, strict=True):
+            fact["shared with column 1"] = _agreement(one, views[0])
+    head = "".join(f"<th scope='col'>{escape(one.heading[0])}</th>" for one in views)
+    rows = "".join(
+        f"<tr><th scope='row'>{name}</th>{''.join(f'<td>{fact[name]}</td>' for fact in facts)}</tr>"
+        for name in facts[0]
+    )
+    return _live(
+        f"<table><caption>What this deal costs and keeps</caption><thead><tr><td></td>{head}</tr>"
+        f"</thead><tbody>{rows}</tbody></table>"
+    )
+
+
+def _facts(source: Source, score: str, one: View) -> dict[str, str]:
+    n_experts, size = one.hands.shape
+    width = len(one.ordered)
+    sizes = (n_experts, size, one.n_shared)
+    return {
+        "experts of a layer": f"{n_experts} of {size:,} neurons, {one.n_shared:,} of them shared",
+        "neurons kept, dropped": f"{one.n_kept:,}, {width - one.n_kept:,} of {width:,}",
+        "this layer's score kept": f"{one.top(one.n_kept):.0%}; in each expert "
+        f"{interval(100 * one.mass)}%",
+        "parameters stored": _parameters(source, n_experts, size, stored=True),
+        "parameters a token uses": _parameters(source, n_experts, size, stored=False),
+        f"{source.metric or 'accuracy'} right after conversion": _accuracy(source, score, sizes),
+    }
+
+
+def _parameters(source: Source, n_experts: int, size: int, *, stored: bool) -> str:
+    counts = source.parameters(n_experts, size)
+    if counts is None:
+        return "unknown: no model of these layers is known"
+    dense = source.parameters(0, 0).stored
+    count = counts.stored if stored else counts.effective
+    head = "" if source.head else ", without a head"
+    return f"{count / 1e6:.1f} million, {count / dense:.0%} of dense{head}"
+
+
+def _accuracy(source: Source, score: str, sizes: tuple[int, int, int]) -> str:
+    """Of the nearest conversion that was judged, or why there is none."""
+    if source.accuracy.empty:
+        return "unknown: no conversion of it was judged"
+    if score != next(iter(source.scores)):
+        return "unknown: only conversions by Eq. 4 were judged"
+    runs = source.nearest(*sizes)
+    n_experts, size, shared = (int(runs[name].iloc[0]) for name in list(runs)[:3])
+    spread = f" ({interval(100 * runs['value'])})" if len(runs) > 1 else ""
+    words = "these sizes" if (n_experts, size, shared) == sizes else (
+        f"the nearest sizes, {n_experts} of {size:,} with {shared:,} shared"
+    )  # fmt: skip
+    n = "one run" if len(runs) == 1 else f"mean of {len(runs)} runs"
+    return (f"{100 * runs['value'].mean():.1f}%{spread}: {n} at {words}; dense "
+            f"{100 * source.dense:.1f}%")  # fmt: skip
+
+
+def _agreement(one: View, lead: View) -> str:
+    if one is lead:
+        return ""
+    if len(one.ranking) != len(lead.ranking):
+        return "other layers: neurons do not correspond"
+    if not one.n_shared:
+        return "none is shared"
+    common = np.isin(one.ranking[: one.n_shared], lead.ranking[: lead.n_shared]).mean()
+    return f"{common:.0%} of its shared neurons; {one.n_shared / len(one.ranking):.0%} by chance"
+
+
+def neuron(chosen: Chosen, views: Sequence[View], ranks: Sequence[int], *, layer: int) -> str:
+    """One neuron of each column: rank, score, who holds it, and what excites it.
+
+    What excites it is told once where columns show the same neuron of the same model.
+    """
+    told: dict[tuple, list[str]] = {}
+    for (source, score), one, rank in zip(chosen, views, ranks, strict=True):
+        at, j = min(layer, source.shape[0]), int(one.ranking[rank])
+        line = (f"rank {rank + 1:,} of {len(one.ranking):,} by {escape(score)}, "
+                f"{one.ordered[rank]:.3g}: {one.part(rank)}")  # fmt: skip
+        told.setdefault((source.name, at, j), [source]).append(line)
+    parts = [_one_neuron(name, at, j, *lines) for (name, at, j), lines in told.items()]
+    return _live(f"<div class='side'>{''.join(parts)}</div>")
+
+
+def _one_neuron(name: str, layer: int, j: int, source: Source, *lines: str) -> str:
+    caption = f"Neuron {j} of layer {layer}, {escape(name)}"
+    held = "".join(f"<p>{line}</p>" for line in lines)
+    if source.excited is None:
+        return f"<div><p><b>{caption}</b></p>{held}<p>No tokens: {escape(source.silent)}</p></div>"
+    rows = "".join(
+        f"<tr><td class='number'>{value:.2f}</td><td class='before'>{escape(before)}</td>"
+        f"<td><mark>{escape(token)}</mark></td><td class='after'>{escape(after)}</td></tr>"
+        for value, before, token, after in source.excited.contexts(layer - 1, j)
+    )
+    heads = "".join(
+        f"<th scope='col'>{head}</th>" for head in ("activation", "before", "token", "after")
+    )
+    found = f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>"
+    return (f"<div><p><b>{caption}</b></p>{held}<table><caption>Tokens that excite it most"
+            f"</caption>{found}</table></div>")  # fmt: skip
+
+
+def _live(content: str) -> str:
+    return f"{STYLE}<div class='moebert' role='status' aria-live='polite'>{content}</div>"

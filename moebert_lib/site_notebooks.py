@@ -1,0 +1,110 @@
+"""What the site shows of an executed notebook: the copy that Sphinx reads, and what it says.
+
+The copy has its formulas as MathML, a sentence in place of each widget, which would need a
+kernel, and under each picture the finding that ``plots.save`` wrote into it.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
+
+from moebert_lib import pages
+from moebert_lib.settings import UserError
+
+NOTEBOOK_LINK = re.compile(r"(\]\([\w./]+\.ipynb#)([^)\s]+)\)")
+BOX = re.compile(r"\*\*(You will see|Needs|Makes|Time)\*\*\s*(.*?)\s*(?:<br>|$)", re.MULTILINE)
+
+
+class Summary(NamedTuple):
+    """What the first cell of a notebook says of it, as markdown."""
+
+    number: str
+    question: str
+    box: dict[str, str]
+
+
+def finding(png: Path) -> str:
+    """What a figure shows, as ``plots.save`` wrote it into the PNG.
+
+    Raises:
+        UserError: the file says nothing.
+    """
+    from PIL import Image
+
+    with Image.open(png) as image:
+        title = " ".join(str(image.info.get("Title", "")).split())
+    if not title:
+        raise UserError(f"{png.name} does not say what it shows; make it again with plots.save")
+    return title
+
+
+def prepare(node: Any, findings: Mapping[str, str]) -> Any:
+    """An executed notebook as the site shows it; ``node`` itself is changed.
+
+    Args:
+        node: The notebook, as nbformat reads it.
+        findings: What each figure shows, by the name it was saved under.
+
+    Raises:
+        UserError: a cell shows a picture and names no figure of ``findings``.
+    """
+    for number, cell in enumerate(node.cells):
+        cell.metadata = type(cell.metadata)(tags=cell.metadata.get("tags", []))
+        if cell.cell_type == "markdown":
+            cell.source = markdown(cell.source)
+            continue
+        outputs = cell.get("outputs", [])
+        for output in outputs:
+            pages.without_widget(output)
+        if any("image/png" in output.get("data", {}) for output in outputs):
+            shown = [name for name in quoted(cell.source) if name in findings]
+            if not shown:
+                title = pages.title(node)
+                raise UserError(f"cell {number} of '{title}' shows a figure it does not save")
+            cell.metadata["mystnb"] = {"image": {"alt": findings[shown[-1]]}}
+    node.metadata.pop("widgets", None)
+    node.metadata.pop("papermill", None)
+    return node
+
+
+def markdown(source: str) -> str:
+    """Markdown as the site reads it: formulas drawn, links to a notebook's heading by its slug."""
+    linked = NOTEBOOK_LINK.sub(lambda m: f"{m[1]}{slug(unquote(m[2]))})", source)
+    return pages.with_mathml(linked)
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading on the site, as on GitHub.
+
+    Example:
+        >>> slug("Which neurons matter?")
+        'which-neurons-matter'
+    """
+    return re.sub(r"[^\w\- ]", "", heading.lower().strip().replace(" ", "-"))
+
+
+def summary(node: Any) -> Summary:
+    """Number, question and box of a notebook's first cell."""
+    number, _, question = pages.title(node).partition(" · ")
+    lines = "\n".join(line.lstrip("> ") for line in node["cells"][0]["source"].splitlines())
+    return Summary(number, question or number, dict(BOX.findall(lines)))
+
+
+def section(node: Any, name: str) -> str:
+    """The last heading above the cell that saves the figure or table ``name``, "" for none."""
+    last = ""
+    for cell in node["cells"]:
+        source = cell["source"]
+        if cell["cell_type"] == "markdown":
+            headings = re.findall(r"^#{2,3} (.+)$", source, re.MULTILINE)
+            last = headings[-1] if headings else last
+        elif name in quoted(source):
+            return last
+    return ""
+
+
+def quoted(source: str) -> list[str]:
+    """The words in quotes in a piece of code, such as the names that figures are saved under."""
+    return re.findall(r"""["']([\w-]+)["']""", source)

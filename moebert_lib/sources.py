@@ -1,0 +1,241 @@
+"""What can be explored: the scores of this home's teachers, and files of scores.
+
+A source is put together from the store alone: its importance, the teacher it scored, what
+excites the teacher's neurons, and every conversion by importance that was judged. A file brings
+its scores and nothing else.
+"""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors import safe_open
+
+from moebert_lib import estimate, excitation, experiment, grids, release
+from moebert_lib.estimate import Shape
+from moebert_lib.excitation import Excitation
+from moebert_lib.importance import Importance
+from moebert_lib.moe_layer import ParameterCounts
+from moebert_lib.scales import SCALES
+from moebert_lib.settings import Settings, UserError, nearest
+from moebert_lib.stages import DATA, TEACHER
+from moebert_lib.store import Entry, Store
+from moebert_lib.tasks import TASKS
+from moebert_lib.teachers import importance_key
+
+#: Names of the scores in menus, the paper's first.
+EQ4, ACTIVE, LARGE = "importance (Eq. 4)", "mean activation", "size of weights"
+ENDINGS = (".safetensors", ".pkl")
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Scores of one model's neurons, and what is known of the model.
+
+    Attributes:
+        name: As menus show it; unlike that of any other source of a list.
+        scores: By name, :data:`EQ4` first, each ``(L, F)``.
+        about: ``task``, ``scale``, ``seed`` and ``model``, as far as known.
+        sizes: The model's sizes; None where no model of such layers is known.
+        head: Parameters that ``estimate.parameters`` leaves out.
+        accuracy: Judged conversions: ``n_experts``, ``expert_size``, ``n_shared``, ``seed`` and
+            the metric, 0 to 1, as ``value``. Empty where none is known.
+        metric: Its name.
+        dense: The metric of the dense teacher; None where unknown.
+        excited: What excites the neurons; None where unknown.
+        silent: Then why, in a sentence.
+        origin: Digest of the scores' entry in the store; "" of a file.
+    """
+
+    name: str
+    scores: dict[str, np.ndarray]
+    about: dict = field(default_factory=dict)
+    sizes: Shape | None = None
+    head: int = 0
+    accuracy: pd.DataFrame = field(default_factory=pd.DataFrame)
+    metric: str = ""
+    dense: float | None = None
+    excited: Excitation | None = None
+    silent: str = ""
+    origin: str = ""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers and neurons of each, ``(L, F)``."""
+        return self.scores[EQ4].shape
+
+    def parameters(self, n_experts: int, expert_size: int) -> ParameterCounts | None:
+        """Effective (of one token) and stored parameters of a MoEBERT with hash routing.
+
+        With a LayerNorm for each expert; without a head where ``head`` is 0. ``n_experts=0``
+        counts the dense model. None where the model's sizes are unknown.
+        """
+        if self.sizes is None:
+            return None
+        counts = estimate.parameters(self.sizes, n_experts=n_experts, expert_size=expert_size)
+        return ParameterCounts(*(n + self.head for n in counts))
+
+    def heading(self, score: str, layer: int) -> tuple[str, str]:
+        """Two lines over a column: what is ranked by what, and where it comes from."""
+        first, _, rest = self.name.partition(" · ")
+        n_layers, width = self.shape
+        where = rest or f"file, {n_layers} layers of {width:,}"
+        return f"{first}: {score}", f"layer {layer} · {where}"
+
+    def nearest(self, n_experts: int, expert_size: int, n_shared: int) -> pd.DataFrame:
+        """The judged conversions whose sizes are nearest: one row a run; empty where none is.
+
+        Sizes are compared by their ratios, one neuron more in all of them so that 0 has one.
+        """
+        if self.accuracy.empty:
+            return self.accuracy
+        known = self.accuracy[["n_experts", "expert_size", "n_shared"]].to_numpy()
+        wanted = np.array([n_experts, expert_size, n_shared]) + 1
+        apart = np.abs(np.log((known + 1) / wanted)).sum(1)
+        return self.accuracy[(known == known[apart.argmin()]).all(1)]
+
+
+def from_settings(settings: Settings) -> Source:
+    """The scores of an experiment's teacher, with all that the explorer shows of them.
+
+    Teacher, scores, excitation and the conversions of ``grids.conversions`` come from the
+    store or are made now.
+    """
+    width = experiment.importance(settings).scores.shape[1]
+    excitation.excitation(settings)
+    experiment.grid(grids.conversions(settings, width), run=experiment.conversion)
+    store = Store()
+    scored = store.find("importance", importance_key(settings))
+    return _source(scored, _by_kind(store), settings.scale)
+
+
+def from_store() -> list[Source]:
+    """All that was scored in this home, newest first, each with a name of its own."""
+    store = Store()
+    there = _by_kind(store)
+    found = [_source(entry, there) for entry in reversed(store.entries("importance"))]
+    return distinct([source for source in found if source is not None])
+
+
+def beside(mine: Source) -> list[Source]:
+    """A source and, after it, all others of this home."""
+    return distinct([mine, *(other for other in from_store() if other.origin != mine.origin)])
+
+
+def from_file(path: str | Path) -> Source:
+    """Scores of a file: of ``Importance.save``, or a pickle of the paper's release.
+
+    Raises:
+        UserError: no such file, an unknown ending, or no scores in it.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        others = [p.name for ending in ENDINGS for p in path.parent.glob(f"*{ending}")]
+        hint = f"; {nearest(path.name, others)}" if others else ""
+        raise UserError(f"no file {path}; expected scores ending in "
+                        f"{' or '.join(ENDINGS)}{hint}")  # fmt: skip
+    if path.suffix not in ENDINGS:
+        raise UserError(f"{path.name}: expected scores ending in {' or '.join(ENDINGS)}")
+    try:
+        scores = release.read(path) if path.suffix == ".pkl" else Importance.load(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    layers, width = scores.scores.shape
+    shapes = [s for s in estimate.SHAPES.values() if (s.layers, s.neurons) == (layers, width)]
+    known = {name: scores.meta[name] for name in ("task", "model") if name in scores.meta}
+    return Source(
+        path.name, {EQ4: _numbers(scores.scores)},
+        {"task": path.stem.removeprefix("importance_"), **known},
+        sizes=shapes[0] if shapes else None,
+        silent=f"{path.name} holds scores only. Which tokens excite a neuron takes the model.",
+    )  # fmt: skip
+
+
+def distinct(found: list[Source]) -> list[Source]:
+    """The sources, those of one name numbered from the second on."""
+    seen: dict[str, int] = {}
+    named = []
+    for source in found:
+        seen[source.name] = again = seen.get(source.name, 0) + 1
+        name = source.name if again == 1 else f"{source.name} ({again})"
+        named.append(replace(source, name=name))
+    return named
+
+
+def _by_kind(store: Store) -> dict[str, list[Entry]]:
+    return {kind: store.entries(kind) for kind in ("teacher", "excitation", "converted")}
+
+
+def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> Source | None:
+    """An entry of scores with what else is there of its teacher; None without a teacher."""
+    key = scored.key
+    dense = next((e for e in there["teacher"] if e.key == key["teacher"]), None)
+    if dense is None:
+        return None
+    scale = scale or _scale(key)
+    about = {"task": key["teacher"]["task"], "scale": scale,
+             "seed": key["teacher"]["teacher_seed"], "model": key["teacher"]["model"]}  # fmt: skip
+    scores = {EQ4: _numbers(Importance.load(scored.folder / "importance.safetensors").scores)}
+    passed = [entry for entry in there["excitation"] if entry.key["importance"] == key]
+    excited = excitation.read(passed[-1].folder) if passed else None
+    if excited:
+        scores |= {ACTIVE: _numbers(excited.mean), LARGE: _numbers(excited.magnitude)}
+    sizes = estimate.shape(str(dense.folder))
+    metric = TASKS[about["task"]].metric
+    return Source(
+        _name(about, key), scores, about, sizes=sizes,
+        head=_stored(dense.folder) - estimate.parameters(sizes)[1],
+        accuracy=_judged(key, there["converted"], metric), metric=metric, dense=dense.row[metric],
+        excited=excited, silent="" if excited else
+        "The pass that finds them has not been made; notebook 1 makes it.",
+    )  # fmt: skip
+
+
+def _name(about: dict, key: dict) -> str:
+    model = about["model"].rpartition("/")[2]
+    split = "" if key["importance_split"] == "train" else f", scored on {key['importance_split']}"
+    return f"{about['task']} · {about['scale']}, seed {about['seed']}, {model}{split}"
+
+
+def _scale(key: dict) -> str:
+    """The scale whose values these are, in full or for a side task; else "own settings"."""
+    mine = key["teacher"]
+    for scale in SCALES:
+        whole = Settings.at(scale, task=mine["task"], model=mine["model"])
+        brief = grids.on_task(Settings.at(scale, model=mine["model"]), mine["task"])
+        for settings, name in ((whole, scale), (brief, f"{scale}, in brief")):
+            if all(mine[each] == getattr(settings, each) for each in (*DATA, *TEACHER)):
+                return name
+    return "own settings"
+
+
+def _judged(key: dict, judged: list[Entry], metric: str) -> pd.DataFrame:
+    """Conversions by these scores, with default switches."""
+    usual = {name: Settings.model_fields[name].default for name in grids.PLAIN}
+    names = ("n_experts", "expert_size", "n_shared", "seed")
+    rows = [
+        {name: entry.key[name] for name in names} | {"value": entry.row[metric]}
+        for entry in judged
+        if entry.key.get("importance") == key
+        and all(entry.key[name] == value for name, value in usual.items())
+    ]
+    return pd.DataFrame(rows).drop_duplicates([*names], keep="last") if rows else pd.DataFrame()
+
+
+def _stored(folder: Path) -> int:
+    """Parameters in a model's file, read off its header."""
+    index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    total = 0
+    for name in files:
+        with safe_open(folder / name, "pt") as file:
+            total += sum(int(np.prod(file.get_slice(k).get_shape())) for k in file.keys())
+    return total
+
+
+def _numbers(scores) -> np.ndarray:
+    return scores.double().numpy()

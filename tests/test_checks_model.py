@@ -1,0 +1,96 @@
+"""Checks about routers and learning hold for the library, and fail where they should."""
+
+import copy
+
+import pytest
+import torch
+
+from moebert_lib import checks_model as checks
+from moebert_lib.convert import to_moebert
+from moebert_lib.distill import prediction_loss
+from moebert_lib.experts import deal_neurons, random_ranking
+from moebert_lib.routing import balanced_table, random_table
+
+
+@pytest.fixture
+def moebert(tiny_bert):
+    def make(routing="hash-random", **sizes):
+        ranking = random_ranking(2, 64, seed=0)
+        return to_moebert(tiny_bert(), ranking, routing=routing, allow_identical=True, **sizes)
+
+    return make
+
+
+def test_a_hash_sends_a_token_to_one_expert_and_a_gate_does_not(moebert, tiny_batch):
+    batch = tiny_batch(n=8)
+    assert checks.same_token_same_expert(moebert(), batch).difference == 0
+    with pytest.raises(AssertionError, match="FAILS: a hash sends every occurrence"):
+        checks.same_token_same_expert(moebert("gate-token"), batch)
+
+
+def test_a_sentence_gate_keeps_sentences_together_and_a_token_gate_does_not(moebert, tiny_batch):
+    batch = tiny_batch(n=8)
+    assert checks.sentence_stays_together(moebert("gate-sentence"), batch).difference == 0
+    with pytest.raises(AssertionError, match="FAILS: a sentence gate keeps"):
+        checks.sentence_stays_together(moebert("gate-token"), batch)
+
+
+def test_a_gates_factor_is_at_least_an_even_share(moebert, tiny_batch):
+    model = moebert("gate-token")
+    checks.gate_takes_its_favourite(model, tiny_batch())
+    model.config.n_experts = 1  # then p would have to be 1
+    with pytest.raises(AssertionError, match="FAILS: a gate's p lies"):
+        checks.gate_takes_its_favourite(model, tiny_batch())
+
+
+def test_balanced_tables_are_within_one_token_and_random_ones_need_not_be():
+    counts = torch.arange(1, 41)
+    checks.balance_is_within_one_token(balanced_table(counts, 4, seed=0), counts, 4)
+    with pytest.raises(AssertionError, match="FAILS: the loads differ"):
+        checks.balance_is_within_one_token(random_table(40, 4, seed=0), counts, 4)
+    with pytest.raises(AssertionError, match="FAILS: the loads differ"):
+        checks.balance_is_within_one_token(torch.zeros(40, dtype=torch.int64), counts, 4)
+
+
+def test_an_embedding_that_moved_is_found(moebert, tiny_bert, tiny_batch):
+    dense, model = tiny_bert(), moebert()
+    checks.conversion_leaves_embeddings(model, dense, tiny_batch())
+    model.bert.embeddings.LayerNorm.bias.data[0] += 1e-6
+    with pytest.raises(AssertionError, match="FAILS: conversion leaves"):
+        checks.conversion_leaves_embeddings(model, dense, tiny_batch())
+
+
+def test_one_direction_of_kl_is_not_symmetric(generator):
+    a, b = torch.randn(2, 4, 3, generator=generator)
+    checks.swapping_changes_nothing(prediction_loss, a, b)
+    with pytest.raises(AssertionError, match="FAILS: L_pred"):
+        one_way = lambda a, b: (a.softmax(-1) * (a.log_softmax(-1) - b.log_softmax(-1))).sum()  # noqa: E731
+        checks.swapping_changes_nothing(one_way, a, b)
+    with pytest.raises(AssertionError, match="choose others"):
+        checks.swapping_changes_nothing(prediction_loss, a, a)
+
+
+def test_a_neuron_dealt_twice_is_counted(generator):
+    hands = deal_neurons(torch.arange(12), n_experts=4, expert_size=3, n_shared=2)
+    checks.dealt_neurons_are_counted(hands, 2)
+    hands[1, 2] = hands[0, 2]
+    with pytest.raises(AssertionError, match="FAILS: 4 experts of 3, 2 shared"):
+        checks.dealt_neurons_are_counted(hands, 2)
+
+
+def test_identical_experts_are_one_and_others_are_not(moebert, tiny_batch):
+    many = moebert(n_experts=4, expert_size=16, n_shared=16)
+    one = moebert(n_experts=1, expert_size=16, n_shared=16)
+    checks.identical_experts_are_one(many, one, tiny_batch())
+    with pytest.raises(AssertionError, match="FAILS: identical experts"):
+        checks.identical_experts_are_one(moebert(n_experts=4, n_shared=2), one, tiny_batch())
+
+
+def test_a_table_that_changed_is_found_and_a_gate_has_none(moebert):
+    before, after = moebert(), moebert()
+    checks.training_leaves_tables(before, after)
+    after.bert.encoder.layer[1].output.router.tid2eid[5] += 1
+    with pytest.raises(AssertionError, match="FAILS: training leaves"):
+        checks.training_leaves_tables(before, after)
+    with pytest.raises(AssertionError, match="FAILS: training leaves"):
+        checks.training_leaves_tables(moebert("gate-token"), copy.deepcopy(moebert("gate-token")))

@@ -1,0 +1,170 @@
+"""The explorer: every corner of every control is drawn, words agree with the deal, refusals."""
+
+import importlib.util
+import itertools
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from moebert_lib import explorer, readout
+from moebert_lib.excitation import Excitation
+from moebert_lib.experts import deal_neurons
+from moebert_lib.explorer_widget import NONE, Explorer, views
+from moebert_lib.layer_view import view
+from moebert_lib.settings import UserError
+from moebert_lib.sources import ACTIVE, EQ4, Source
+
+SIZES = {"n_experts": 4, "expert_size": 16, "n_shared": 10}
+
+
+def source(name="mine", *, layers=2, width=64, excited=True) -> Source:
+    """Made-up scores of two kinds, and what excites the neurons."""
+    rng = np.random.default_rng(len(name))
+    scores = {kind: rng.lognormal(size=(layers, width)) for kind in (EQ4, ACTIVE)}
+    names = ["n_experts", "expert_size", "n_shared", "seed", "value"]
+    judged = pd.DataFrame([(4, 16, 10, 0, 0.5), (8, 8, 4, 0, 0.25)], columns=names)
+    top = torch.ones(layers, width, 1)
+    known = Excitation(
+        top[..., 0], top[..., 0], top, top.int() * 0, top.short(), [["a", "<b>", "c"]]
+    )
+    rest = dict(excited=known) if excited else dict(silent="no model")
+    return Source(name, scores, accuracy=judged, metric="accuracy", dense=0.75, **rest)
+
+
+MINE, WIDE = source(), source("wider", layers=3, width=128, excited=False)
+
+
+@pytest.fixture
+def made() -> Explorer:
+    """An explorer of two columns of one source, with another in its menus."""
+    chosen = explorer.chosen_columns([MINE, WIDE], [("mine", EQ4), ("mine", ACTIVE)])
+    return Explorer([MINE, WIDE], chosen, layer=1, **SIZES)
+
+
+def pixels(made) -> bytes:
+    made.canvas.draw()
+    return bytes(made.canvas.buffer_rgba())
+
+
+def test_every_corner_of_the_sliders_is_drawn(made):
+    ends = [(slider.min, slider.max) for slider in made.sliders.values()]
+    for corner in itertools.product(*ends):
+        for slider, value in zip(made.sliders.values(), corner, strict=True):
+            slider.value = value
+        pixels(made)
+    assert len(ends) == 5
+
+
+@pytest.mark.parametrize("name", ["layer", "n_experts", "expert_size", "n_shared", "rank"])
+def test_moving_a_slider_changes_the_picture_and_the_words(made, name):
+    before, words = pixels(made), made.table.value + made.neuron.value
+    made.sliders[name].value += 1 if name != "expert_size" else -4
+    assert pixels(made) != before
+    assert made.table.value + made.neuron.value != words
+
+
+def test_a_view_deals_as_conversion_does():
+    one = view(("", ""), MINE.scores[EQ4][0], **SIZES)
+    ranking = torch.as_tensor(MINE.scores[EQ4][0]).argsort(descending=True, stable=True)
+    assert (one.ranking[one.hands] == deal_neurons(ranking, **SIZES).numpy()).all()
+    assert one.n_kept == one.holds.any(0).sum() == 34
+
+
+def test_mass_and_overlap_by_hand():
+    one = view(("", ""), np.array([4.0, 1, 8, 2, 1]), n_experts=2, expert_size=2, n_shared=1)
+    assert one.mass.tolist() == [12 / 16, 10 / 16]
+    assert one.overlap.tolist() == [[1, 8 / 12], [8 / 10, 1]]
+    parts = [one.part(rank) for rank in range(4)]
+    assert parts == ["all experts", "expert 1", "expert 2", "no expert, it is dropped"]
+
+
+def test_a_wider_layer_gets_the_same_proportions_and_its_last_layer():
+    narrow, wide = views([(MINE, EQ4), (WIDE, EQ4)], layer=2, **SIZES)
+    assert wide.hands.shape == (4, 32) and wide.n_shared == 20 == 2 * narrow.n_shared
+    (first, last) = views([(WIDE, EQ4), (MINE, EQ4)], layer=3, **SIZES)
+    assert "layer 3" in first.heading[1] and "layer 2" in last.heading[1]
+
+
+def test_one_neuron_is_followed_through_columns_of_one_width(made):
+    made.sliders["rank"].value = 7
+    ranks = made.marked()
+    assert ranks[0] == 6 and made.views[1].ranking[ranks[1]] == made.views[0].ranking[6]
+    made.menus[2][0].value = "wider"
+    assert made.marked()[2] == 12  # the same relative rank
+
+
+def test_pointing_previews_and_clicking_keeps_a_neuron(made):
+    column, event = made.picture.columns[1], type("Event", (), {})()
+    event.inaxes, event.xdata = column.curve, 20.5
+    made._hover(event)
+    assert made.marked()[1] == 20 and made.sliders["rank"].value == 1
+    made._click(event)
+    event.inaxes = None
+    made._hover(event)
+    assert made.marked()[1] == 20 and made.sliders["rank"].value == made.marked()[0] + 1
+
+
+def test_menus_add_and_remove_columns_and_rescale_the_sliders(made):
+    made.menus[1][0].value = NONE
+    assert len(made.picture.columns) == len(made.views) == 1
+    made.menus[0][0].value = "wider"
+    assert {n: s.value for n, s in made.sliders.items() if n in SIZES} == {
+        "n_experts": 4, "expert_size": 32, "n_shared": 20,
+    }  # fmt: skip
+    assert made.sliders["layer"].max == 3 and made.sliders["rank"].max == 128
+
+
+def test_the_table_names_the_sizes_of_its_accuracy():
+    def said(**sizes):
+        chosen = [(MINE, EQ4)]
+        return re.sub("<[^>]+>", "", readout.table(chosen, views(chosen, layer=1, **sizes)))
+
+    assert "50.0%: one run at these sizes; dense 75.0%" in said(**SIZES)
+    assert "one run at the nearest sizes, 8 of 8 with 4 shared" in said(
+        n_experts=8, expert_size=8, n_shared=3
+    )
+    assert "only conversions by Eq. 4 were judged" in readout.table(
+        [(MINE, ACTIVE)], views([(MINE, ACTIVE)], layer=1, **SIZES)
+    )
+
+
+def test_tokens_are_shown_as_text_or_why_there_are_none():
+    shown = views([(MINE, EQ4), (WIDE, EQ4)], layer=1, **SIZES)
+    said = readout.neuron([(MINE, EQ4), (WIDE, EQ4)], shown, [0, 0], layer=1)
+    assert "<mark>&lt;b&gt;</mark>" in said and "No tokens: no model" in said
+    assert "aria-live='polite'" in said
+
+
+def test_the_still_picture_has_its_title_and_the_numbers_its_ranks():
+    drawn = explorer.still([MINE, WIDE], shown=[("wider", EQ4)], layer=3, title="A finding")
+    assert drawn.get_suptitle() == "A finding"
+    table = explorer.numbers(MINE, **SIZES)
+    assert table["holders"].value_counts().to_dict() == {4: 10, 1: 24, 0: 30}
+    assert table["value"].is_monotonic_decreasing and sorted(table["neuron"]) == list(range(64))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shown": [("mime", EQ4)]}, "no source 'mime'; did you mean 'mine'"),
+        ({"shown": [("mine", "mean activations")]}, "did you mean 'mean activation'"),
+        ({"shown": [("mine", EQ4)] * 4}, "4 columns; expected 1 to 3"),
+        ({"layer": 3}, "layer=3: expected 1 to 2"),
+        ({"n_experts": 0}, "n_experts=0: expected at least 1"),
+        ({"n_share": 2}, "unknown size 'n_share'; did you mean 'n_shared'"),
+    ],
+)
+def test_what_is_not_there_is_refused(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        explorer.still(MINE, **options)
+    with pytest.raises(UserError, match="nothing to explore"):
+        explorer.still([])
+
+
+def test_without_ipympl_one_sentence_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    explorer.explore(MINE)
+    assert capsys.readouterr().out == f"{explorer.MISSING}\n"
