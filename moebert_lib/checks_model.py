@@ -122,18 +122,6 @@ def swapping_changes_nothing(
     return _holds("L_pred is the same both ways, though KL is not", apart, 1e-12)
 
 
-def dealt_neurons_are_counted(experts: Tensor, n_shared: int) -> Check:
-    """``N`` experts of ``K`` neurons, ``s`` of them shared, hold ``s + N (K - s)`` distinct ones.
-
-    Args:
-        experts: One layer's assignment, ``(N, K)``.
-        n_shared: Neurons that every expert holds.
-    """
-    n, size = experts.shape
-    apart = abs(len(set(experts.flatten().tolist())) - (n_shared + n * (size - n_shared)))
-    return _holds(f"{n} experts of {size}, {n_shared} shared, keep s + N(K - s)", apart, 0.0)
-
-
 def identical_experts_are_one(many: nn.Module, one: nn.Module, batch: dict) -> Check:
     """Experts that are copies of each other give the logits of one of them alone.
 

@@ -120,6 +120,8 @@ def way_of_a_sentence(mine: Callable) -> Attempt:
     eye = torch.eye(2)
     cases = [Case((a, torch.tensor([[1, 1, 0]]), eye), torch.tensor([0]))]
     cases += [Case((a, torch.tensor([[1, 1, 1]]), eye), torch.tensor([1]))]
+    loud = torch.tensor([[[10.0, 0.0], [0.0, 3.0], [0.0, 3.0]]])  # the mean of choices differs
+    cases += [Case((loud, torch.tensor([[1, 1, 1]]), eye), torch.tensor([0]))]
     mask = (torch.arange(6) < torch.tensor([[6], [1], [3], [2]])).long()
     for seed in (0, 1, 2):
         states, gate = _noise(4, 6, 3, seed=seed), SentenceGate(3, 5)

@@ -50,6 +50,7 @@ def closest_expert(mine: Callable) -> Attempt:
     X = _real([[1, 1], [-2, 0], [0, 3]])
     outputs = _real([[[1, 0], [-1, 1], [9, 9]], [[-1, 3], [2, 0], [1, 3]]])
     cases = [Case((X, outputs), [0, 0, 1])]
+    cases.append(Case((_real([[0, 0]]), _real([[[3, 0]], [[2, 2]]])), [1]))  # 9 against 8
     for layer in map(_layer, SEEDS):
         ranking = _slow_scores(layer).argsort(descending=True)
         hands = deal_neurons(ranking, n_experts=3, expert_size=3, n_shared=1)
@@ -105,6 +106,7 @@ def counted(mine: Callable) -> Attempt:
     cases = [
         Case((torch.tensor([[5, 2, 1], [5, 0, 3]]), 7), [1, 4, 2]),
         Case((torch.tensor([[4, 1], [4, 1], [4, 1]]), 5), [2, 0, 3]),
+        Case((torch.tensor([[1, 0, 2], [0, 3, 1], [4, 5, 0]]), 7), [1, 5, 1]),
     ]
     for hands in map(_deal, SEEDS):
         cases.append(Case((hands, 40), list(composition(hands, 40))))

@@ -191,7 +191,7 @@ def _rescale(sliders: dict[str, Any], source: Source, *, keep: bool = True) -> N
     n_layers, width = source.shape
     share = width / sliders["rank"].max if keep else 1
     most = {"layer": n_layers, "n_experts": min(MOST, width), "expert_size": width,
-            "n_shared": width // 2, "rank": width}  # fmt: skip
+            "n_shared": width, "rank": width}  # fmt: skip
     for name, slider in sliders.items():
         scaled = name not in ("layer", "n_experts")
         value = round(slider.value * share) if scaled else slider.value

@@ -20,6 +20,7 @@ from moebert_lib.provenance import checksums, code_digests, digest, versions
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.settings import Settings, UserError, home, nearest
 
+EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
 #: Notebooks' parameters that name a folder: a key holds the digests of its files.
 FOLDERS = {"importance_dir"}
 
@@ -67,13 +68,18 @@ class Job:
         return {
             "notebook": self.name,
             "cells": [digest("".join(cell["source"]))
-                      for cell in json.loads(self.source)["cells"] if cell["cell_type"] == "code"],
+                      for cell in json.loads(self.source)["cells"] if _decides(cell)],
             "parameters": parameters,
             "settings": settings,
             "inputs": _inputs(self.settings) if self.settings else {},
             "code": code_digests(),
             "versions": versions(),
         }  # fmt: skip
+
+
+def _decides(cell: dict[str, Any]) -> bool:
+    """Whether a notebook's result depends on a cell: not on prose, nor on a reader's exercise."""
+    return cell["cell_type"] == "code" and EXERCISE not in cell["metadata"].get("tags", [])
 
 
 def plan(

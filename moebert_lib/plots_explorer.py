@@ -121,7 +121,7 @@ class Column:
         self.names = [ax.text(0, 0.97, "", transform=across, ha="center", va="top",
                               fontsize=8.5, linespacing=1.05) for _ in names]  # fmt: skip
         (self.line,) = ax.plot([], [], color=INK, lw=1.4)
-        (self.stem,) = ax.plot([0, 0], [0, 1], transform=across, color=INK, lw=0.8, ls=(0, (3, 2)))
+        (self.stem,) = ax.plot([], [], color=INK, lw=0.8, ls=(0, (3, 2)))
         (self.point,) = ax.plot([], [], "o", mfc="white", mec=INK, mew=1.4, ms=6.5, zorder=5)
         ax.set_xlim(0, width)
         ax.yaxis.set_major_locator(LogLocator(numticks=5))
@@ -189,7 +189,8 @@ class Column:
             self.spans[n].set(x=start, width=stop - start)
             held = f"{100 * (one.top(stop) - one.top(start)):.0f}%"
             room = (stop - start) / width * self.curve.get_position().width * WIDTH  # inches
-            words = f"{name} {stop - start:,}\n{held}" if room > 0.66 else held
+            count = f" {stop - start:,}" if room > 0.66 else ""
+            words = f"{name}{count}\n{held}" if room > 0.33 else held
             self.names[n].set(x=(start + stop) / 2, text=words, visible=room > 0.27)
 
     def _update_deal(self, one: View) -> None:
@@ -216,7 +217,7 @@ class Column:
         self.common_image.set_extent((-0.5, n_experts - 0.5, n_experts - 0.5, -0.5))
         self.overlap.set(xlim=(-0.5, n_experts - 0.5), ylim=(n_experts - 0.5, -0.5))
         apart = 100 * overlap[~np.eye(n_experts, dtype=bool)]
-        self.shared_by.set_text(f"in common: {interval(apart)}%" if n_experts > 1 else "one expert")
+        self.shared_by.set_text(f"overlap: {interval(apart)}%" if n_experts > 1 else "one expert")
 
     def mark(self, one: View, rank: int | None) -> None:
         """Put the mark on the neuron of a rank; None: none."""
@@ -224,7 +225,7 @@ class Column:
             artist.set_visible(rank is not None)
         if rank is not None:
             x = rank + 0.5
-            self.stem.set_xdata([x, x])
+            self.stem.set_data([x, x], [self.curve.get_ylim()[0], one.ordered[rank]])
             self.below.set_xdata([x, x])
             self.point.set_data([x], [one.ordered[rank]])
 

@@ -112,11 +112,15 @@ def from_settings(settings: Settings) -> Source:
 
 
 def from_store() -> list[Source]:
-    """All that was scored in this home, newest first, each with a name of its own."""
+    """All that was scored in this home, each with a name of its own.
+
+    What can show a neuron's tokens comes first, and the newest of those.
+    """
     store = Store()
     there = _by_kind(store)
     found = [_source(entry, there) for entry in reversed(store.entries("importance"))]
-    return distinct([source for source in found if source is not None])
+    known = [source for source in found if source is not None]
+    return distinct(sorted(known, key=lambda source: source.excited is None))
 
 
 def beside(mine: Source) -> list[Source]:

@@ -224,7 +224,7 @@ def size_sliders(
         "n_experts": dict(value=n_experts, min=1, max=min(8, width), description="experts"),
         "expert_size": dict(value=expert_size, min=step, max=width, step=step,
                             description="expert size"),
-        "n_shared": dict(value=n_shared, min=0, max=width // 2, step=step,
+        "n_shared": dict(value=n_shared, min=0, max=width, step=step,
                          description="shared neurons"),
     }  # fmt: skip
     return {name: IntSlider(**limits, **ROOMY) for name, limits in ranges.items()}

@@ -144,7 +144,7 @@ def push(slider) -> None:
     assert slider.get_attribute("aria-valuenow") != before
 
 
-def drag(page, slider, by: int = 60) -> None:
+def drag(page, slider, by: int = 150) -> None:
     """Drag a slider's handle ``by`` pixels with the mouse, to the left where it is at its end."""
     slider.scroll_into_view_if_needed()
     box = slider.bounding_box()

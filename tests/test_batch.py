@@ -183,6 +183,19 @@ def test_editing_code_makes_a_new_run_but_prose_and_outputs_do_not(home):
     assert planned("01")[0].key() != old
 
 
+def test_an_exercise_that_is_filled_in_reruns_nothing(home):
+    (path,) = batch.select(["01"])
+    notebook = nbformat.read(path, as_version=4)
+    cell = nbformat.v4.new_code_cell("def mine(): ...", metadata={"tags": ["exercise"]})
+    notebook.cells.append(cell)
+    nbformat.write(notebook, path)
+    old = planned("01")[0].key()
+    edited(path, "def mine(): ...", "def mine(): return 1")
+    assert planned("01")[0].key() == old
+    edited(path, '"exercise"', '"lesson"')
+    assert planned("01")[0].key() != old
+
+
 def test_where_the_data_lies_is_not_part_of_the_key(home, tiny_glue, tmp_path):
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_glue, target_is_directory=True)

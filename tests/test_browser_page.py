@@ -43,7 +43,7 @@ def explorer(address, page, watch):
 
 
 def test_a_key_and_a_drag_change_the_picture_and_nothing_else_is_asked(explorer, watch):
-    for move in (push, lambda slider: drag(explorer, slider)):
+    for move in (push, lambda slider: drag(explorer, slider, 20)):
         for slider in explorer.locator(SLIDERS).all():
             before = pictures(explorer)
             move(slider)

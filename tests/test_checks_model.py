@@ -8,7 +8,7 @@ import torch
 from moebert_lib import checks_model as checks
 from moebert_lib.convert import to_moebert
 from moebert_lib.distill import prediction_loss
-from moebert_lib.experts import deal_neurons, random_ranking
+from moebert_lib.experts import random_ranking
 from moebert_lib.routing import balanced_table, random_table
 
 
@@ -68,14 +68,6 @@ def test_one_direction_of_kl_is_not_symmetric(generator):
         checks.swapping_changes_nothing(one_way, a, b)
     with pytest.raises(AssertionError, match="choose others"):
         checks.swapping_changes_nothing(prediction_loss, a, a)
-
-
-def test_a_neuron_dealt_twice_is_counted(generator):
-    hands = deal_neurons(torch.arange(12), n_experts=4, expert_size=3, n_shared=2)
-    checks.dealt_neurons_are_counted(hands, 2)
-    hands[1, 2] = hands[0, 2]
-    with pytest.raises(AssertionError, match="FAILS: 4 experts of 3, 2 shared"):
-        checks.dealt_neurons_are_counted(hands, 2)
 
 
 def test_identical_experts_are_one_and_others_are_not(moebert, tiny_batch):

@@ -1,6 +1,5 @@
 """Style, saving and the shared marks; what single figures draw is tested beside their modules."""
 
-
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
