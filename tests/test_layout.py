@@ -12,12 +12,14 @@ from moebert_lib.provenance import OUTSIDE
 
 #: Each module in one room. A module imports from its own room and the rooms below.
 ROOMS = {
-    "the command line": "cli __main__ options commands commands_model commands_pages "
-    "explore_page doctor",
-    "what people look at": "plots plots_importance plots_experts plots_routing plots_learning "
-    "plots_results plots_speed plots_claims plots_release plots_states saving tables widgets "
-    "token_table explorer explorer_widget plots_explorer readout sources bench_widgets report "
-    "report_tables site site_notebooks site_pages site_reference site_theme bench bench_batch",
+    "the command line": "cli __main__ options commands commands_model commands_pages doctor",
+    "speed": "bench bench_batch bench_widgets",
+    "pages": "explore_page report report_tables site site_notebooks site_pages site_reference "
+    "site_theme",
+    "widgets": "widgets token_table explorer explorer_widget readout sources",
+    "figures and tables": "plots plots_importance plots_experts plots_routing plots_states "
+    "plots_learning plots_results plots_claims plots_release plots_speed plots_explorer saving "
+    "tables",
     "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export columns",
     "one notebook, planned and run": "planning notebook_files knobs forecast estimate worker "
     "execution publish pages",
