@@ -155,7 +155,7 @@ def keep(what: str, timings: pd.DataFrame, table: pd.DataFrame, **about: Any) ->
     """Write a benchmark's timings and summary to ``runs/bench-<what>-<time>.json``; say where."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     path = home() / "runs" / f"bench-{what}-{created.replace(':', '')}.json"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {
         "what": what, "created": created, **about, "machine": machine(), "versions": versions(),
         "commit": commit(), "summary": json.loads(table.to_json(orient="records")),

@@ -138,6 +138,12 @@ def identical_experts_are_one(many: nn.Module, one: nn.Module, batch: dict) -> C
     return _holds("identical experts, untrained, are one expert", apart, 1e-10)
 
 
+def outputs_differ(left: Tensor, right: Tensor, *, by: float = 1e-4) -> Check:
+    """Two models' outputs of one shape are more than ``by`` apart: they are not one model."""
+    gap = float((torch.as_tensor(left).double() - torch.as_tensor(right).double()).abs().max())
+    return _holds(f"outputs differ, by up to {gap:.2g}", max(0.0, by - gap), 0.0)
+
+
 @torch.no_grad()
 def routes(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Of each layer's router: chosen experts and factors, ``(B*T,)`` each."""

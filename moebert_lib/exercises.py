@@ -57,6 +57,11 @@ def attempt(mine: Callable[..., Any], cases: Iterable[Case]) -> Attempt:
     return Attempt(True, f"right: {name}, {n_cases} cases")
 
 
+def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal numbers of a generator of their own, for cases drawn at random."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
 def _difference(found: Any, expected: Any) -> str:
     """How a value differs from the expected one; "" where they agree."""
     if isinstance(expected, str | bool | set | dict):

@@ -5,13 +5,9 @@ from collections.abc import Callable
 import torch
 
 from moebert_lib.distill import layer_distances, prediction_loss
-from moebert_lib.exercises import Attempt, Case, attempt
+from moebert_lib.exercises import Attempt, Case, attempt, noise
 from moebert_lib.experts import deal_neurons
 from moebert_lib.routing import SentenceGate, balanced_table, loads
-
-
-def _noise(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def distance_of_a_layer(mine: Callable) -> Attempt:
@@ -20,7 +16,7 @@ def distance_of_a_layer(mine: Callable) -> Attempt:
     X_tea = torch.tensor([[[0.5, 2.0], [0.5, 0.0], [0.0, 0.0]]])
     cases = [Case((X, X_tea, torch.tensor([[1, 1, 0]])), 0.3125)]
     for seed in (0, 1):
-        own, other = _noise(3, 5, 4, seed=seed), _noise(3, 5, 4, seed=seed + 10)
+        own, other = noise(3, 5, 4, seed=seed), noise(3, 5, 4, seed=seed + 10)
         mask = (torch.arange(5) < torch.tensor([[5], [2], [3]])).long()
         cases.append(Case((own, other, mask), layer_distances([own], [other], mask)[0]))
     return attempt(mine, cases)
@@ -31,7 +27,7 @@ def distance_of_predictions(mine: Callable) -> Attempt:
     p, p_tea = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
     cases = [Case((p, p_tea), 0.13732653608351372)]  # 1/8 ln 3
     for seed in (0, 1):
-        a, b = _noise(4, 3, seed=seed), _noise(4, 3, seed=seed + 10)
+        a, b = noise(4, 3, seed=seed), noise(4, 3, seed=seed + 10)
         cases.append(Case((a.softmax(-1), b.softmax(-1)), prediction_loss(a, b)))
     return attempt(mine, cases)
 
@@ -47,8 +43,8 @@ def objective_of_a_sentence(mine: Callable) -> Attempt:
     apart = Case((even, 0, X + 1, even, X, 2.0), 4.693147180559945)  # and 2 x (1 + 1)
     cases = [agree, apart]
     for seed in (0, 1):
-        a, b = _noise(3, seed=seed), _noise(3, seed=seed + 10)
-        own, other = _noise(4, 5, 2, seed=seed + 20), _noise(4, 5, 2, seed=seed + 30)
+        a, b = noise(3, seed=seed), noise(3, seed=seed + 10)
+        own, other = noise(4, 5, 2, seed=seed + 20), noise(4, 5, 2, seed=seed + 30)
         hidden = layer_distances(list(own[:, None]), list(other[:, None]), None).sum()
         distill = hidden + prediction_loss(a[None], b[None])
         arguments = (a.softmax(-1), seed, own, b.softmax(-1), other, 5.0)
@@ -124,8 +120,8 @@ def way_of_a_sentence(mine: Callable) -> Attempt:
     cases += [Case((loud, torch.tensor([[1, 1, 1]]), eye), torch.tensor([0]))]
     mask = (torch.arange(6) < torch.tensor([[6], [1], [3], [2]])).long()
     for seed in (0, 1, 2):
-        states, gate = _noise(4, 6, 3, seed=seed), SentenceGate(3, 5)
-        gate.gate.weight.data = _noise(5, 3, seed=seed + 10)
+        states, gate = noise(4, 6, 3, seed=seed), SentenceGate(3, 5)
+        gate.gate.weight.data = noise(5, 3, seed=seed + 10)
         route = gate(states, None, mask).experts.view(4, 6)[:, 0]
         cases.append(Case((states, mask, gate.gate.weight.data.T.clone()), route))
     return attempt(mine, cases)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from moebert_lib.exercises import Attempt, Case, attempt
+from moebert_lib.exercises import Attempt, Case, attempt, noise
 from moebert_lib.experts import composition, deal_neurons, random_ranking
 from moebert_lib.importance import Importance
 from moebert_lib.stability import top_overlap
@@ -199,7 +199,7 @@ def _deal(seed: int) -> Tensor:
 
 
 def _random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise(*shape, seed=seed, dtype=torch.float64)
 
 
 def _real(values: list) -> Tensor:

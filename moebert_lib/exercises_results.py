@@ -15,7 +15,7 @@ import torch
 
 from moebert_lib import intervals, release, stability
 from moebert_lib.evaluate import score
-from moebert_lib.exercises import Attempt, Case, attempt
+from moebert_lib.exercises import Attempt, Case, attempt, noise
 from moebert_lib.modeling import MoEBertConfig, MoEBertModel
 from moebert_lib.moe_layer import moe_layers, parameter_counts
 
@@ -41,7 +41,7 @@ def sign_flip(mine: Callable) -> Attempt:
         Case((np.array([1.0, 2.0]),), 0.5),  # sums 3, 1, -1, -3: two of four as far from zero
         Case((np.array([-1.0, -2.0, -4.0]),), 0.25),  # negative ones are as far
         Case((np.array([3.0, -1.0, -1.0]),), 1.0),  # a sum of 1, and none is closer to zero
-        Case((np.array([0.3, 0.6, 0.9]),), 0.25),  # 0.3 + 0.6 + 0.9 depends on the order
+        Case((np.array([0.1, 0.2, 0.3, -0.1]),), 0.375),  # equal sums differ in the last bit
     ]
     for draw in map(np.random.default_rng, SEEDS):
         gaps = draw.normal(0.5, size=6)
@@ -116,7 +116,7 @@ def leak(mine: Callable) -> Attempt:
     training, development = torch.tensor([4.0, 3, 2, 1]), torch.tensor([0.0, 2, 1, 3])
     cases = [Case((training, development, 2), 1.5), Case((training, development, 4), 0.0)]
     for seed in SEEDS:
-        training, development = _normal(2, 40, seed=seed)
+        training, development = noise(2, 40, seed=seed)
         left, right = (
             sorted(range(40), key=one.__getitem__)[-10:] for one in (training, development)
         )
@@ -133,7 +133,7 @@ def own_order(mine: Callable) -> Attempt:
     """
     cases = [Case((torch.tensor([9.0, 5, 1]), torch.tensor([1, 2, 0])), [1, 9, 5])]
     for seed in SEEDS:
-        scores = _normal(12, seed=seed).abs().sort(descending=True).values.double()
+        scores = noise(12, seed=seed).abs().sort(descending=True).values.double()
         neurons = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
         cases.append(Case((scores, neurons), _as_read(scores, neurons)))
     return attempt(mine, cases)
@@ -144,13 +144,9 @@ def jaccard(mine: Callable) -> Attempt:
     left, right = torch.tensor([6.0, 5, 4, 3, 2, 1]), torch.tensor([6.0, 1, 5, 2, 4, 3])
     cases = [Case((left, right, 2), 1 / 3), Case((left, right, 3), 0.5), Case((left, left, 2), 1.0)]
     for seed in SEEDS:
-        left, right = _normal(2, 30, seed=seed)
+        left, right = noise(2, 30, seed=seed)
         cases.append(Case((left, right, 12), stability.jaccard(left[None], right[None], 12)))
     return attempt(mine, cases)
-
-
-def _normal(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _as_read(scores: torch.Tensor, neurons: torch.Tensor) -> torch.Tensor:

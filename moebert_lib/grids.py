@@ -28,6 +28,9 @@ BRIEF = {"max_train_examples": 1000, "max_eval_examples": 200, "importance_examp
 #: What a conversion does by default; the explorer's accuracies are of these.
 PLAIN = ("routing", "ranking", "shared_neurons", "expert_layer_norm", "gate_scaling")
 
+#: Of an expert, from nothing to nearly all: what notebooks 1 and 2 let experts share.
+SHARED_PARTS = (0, 1 / 3, 2 / 3, 0.92)
+
 
 def over_seeds(settings: Settings) -> list[Settings]:
     """The experiment with ``n_seeds`` seeds; a random deal is drawn anew for each."""
@@ -104,7 +107,7 @@ def conversions(settings: Settings, width: int) -> list[Settings]:
     return [
         fair.but(n_experts=n, expert_size=width // n, seed=settings.seed + k,
                  n_shared=round(width // n * part))
-        for n in (2, 4, 8) if n <= width for part in (0, 1 / 3, 2 / 3, 0.92)
+        for n in (2, 4, 8) if n <= width for part in SHARED_PARTS
         for k in range(1 + (n == settings.n_experts))
     ]  # fmt: skip
 

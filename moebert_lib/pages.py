@@ -1,17 +1,19 @@
 """HTML pages that stand alone: one file, no request, light and dark.
 
 ``write_page`` turns an executed notebook into one. Formulas become MathML, which browsers
-draw without a script. A widget needs a kernel, so the page shows only the static figure
-that precedes it.
+draw without a script. A widget needs a kernel, so the page shows a sentence and
+the static figure that follows.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moebert_lib.store import write_bytes
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+MOVE = "Interactive: open the notebook in JupyterLab to move it."
 CODE_OR_MATH = re.compile(
     r"(?P<code>```.*?```|`+[^`]*`+)|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?!\s)(?P<line>[^$\n]+?)(?<!\s)\$(?!\w)",
     re.DOTALL,
@@ -136,8 +138,8 @@ def write_page(notebook: Path, target: Path) -> None:
     for cell in node.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
-        for output in cell.get("outputs", []):
-            without_widget(output)
+        elif cell.cell_type == "code":
+            cell.outputs = without_widgets(cell.outputs)
     node.metadata.pop("widgets", None)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(node)
     write_bytes(target, page(title(node), body, style=STYLE + NOTEBOOK_STYLE).encode())
@@ -176,8 +178,21 @@ def with_mathml(markdown: str) -> str:
     return CODE_OR_MATH.sub(draw, markdown)
 
 
-def without_widget(output: Any) -> None:
-    """Put a sentence in place of a widget, which would need a kernel."""
-    if WIDGET_VIEW in output.get("data", {}):
-        note = "Interactive: open the notebook in JupyterLab to move it."
-        output["data"] = {"text/html": f'<p class="meta">{note}</p>', "text/plain": note}
+def without_widgets(outputs: Sequence[Any]) -> list[Any]:
+    """A cell's outputs with one sentence in place of its widgets, which would need a kernel.
+
+    Of a widget that comes with a picture of itself the picture stays.
+    """
+    kept, told = [], False
+    for output in outputs:
+        data = output.get("data", {})
+        if WIDGET_VIEW not in data:
+            kept.append(output)
+        elif "image/png" in data:
+            output["data"] = {"image/png": data["image/png"]}
+            kept.append(output)
+        elif not told:
+            told = True
+            output["data"] = {"text/html": f'<p class="meta">{MOVE}</p>', "text/plain": MOVE}
+            kept.append(output)
+    return kept

@@ -87,7 +87,8 @@ def deal(
         ax.text(max(top.values()) + 1.15, 2.28, "dropped", va="center", color=MUTED)
     ax.text(low - 0.25, 2.28, "by\nimportance", ha="right", va="center")
     ax.text(low - 0.25, 0.38, "dealt", ha="right", va="center")
-    ax.set(xlim=(low - 1.6, width - low + (1.6 if low < 0 else 0.2)), ylim=(-0.5, 3.0))
+    room = max(1.6, 0.13 * (width - 2 * low))  # of the words on the left
+    ax.set(xlim=(low - room, width - low + (room if low < 0 else 0.2)), ylim=(-0.5, 3.0))
     ax.set_axis_off()
     headline(ax, title)
     return ax

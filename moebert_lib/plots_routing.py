@@ -151,8 +151,9 @@ def token_maps(
     """
     n_layers = np.asarray(next(iter(ways.values()))).shape[1]
     n_drawn = min(len(tokens), 24)
+    rows = max(n_layers, 1 + len(next(iter(shares.values()))[0]))
     fig, grid = panels(
-        fig, 2 * len(ways), per_row=2, height=0.35 + 0.2 * n_layers, width_ratios=(4.4, 1)
+        fig, 2 * len(ways), per_row=2, height=0.35 + 0.2 * rows, width_ratios=(4.4, 1)
     )
     for place, (name, experts) in enumerate(ways.items()):
         left, right = grid[2 * place : 2 * place + 2]

@@ -94,7 +94,7 @@ def steps(
     for place, ax in enumerate(grid):
         stage, layer = list(FACES)[place // len(layers)], layers[place % len(layers)]
         plane(frame, layer=layer, stage=stage, ax=ax, dot=2.4)
-        ax.set_xlabel(f"{apart[stage, layer]:.3f}", fontsize=9, labelpad=2)
+        ax.set_xlabel(f"{apart[stage, layer]:.3g}", fontsize=9, labelpad=2)
         if place < len(layers):
             ax.set_title(
                 f"layer {layer}" if layer else "embeddings", fontsize=9, pad=3, loc="center"

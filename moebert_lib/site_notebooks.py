@@ -55,10 +55,8 @@ def prepare(node: Any, findings: Mapping[str, str]) -> Any:
         if cell.cell_type == "markdown":
             cell.source = markdown(cell.source)
             continue
-        outputs = cell.get("outputs", [])
-        for output in outputs:
-            pages.without_widget(output)
-        if any("image/png" in output.get("data", {}) for output in outputs):
+        cell.outputs = pages.without_widgets(cell.outputs)
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
             shown = [name for name in quoted(cell.source) if name in findings]
             if not shown:
                 title = pages.title(node)

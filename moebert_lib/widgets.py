@@ -109,7 +109,8 @@ def deal_view(ranking: ArrayLike) -> View:
             ranking, n_experts=n_experts, expert_size=size, n_shared=shared, allow_identical=True
         )
         kept = len(experts.unique())
-        title = f"{n_experts} experts of {size}, {shared} shared, keep {kept:,} of {len(ranking):,}"
+        many = f"{n_experts} experts" if n_experts > 1 else "one expert"
+        title = f"{many} of {size}, {shared} shared: {kept:,} of {len(ranking):,} neurons kept"
         hands = experts.numpy(), ranking.numpy()
         picture.redraw(lambda ax: figure(*hands, ax=ax, title=title), title)
 

@@ -86,3 +86,9 @@ def test_a_table_that_changed_is_found_and_a_gate_has_none(moebert):
         checks.training_leaves_tables(before, after)
     with pytest.raises(AssertionError, match="FAILS: training leaves"):
         checks.training_leaves_tables(moebert("gate-token"), copy.deepcopy(moebert("gate-token")))
+
+
+def test_outputs_that_are_the_same_do_not_differ():
+    checks.outputs_differ(torch.zeros(2, 3), torch.full((2, 3), 0.1))
+    with pytest.raises(AssertionError, match="FAILS: outputs differ, by up to 1e-05"):
+        checks.outputs_differ(torch.zeros(2, 3), torch.full((2, 3), 1e-5))

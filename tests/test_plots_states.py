@@ -54,4 +54,4 @@ def test_a_deep_model_shows_seven_layers_first_and_last_among_them(frame, distan
     panels = drawn.steps(frame, distances, title="x").axes
     titles = [ax.get_title() for ax in panels[:7]]
     assert len(panels) == 14 and titles[0] == "embeddings" and titles[-1] == "layer 9"
-    assert [ax.get_xlabel() for ax in (panels[6], panels[13])] == ["9.000", "4.500"]
+    assert [ax.get_xlabel() for ax in (panels[6], panels[13])] == ["9", "4.5"]

@@ -117,8 +117,8 @@ def test_moving_a_slider_changes_the_picture_and_its_words_in_place(moved):
         picture, words = moved["shown"]
         seen.append((bytes(picture.value), words.value))
     assert seen[0][0] != seen[1][0]
-    assert "2 experts of 3, 1 shared, keep 5 of 6" in seen[0][1]
-    assert "2 experts of 3, 2 shared, keep 4 of 6" in seen[1][1]
+    assert "2 experts of 3, 1 shared: 5 of 6 neurons kept" in seen[0][1]
+    assert "2 experts of 3, 2 shared: 4 of 6 neurons kept" in seen[1][1]
 
 
 def test_controls_say_what_they_are_and_are_not_cut_off(moved, states, routed):
