@@ -39,7 +39,7 @@ lint: $(DEV_STAMP)
 	@$(PY) -m ruff format --check .
 
 lab: $(LAB_STAMP)
-	@cd notebooks && ../$(PY) -m jupyterlab 00_the_idea.ipynb $(ARGS)
+	@cd notebooks && ../$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/00_the_idea.ipynb $(ARGS)
 
 explore: $(LAB_STAMP)
 	@$(PY) -m moebert_lib explore $(ARGS)

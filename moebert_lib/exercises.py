@@ -6,6 +6,7 @@ and held to the library.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -40,12 +41,12 @@ def attempt(mine: Callable[..., Any], cases: Iterable[Case]) -> Attempt:
 
     Example:
         >>> attempt(lambda x: 2 * x, [Case((1,), 2), Case((3,), 7)])
-        not yet: your function of (3) gave 6, expected 7
+        not yet: your function(x=3) gave 6, expected 7
     """
     name = getattr(mine, "__name__", "<lambda>").replace("<lambda>", "your function")
     n_cases = 0
     for n_cases, case in enumerate(cases, start=1):  # noqa: B007  counted for the last line
-        asked = f"{name} of ({', '.join(map(_short, case.arguments))})"
+        asked = f"{name}({', '.join(_named(mine, case.arguments))})"
         try:
             found = mine(*copy.deepcopy(case.arguments))
         except Exception as error:  # noqa: BLE001  whatever a reader's code may raise
@@ -55,6 +56,18 @@ def attempt(mine: Callable[..., Any], cases: Iterable[Case]) -> Attempt:
         if difference := _difference(found, case.expected):
             return Attempt(False, f"not yet: {asked} {difference}")
     return Attempt(True, f"right: {name}, {n_cases} cases")
+
+
+def _named(mine: Callable[..., Any], arguments: tuple) -> list[str]:
+    """The arguments as a call has them, by the names that the reader gave."""
+    try:
+        names = list(inspect.signature(mine).bind(*arguments).arguments)
+    except (TypeError, ValueError):  # too few or too many
+        names = []
+    said = map(_short, arguments)
+    if len(names) != len(arguments):
+        return list(said)
+    return [f"{name}={value}" for name, value in zip(names, said, strict=True)]
 
 
 def noise(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -82,8 +95,10 @@ def _short(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         if value.numel() > 12:
             return f"tensor of shape {tuple(value.shape)}"
-        value = value.round(decimals=4).tolist() if value.is_floating_point() else value.tolist()
+        return _short(value.tolist())
+    if isinstance(value, list) and value:
+        return f"[{', '.join(map(_short, value))}]" if len(value) <= 12 else f"{len(value)} values"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.4g}"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -29,15 +29,20 @@ Shown = Sequence[tuple[str, str]]
 
 
 def explore(
-    sources: Source | Sequence[Source], *, shown: Shown | None = None, layer: int = 1, **sizes: int
+    sources: Source | Sequence[Source],
+    *,
+    shown: Shown | None = None,
+    layer: int | None = None,
+    **sizes: int,
 ) -> None:
     """Show the explorer in JupyterLab or Voila.
 
     Args:
         sources: What its menus offer.
         shown: Names of a source and of one of its scores for each column at the start, three at
-            most; None is Eq. 4 of the first source.
-        layer: Where its slider starts, counted from 1.
+            most; None is all scores of the first source, or where it has but one, as a file has,
+            Eq. 4 of each source.
+        layer: Where its slider starts, counted from 1; None is the middle of the first source.
         sizes: Where the sliders ``n_experts``, ``expert_size`` and ``n_shared`` start, in neurons
             of the first column's layers; the paper's proportions where none are given. Sizes
             that do not fit are cut, and eight experts are the most.
@@ -50,14 +55,14 @@ def explore(
     if ready():
         from IPython.display import display
 
-        display(Explorer(_listed(sources), chosen, layer=layer, **start).box)
+        display(Explorer(_listed(sources), chosen, **start).box)
 
 
 def still(
     sources: Source | Sequence[Source],
     *,
     shown: Shown | None = None,
-    layer: int = 1,
+    layer: int | None = None,
     title: str = "",
     **sizes: int,
 ) -> Figure:
@@ -69,28 +74,33 @@ def still(
     chosen = chosen_columns(sources, shown)
     start = _start(chosen[0][0], layer, sizes)
     figure = plt.figure()
-    Picture(figure, views(chosen, layer=layer, **start), title=title)
+    Picture(figure, views(chosen, **start), title=title)
     return figure
 
 
 def numbers(
-    sources: Source | Sequence[Source], *, shown: Shown | None = None, layer: int = 1, **sizes: int
+    sources: Source | Sequence[Source],
+    *,
+    shown: Shown | None = None,
+    layer: int | None = None,
+    **sizes: int,
 ) -> pd.DataFrame:
     """The numbers of :func:`still`: a row for each neuron, in order of rank, of each column.
 
     Returns:
         Columns ``column`` (from 1), ``score``, ``layer``, ``rank`` (from 1), ``neuron`` (from 0),
-        ``value`` and ``holders``, the number of experts that hold it.
+        ``value``, the score; ``over_mean``, the same over the layer's mean; ``holders``, the
+        number of experts that hold it.
     """
     chosen = chosen_columns(sources, shown)
     start = _start(chosen[0][0], layer, sizes)
     frames = []
-    shown_views = views(chosen, layer=layer, **start)
+    shown_views = views(chosen, **start)
     for n, ((source, name), one) in enumerate(zip(chosen, shown_views, strict=True), start=1):
         frames.append(pd.DataFrame({
-            "column": n, "score": name, "layer": min(layer, source.shape[0]),
+            "column": n, "score": name, "layer": min(start["layer"], source.shape[0]),
             "rank": np.arange(1, len(one.ranking) + 1), "neuron": one.ranking,
-            "value": one.ordered, "holders": one.holds.sum(0),
+            "value": one.ordered, "over_mean": one.relative, "holders": one.holds.sum(0),
         }))  # fmt: skip
     return pd.concat(frames, ignore_index=True)
 
@@ -115,7 +125,7 @@ def chosen_columns(
     if not by_name:
         raise UserError("nothing to explore: no scores were given; expected some of "
                         "sources.from_settings, from_store or from_file")  # fmt: skip
-    shown = [(next(iter(by_name)), EQ4)] if shown is None else list(shown)
+    shown = _usual(list(by_name.values())) if shown is None else list(shown)
     if not 1 <= len(shown) <= COLUMNS:
         raise UserError(f"shown has {len(shown)} columns; expected 1 to {COLUMNS}")
     for name, score in shown:
@@ -131,12 +141,20 @@ def _listed(sources: Source | Sequence[Source]) -> list[Source]:
     return [sources] if isinstance(sources, Source) else list(sources)
 
 
-def _start(source: Source, layer: int, sizes: dict[str, int]) -> dict[str, int]:
-    """The three sizes, completed by the paper's proportions; refused where they cannot be."""
+def _usual(sources: list[Source]) -> list[tuple[str, str]]:
+    """Columns where none are named: the scores of the first source, or one of each source."""
+    lead = sources[0]
+    every = [(lead.name, score) for score in lead.scores]
+    return (every if len(every) > 1 else [(one.name, EQ4) for one in sources])[:COLUMNS]
+
+
+def _start(source: Source, layer: int | None, sizes: dict[str, int]) -> dict[str, int]:
+    """Layer and the three sizes: the middle, the paper's proportions; refused if they can't be."""
     for name in sizes:
         if name not in SIZES:
             raise UserError(f"unknown size '{name}'; {nearest(name, SIZES)}")
     n_layers, width = source.shape
+    layer = (n_layers + 1) // 2 if layer is None else layer
     if not 1 <= layer <= n_layers:
         raise UserError(f"layer={layer}: expected 1 to {n_layers}, the layers of {source.name}")
     n_experts = sizes.get("n_experts", 4)
@@ -145,4 +163,4 @@ def _start(source: Source, layer: int, sizes: dict[str, int]) -> dict[str, int]:
     n_experts = min(n_experts, MOST, width)
     size, shared = proportions(width, n_experts, sizes.get("expert_size"), sizes.get("n_shared"))
     size, shared = fit(width, n_experts, size, shared)
-    return {"n_experts": n_experts, "expert_size": size, "n_shared": shared}
+    return {"layer": layer, "n_experts": n_experts, "expert_size": size, "n_shared": shared}

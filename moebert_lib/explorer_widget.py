@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -52,9 +53,9 @@ class Explorer:
         layer: int,
         **sizes: int,
     ):
-        from ipympl.backend_nbagg import Canvas, FigureManager
-        from ipywidgets import HTML, HBox, VBox
+        from ipywidgets import HTML
 
+        Canvas, FigureManager = _canvas_classes()
         self.sources = {source.name: source for source in sources}
         self.chosen, self.hovered, self._busy = list(chosen), None, False
         self.sliders = _sliders(chosen[0][0], layer, sizes)
@@ -64,6 +65,7 @@ class Explorer:
         for part in ("toolbar", "header", "footer"):
             setattr(self.canvas, f"{part}_visible", False)
         self.canvas.capture_scroll = False
+        self.canvas.layout.flex = "0 0 auto"
         self.canvas.on_msg(self._fix_size)
         self.canvas.syncing_data_url = False  # a second image of every frame, for saving
         self.table, self.neuron = HTML(), HTML()
@@ -76,10 +78,20 @@ class Explorer:
         self.canvas.mpl_connect("motion_notify_event", self._hover)
         self.canvas.mpl_connect("figure_leave_event", self._hover)
         self.canvas.mpl_connect("button_press_event", self._click)
-        menus = HBox([VBox(pair) for pair in self.menus])
-        rows = list(self.sliders.values())
-        self.box = VBox([menus, HBox([VBox(rows[:3]), VBox(rows[3:])]), self.canvas,
-                         self.table, self.neuron])  # fmt: skip
+        self.box = self._laid_out()
+
+    def _laid_out(self) -> Any:
+        """Controls over the picture, and the tables beside it where there is room, else below."""
+        from ipywidgets import Box, Layout, VBox
+
+        def in_rows(children: Sequence[Any], gap: str) -> Any:
+            return Box(children, layout=Layout(flex_flow="row wrap", grid_gap=gap))
+
+        # a flexible base of less than the canvas, so that the tables shrink before they wrap
+        tables = VBox([self.table, self.neuron], layout=Layout(flex="1 1 340px", min_width="0"))
+        menus = in_rows([VBox(pair) for pair in self.menus], "0 12px")
+        sliders = in_rows(list(self.sliders.values()), "0 12px")
+        return VBox([menus, sliders, in_rows([self.canvas, tables], "0 20px")])
 
     def _fix_size(self, *_message: Any) -> None:
         """Take the handle away that the page gives every canvas when it first shows it."""
@@ -111,11 +123,16 @@ class Explorer:
         self._move()
 
     def _move(self) -> None:
-        """A slider moved: the same picture with other sizes, layer or neuron."""
-        self.views = views(self.chosen, **self._values())
+        """A slider moved: the same picture with other sizes, layer or neuron.
+
+        The slider wins over a pointer that rests on the picture.
+        """
+        self.hovered, values = None, self._values()
+        self.views = views(self.chosen, **values)
         self.picture.update(self.views, self.marked())
         self._tell()
-        self.table.value = readout.table(self.chosen, self.views)
+        del values["layer"]
+        self.table.value = readout.table(self.chosen, self.views, asked=values)
 
     def _choose(self) -> None:
         """A menu changed: other columns, and sliders of the first one's range."""
@@ -173,13 +190,27 @@ class Explorer:
         return None
 
 
+def _canvas_classes() -> tuple[type, type]:
+    """ipympl's canvas and manager; the notebook's other figures stay with their own backend.
+
+    At its first import ipympl makes itself the backend of all figures.
+    """
+    use = mpl.use
+    mpl.use = lambda *_args, **_options: None
+    try:
+        from ipympl.backend_nbagg import Canvas, FigureManager
+    finally:
+        mpl.use = use
+    return Canvas, FigureManager
+
+
 def _sliders(source: Source, layer: int, sizes: dict[str, int]) -> dict[str, Any]:
     from ipywidgets import IntSlider, Layout
 
     words = {"layer": "layer", "n_experts": "experts", "expert_size": "neurons in each",
              "n_shared": "of them shared", "rank": "look at rank"}  # fmt: skip
     start = {"layer": layer, **sizes, "rank": 1}
-    options = dict(style={"description_width": "8.4em"}, layout=Layout(width="420px"))
+    options = dict(style={"description_width": "8.4em"}, layout=Layout(width="390px"))
     sliders = {name: IntSlider(description=word, min=1, max=2**31 - 1, value=start[name], **options)
                for name, word in words.items()}  # fmt: skip
     _rescale(sliders, source, keep=False)

@@ -48,6 +48,11 @@ class View:
         return self.ordered[self.hands].sum(1) / self.total
 
     @property
+    def relative(self) -> np.ndarray:
+        """Scores over the layer's mean, ``(F,)``: one scale for all scores and models."""
+        return self.ordered * len(self.ordered) / self.total
+
+    @property
     def total(self) -> float:
         """The layer's score; never 0."""
         return float(self.ordered.sum()) or 1.0

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from moebert_lib.layer_view import View, interval
 from moebert_lib.plots import COLORS, INK, RAMP, STYLE, expert_color
@@ -55,9 +55,9 @@ class Picture:
             views: As many as there are columns, of the same widths.
             marked: Rank of the chosen neuron in each column.
         """
-        lead = views[0]
+        lead, limits = views[0], _limits(views)
         for n, (column, one) in enumerate(zip(self.columns, views, strict=True)):
-            column.update(one)
+            column.update(one, limits)
             column.mark(one, marked[n] if marked else None)
             alike = n > 0 and len(one.ranking) == len(lead.ranking)
             shared = lead.ranking[: lead.n_shared]
@@ -124,18 +124,20 @@ class Column:
         (self.stem,) = ax.plot([], [], color=INK, lw=0.8, ls=(0, (3, 2)))
         (self.point,) = ax.plot([], [], "o", mfc="white", mec=INK, mew=1.4, ms=6.5, zorder=5)
         ax.set_xlim(0, width)
-        ax.yaxis.set_major_locator(LogLocator(numticks=5))
+        self.ticks = LogLocator(numticks=5)
+        ax.yaxis.set_major_locator(self.ticks)
         ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(FuncFormatter(_plain))
         ax.tick_params(labelsize=8)
         bottom, tall = (n * self.figure.get_figheight() for n in ax.get_position().bounds[1::2])
-        self._text((0.1, bottom + tall / 2), 8.5, INK, s="score", rotation=90,
+        self._text((0.1, bottom + tall / 2), 8.5, INK, s="score / mean", rotation=90,
                    ha="center", va="center")  # fmt: skip
 
     def _fill_strip(self) -> None:
         self.density = self.strip.imshow(np.zeros((1, 1)), aspect="auto", cmap=RAMP, vmin=0,
                                          vmax=1, interpolation="nearest")  # fmt: skip
         self.caption = self._text((INSET, sum(ROWS["strip"]) + 0.05), 8, MUTED,
-                                  s="where column 1's shared neurons rank here")  # fmt: skip
+                                  s="where column 1's shared neurons rank")  # fmt: skip
 
     def _fill_deal(self, width: int, room: float) -> None:
         ax = self.deal
@@ -166,23 +168,24 @@ class Column:
                        ha="center", va="center")  # fmt: skip
         above = sum(ROWS["held"]) + 0.05
         self._text((INSET, above), 8.5, MUTED, s="score held, %")
-        self.shared_by = self._text((INSET + overlap_at, above), 8.5, MUTED)
+        right = INSET + overlap_at + self.overlap.get_position().width * WIDTH
+        self.shared_by = self._text((right, above), 8.5, MUTED, ha="right")
         self.common_image = self.overlap.imshow(np.zeros((1, 1)), cmap=RAMP, vmin=0, vmax=1,
                                                 aspect="auto", interpolation="nearest")  # fmt: skip
 
-    def update(self, one: View) -> None:
-        """Move everything to where ``one`` has it."""
+    def update(self, one: View, limits: tuple[float, float]) -> None:
+        """Move everything to where ``one`` has it; ``limits`` are those of the scores' axis."""
         for text, words in zip(self.heading, one.heading, strict=True):
             text.set_text(words)
+        self.curve.set_ylim(*limits)
+        self.ticks.set_params(subs=(1, 2, 5) if limits[1] < 50 * limits[0] else (1,))
         self._update_curve(one)
         self._update_deal(one)
         self._update_held(one)
 
     def _update_curve(self, one: View) -> None:
-        width, seen = len(one.ordered), one.ordered[one.ordered > 0]
+        width, seen = len(one.ordered), one.relative[one.ordered > 0]
         self.line.set_data(np.arange(len(seen)) + 0.5, seen)
-        low, high = (seen[-1], seen[0]) if len(seen) else (0.1, 1)
-        self.curve.set_ylim(low / 1.3, high * (high / low) ** 0.25 * 1.3)
         edges = (0, one.n_shared, one.n_kept, width)
         for n, name in enumerate(("shared", "dealt", "dropped")):
             start, stop = edges[n : n + 2]
@@ -225,9 +228,10 @@ class Column:
             artist.set_visible(rank is not None)
         if rank is not None:
             x = rank + 0.5
-            self.stem.set_data([x, x], [self.curve.get_ylim()[0], one.ordered[rank]])
+            height = one.relative[rank]
+            self.stem.set_data([x, x], [self.curve.get_ylim()[0], height])
             self.below.set_xdata([x, x])
-            self.point.set_data([x], [one.ordered[rank]])
+            self.point.set_data([x], [height])
 
     def where(self, chosen: np.ndarray | None) -> None:
         """Show how densely chosen neurons lie along the ranking ``(F,)``; None: no strip."""
@@ -238,6 +242,21 @@ class Column:
         starts = np.arange(0, len(chosen), max(1, len(chosen) // 60))
         parts = np.add.reduceat(chosen.astype(float), starts)
         self.density.set_data((parts / np.diff(np.r_[starts, len(chosen)]))[None])
+
+
+def _limits(views: list[View]) -> tuple[float, float]:
+    """One range of scores for all columns, with room for names above the lines."""
+    seen = [one.relative[one.ordered > 0] for one in views]
+    low = min((one[-1] for one in seen if len(one)), default=0.1)
+    high = max((one[0] for one in seen if len(one)), default=1.0)
+    return low / 1.3, high * (high / low) ** 0.25 * 1.3
+
+
+def _plain(value: float, _position: int) -> str:
+    """A tick as a plain number, as a power of ten where that is long."""
+    if 1e-3 <= value < 1e4:
+        return f"{value:g}"
+    return f"$10^{{{round(np.log10(value))}}}$"
 
 
 def tints(one: View) -> np.ndarray:

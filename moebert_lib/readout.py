@@ -15,13 +15,12 @@ from moebert_lib.sources import Source
 Chosen = Sequence[tuple[Source, str]]
 
 STYLE = """<style>
-.moebert{max-width:860px}
 .moebert table{border-collapse:collapse;margin:.3em 0 .6em;font-size:13px;line-height:1.35}
 .moebert caption{text-align:left;font-weight:600;padding:.2em 0}
-.moebert th,.moebert td{padding:.12em 1.6em .12em 0;text-align:left;font-weight:400;
+.moebert th,.moebert td{padding:.12em 1.1em .12em 0;text-align:left;font-weight:400;
 vertical-align:top;border:0}
 .moebert thead th{border-bottom:1px solid #999;font-weight:600}
-.moebert tbody th{color:#444;min-width:12em}
+.moebert tbody th{color:#444;min-width:7em}
 .moebert td.number{text-align:right;font-variant-numeric:tabular-nums;padding-right:.9em}
 .moebert td.before{text-align:right;padding-right:.3em;color:#444}
 .moebert td.after{color:#444}
@@ -31,21 +30,68 @@ vertical-align:top;border:0}
 </style>""".replace("INK", COLORS["own"])
 
 
-def table(chosen: Chosen, views: Sequence[View]) -> str:
-    """What the deal of each column is, costs and keeps."""
+def table(chosen: Chosen, views: Sequence[View], *, asked: dict[str, int] | None = None) -> str:
+    """What the deal of each column is, costs and keeps; one cell where all columns say the same.
+
+    Args:
+        chosen: Source and score of each column.
+        views: What each column shows.
+        asked: The three sizes as the sliders have them, where they may not fit the first column.
+    """
     facts = [_facts(source, score, one) for (source, score), one in zip(chosen, views, strict=True)]
     if len(views) > 1:
         for fact, one in zip(facts, views, strict=True):
             fact["shared with column 1"] = _agreement(one, views[0])
-    head = "".join(f"<th scope='col'>{escape(one.heading[0])}</th>" for one in views)
+    heads = [_numbered(n, one.heading[0], len(views)) for n, one in enumerate(views, start=1)]
+    head = "".join(f"<th scope='col'>{escape(words)}</th>" for words in heads)
     rows = "".join(
-        f"<tr><th scope='row'>{name}</th>{''.join(f'<td>{fact[name]}</td>' for fact in facts)}</tr>"
+        f"<tr><th scope='row'>{name}</th>{_cells([fact[name] for fact in facts])}</tr>"
         for name in facts[0]
     )
+    note = f"<p class='note'>{_cut(views[0], **asked)}</p>" if asked else ""
     return _live(
-        f"<table><caption>What this deal costs and keeps</caption><thead><tr><td></td>{head}</tr>"
-        f"</thead><tbody>{rows}</tbody></table>"
+        f"{note}<table><caption>What this deal costs and keeps</caption><thead><tr><td></td>{head}"
+        f"</tr></thead><tbody>{rows}</tbody></table>"
     )
+
+
+def _numbered(column: int, words: str, n_columns: int) -> str:
+    return f"{column} · {words}" if n_columns > 1 else words
+
+
+def _cells(values: list[str]) -> str:
+    if len(set(values)) == 1:
+        return f"<td colspan='{len(values)}'>{values[0]}</td>"
+    return "".join(f"<td>{value}</td>" for value in values)
+
+
+def _cut(one: View, *, n_experts: int, expert_size: int, n_shared: int) -> str:
+    """What of the asked sizes does not fit, and what is drawn instead; empty where all fits."""
+    size = one.hands.shape[1]
+    if size < expert_size:
+        with_shared = f" with {n_shared:,} shared" if n_experts > 1 else ""
+        return (f"{expert_size:,} neurons in each do not fit in {_count(n_experts, 'expert')}"
+                f"{with_shared}; drawn: {size:,}")  # fmt: skip
+    if one.n_shared < n_shared and n_experts > 1:
+        return f"{n_shared:,} shared are more than the {size:,} in each; drawn: {one.n_shared:,}"
+    return ""
+
+
+def _count(n: int, word: str) -> str:
+    return f"{n:,} {word}{'s' * (n != 1)}"
+
+
+def _sizes(n_experts: int, size: int, n_shared: int) -> str:
+    """The sizes of a deal in words.
+
+    Example:
+        >>> _sizes(8, 3, 3), _sizes(1, 6, 2)
+        ('8 experts, 3 neurons each, all shared', '1 expert, 6 neurons')
+    """
+    words = f"{_count(n_experts, 'expert')}, {_count(size, 'neuron')}"
+    if n_experts == 1:
+        return words
+    return f"{words} each, {'all' if n_shared == size else f'{n_shared:,}'} shared"
 
 
 def _facts(source: Source, score: str, one: View) -> dict[str, str]:
@@ -53,13 +99,13 @@ def _facts(source: Source, score: str, one: View) -> dict[str, str]:
     width = len(one.ordered)
     sizes = (n_experts, size, one.n_shared)
     return {
-        "experts of a layer": f"{n_experts} of {size:,} neurons, {one.n_shared:,} of them shared",
+        "experts of a layer": _sizes(*sizes),
         "neurons kept, dropped": f"{one.n_kept:,}, {width - one.n_kept:,} of {width:,}",
         "this layer's score kept": f"{one.top(one.n_kept):.0%}; in each expert "
         f"{interval(100 * one.mass)}%",
         "parameters stored": _parameters(source, n_experts, size, stored=True),
         "parameters a token uses": _parameters(source, n_experts, size, stored=False),
-        f"{source.metric or 'accuracy'} right after conversion": _accuracy(source, score, sizes),
+        f"{source.metric or 'accuracy'} right after conversion": _accuracy(source, score, one),
     }
 
 
@@ -73,21 +119,29 @@ def _parameters(source: Source, n_experts: int, size: int, *, stored: bool) -> s
     return f"{count / 1e6:.1f} million, {count / dense:.0%} of dense{head}"
 
 
-def _accuracy(source: Source, score: str, sizes: tuple[int, int, int]) -> str:
+def _accuracy(source: Source, score: str, one: View) -> str:
     """Of the nearest conversion that was judged, or why there is none."""
+    sizes = (*one.hands.shape, one.n_shared)
+    if source.dense is not None and sizes[1] == len(one.ordered):
+        return f"{100 * source.dense:.1f}%: each expert is the whole dense layer"
     if source.accuracy.empty:
         return "unknown: no conversion of it was judged"
     if score != next(iter(source.scores)):
         return "unknown: only conversions by Eq. 4 were judged"
     runs = source.nearest(*sizes)
     n_experts, size, shared = (int(runs[name].iloc[0]) for name in list(runs)[:3])
-    spread = f" ({interval(100 * runs['value'])})" if len(runs) > 1 else ""
-    words = "these sizes" if (n_experts, size, shared) == sizes else (
-        f"the nearest sizes, {n_experts} of {size:,} with {shared:,} shared"
-    )  # fmt: skip
-    n = "one run" if len(runs) == 1 else f"mean of {len(runs)} runs"
-    return (f"{100 * runs['value'].mean():.1f}%{spread}: {n} at {words}; dense "
-            f"{100 * source.dense:.1f}%")  # fmt: skip
+    near = (n_experts, size, shared)
+    words = "these sizes" if near == sizes else f"the nearest judged: {_sizes(*near)}"
+    return f"{_runs(100 * runs['value'])} at {words}; dense {100 * source.dense:.1f}%"
+
+
+def _runs(values: Sequence[float]) -> str:
+    """Percentages of some runs: their mean, and each of them where they are few."""
+    mean, ordered = f"{np.mean(values):.1f}%", [f"{value:.1f}" for value in sorted(values)]
+    if len(ordered) == 1:
+        return f"{mean}: one run"
+    each = ", ".join(ordered) if len(ordered) <= 3 else f"{ordered[0]} to {ordered[-1]}"
+    return f"{mean} ({each}): mean of {len(ordered)} runs"
 
 
 def _agreement(one: View, lead: View) -> str:
@@ -107,10 +161,12 @@ def neuron(chosen: Chosen, views: Sequence[View], ranks: Sequence[int], *, layer
     What excites it is told once where columns show the same neuron of the same model.
     """
     told: dict[tuple, list[str]] = {}
-    for (source, score), one, rank in zip(chosen, views, ranks, strict=True):
+    columns = enumerate(zip(chosen, views, ranks, strict=True), start=1)
+    for n, ((source, score), one, rank) in columns:
         at, j = min(layer, source.shape[0]), int(one.ranking[rank])
         line = (f"rank {rank + 1:,} of {len(one.ranking):,} by {escape(score)}, "
-                f"{one.ordered[rank]:.3g}: {one.part(rank)}")  # fmt: skip
+                f"{one.relative[rank]:.3g} of the mean: {one.part(rank)}")  # fmt: skip
+        line = _numbered(n, line, len(views))
         told.setdefault((source.name, at, j), [source]).append(line)
     parts = [_one_neuron(name, at, j, *lines) for (name, at, j), lines in told.items()]
     return _live(f"<div class='side'>{''.join(parts)}</div>")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moebert_lib import publish, site_notebooks, site_pages, site_reference, site_theme
+from moebert_lib.notebook_files import notebooks
 from moebert_lib.settings import UserError, home
 from moebert_lib.site_pages import Ran
 from moebert_lib.store import Store
@@ -71,7 +72,9 @@ def build(target: Path | None = None, *, figures: Path | None = None) -> Path:
     missing = [NEEDED[name] for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         told = ", ".join(missing)
-        raise UserError(f"the site needs {told}; install them: pip install 'moebert[site]'")
+        raise UserError(
+            f"the site needs {told}; make site installs them, or pip install 'moebert[site]'"
+        )
     if target.exists() and any(target.iterdir()) and not (target / MARK).is_file():
         raise UserError(f"{target} holds something that is no site; name another folder")
     ran = executed(figures or home() / "figures")
@@ -98,7 +101,7 @@ def executed(figures: Path) -> list[Ran]:
     here = publish.read_provenance(figures)
     runs = {entry.digest: entry.folder for entry in Store().entries("notebook")}
     ran, missing = [], []
-    for path in sorted((home() / "notebooks").glob("*.ipynb")):
+    for path in notebooks():
         folder, known = figures, _of(here, path.stem)
         if not known:
             folder, known = home() / "figures", _of(same, path.stem)

@@ -13,6 +13,8 @@ SANS = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation S
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, monospace"
 
 STYLE = """
+.content { width: 50em; }  /* a hundred letters of code */
+.content p, .content li { max-width: 46rem; }
 .content h1 { font-size: 2.1em; letter-spacing: -.015em; }
 .content h2 { font-size: 1.5em; margin-top: 2em; margin-bottom: .6em; }
 .content h3 { font-size: 1.15em; margin-top: 1.6em; margin-bottom: .5em; }

@@ -87,14 +87,19 @@ class Source:
     def nearest(self, n_experts: int, expert_size: int, n_shared: int) -> pd.DataFrame:
         """The judged conversions whose sizes are nearest: one row a run; empty where none is.
 
-        Sizes are compared by their ratios, one neuron more in all of them so that 0 has one.
+        What a token sees comes first: the ratio of the experts' sizes, then the neurons shared,
+        then the number of experts. Experts that share everything are one and the same, whatever
+        their number, so one expert is compared as that.
         """
         if self.accuracy.empty:
             return self.accuracy
         known = self.accuracy[["n_experts", "expert_size", "n_shared"]].to_numpy()
-        wanted = np.array([n_experts, expert_size, n_shared]) + 1
-        apart = np.abs(np.log((known + 1) / wanted)).sum(1)
-        return self.accuracy[(known == known[apart.argmin()]).all(1)]
+        sizes, wanted = (np.array([_same(*each) for each in all_of]) for all_of in
+                         (known, [(n_experts, expert_size, n_shared)]))  # fmt: skip
+        number, _, shared = np.abs(sizes - wanted).T
+        ratio = np.abs(np.log(sizes[:, 1] / wanted[0, 1]))
+        first = np.lexsort((number, shared, ratio.round(9)))[0]
+        return self.accuracy[(known == known[first]).all(1)]
 
 
 def from_settings(settings: Settings) -> Source:
@@ -105,7 +110,9 @@ def from_settings(settings: Settings) -> Source:
     """
     width = experiment.importance(settings).scores.shape[1]
     excitation.excitation(settings)
-    experiment.grid(grids.conversions(settings, width), run=experiment.conversion)
+    points = grids.conversions(settings, width)
+    print(f"· accuracy right after conversion, for {len(points)} deals", flush=True)
+    experiment.grid(points, run=experiment.conversion)
     store = Store()
     scored = store.find("importance", importance_key(settings))
     return _source(scored, _by_kind(store), settings.scale)
@@ -166,6 +173,13 @@ def distinct(found: list[Source]) -> list[Source]:
         name = source.name if again == 1 else f"{source.name} ({again})"
         named.append(replace(source, name=name))
     return named
+
+
+def _same(n_experts: int, expert_size: int, n_shared: int) -> tuple[int, int, int]:
+    """Sizes by which models that are the same are equal: one expert shares all of itself."""
+    if n_experts == 1 or n_shared == expert_size:
+        return 1, expert_size, expert_size
+    return n_experts, expert_size, n_shared
 
 
 def _by_kind(store: Store) -> dict[str, list[Entry]]:

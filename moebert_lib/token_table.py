@@ -63,7 +63,7 @@ def token_table(
         f"<p role='status'>{escape(said(ways, layer=layer))}{escape(note)}</p>"
         "<div class='scroll' tabindex='0' role='region' aria-label='experts by token and layer'>"
         f"<table><thead><tr><th class='side'>share of the tokens:<br>bar, this sentence;"
-        f"<br>line, (validation set)</th><th scope='col'><span>layer</span></th>{head}</tr></thead>"
+        f"<br>line, validation set</th><th scope='col'><span>layer</span></th>{head}</tr></thead>"
         f"{blocks}</table></div></div>"
     )
 

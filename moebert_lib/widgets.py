@@ -35,7 +35,7 @@ MISSING = "The slider needs ipywidgets (pip install ipywidgets); the figure belo
 DPI = 110
 #: Descriptions as long as they are, under each other.
 ROOMY = {"style": {"description_width": "9em"}, "layout": {"width": "32em", "max_width": "100%"}}
-BEFORE_AFTER = [("before distillation", "converted"), ("after distillation", "distilled")]
+BEFORE_AFTER = [("converted, before distillation", "converted"), ("distilled", "distilled")]
 UNSEEN = "position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)"
 
 
@@ -144,7 +144,8 @@ def states_view(frame: pd.DataFrame, distances: pd.DataFrame) -> View:
         name = f"Layer {layer}" if layer else "Embeddings"
         title = f"{name}, {stage}: distance {apart[stage, layer]:.3g}"
         at = dict(layer=layer, stage=stage, title=title)
-        said = f"{title}; the plane holds {seen[layer]:.0%} of the teacher's spread"
+        at["title"] += f"; the plane holds {seen[layer]:.0%} of the teacher's spread"
+        said = at["title"]
         picture.redraw(lambda *axs: step(frame, distances, axs=axs, **at), said)
 
     return View((picture.image, picture.words), draw)
