@@ -34,7 +34,9 @@ TEMPLATE = """\
 {{ spinner.css() }}
 <style>
   .jp-mod-noOutputs.jp-mod-noInput { display: none; }
-  #rendered_cells > div { max-width: 1200px; margin: 0 auto; padding: 1.5em 2em; }
+  #rendered_cells > div { max-width: 1600px; margin: 0 auto; padding: 0.4em 1em; }
+  #rendered_cells h1 { font-size: 1.4em; margin: 0.2em 0; }
+  #rendered_cells p { margin: 0.2em 0; }
 </style>
 {{ super.super() }}
 {%- endblock notebook_css -%}

@@ -81,17 +81,17 @@ class Explorer:
         self.box = self._laid_out()
 
     def _laid_out(self) -> Any:
-        """Controls over the picture, and the tables beside it where there is room, else below."""
+        """Controls over the picture, the table beside it where there is room, else below."""
         from ipywidgets import Box, Layout, VBox
 
         def in_rows(children: Sequence[Any], gap: str) -> Any:
             return Box(children, layout=Layout(flex_flow="row wrap", grid_gap=gap))
 
-        # a flexible base of less than the canvas, so that the tables shrink before they wrap
-        tables = VBox([self.table, self.neuron], layout=Layout(flex="1 1 340px", min_width="0"))
+        self.table.layout = Layout(flex="1 1 320px", min_width="0")
+        left = VBox([self.canvas, self.neuron], layout=Layout(width="870px"))
         menus = in_rows([VBox(pair) for pair in self.menus], "0 12px")
         sliders = in_rows(list(self.sliders.values()), "0 12px")
-        return VBox([menus, sliders, in_rows([self.canvas, tables], "0 20px")])
+        return VBox([menus, sliders, in_rows([left, self.table], "0 10px")])
 
     def _fix_size(self, *_message: Any) -> None:
         """Take the handle away that the page gives every canvas when it first shows it."""

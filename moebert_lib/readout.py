@@ -15,18 +15,19 @@ from moebert_lib.sources import Source
 Chosen = Sequence[tuple[Source, str]]
 
 STYLE = """<style>
-.moebert table{border-collapse:collapse;margin:.3em 0 .6em;font-size:13px;line-height:1.35}
+.moebert table{border-collapse:collapse;margin:.3em 0 .6em;font-size:13px;line-height:1.3}
 .moebert caption{text-align:left;font-weight:600;padding:.2em 0}
-.moebert th,.moebert td{padding:.12em 1.1em .12em 0;text-align:left;font-weight:400;
+.moebert th,.moebert td{padding:.12em .7em .12em 0;text-align:left;font-weight:400;
 vertical-align:top;border:0}
 .moebert thead th{border-bottom:1px solid #999;font-weight:600}
-.moebert tbody th{color:#444;min-width:7em}
+.moebert tbody th{color:#444;min-width:5.5em}
 .moebert td.number{text-align:right;font-variant-numeric:tabular-nums;padding-right:.9em}
 .moebert td.before{text-align:right;padding-right:.3em;color:#444}
 .moebert td.after{color:#444}
 .moebert mark{background:INK;padding:0 .2em}
 .moebert .side{display:flex;flex-wrap:wrap;gap:0 2.5em}
-.moebert p{margin:.2em 0;font-size:13px}
+.moebert .told{display:flex;gap:1.2em}
+.moebert p{margin:.1em 0;font-size:13px;line-height:1.35;max-width:27em}
 </style>""".replace("INK", COLORS["own"])
 
 
@@ -41,7 +42,7 @@ def table(chosen: Chosen, views: Sequence[View], *, asked: dict[str, int] | None
     facts = [_facts(source, score, one) for (source, score), one in zip(chosen, views, strict=True)]
     if len(views) > 1:
         for fact, one in zip(facts, views, strict=True):
-            fact["shared with column 1"] = _agreement(one, views[0])
+            fact["its shared neurons, shared in column 1"] = _agreement(one, views[0])
     heads = [_numbered(n, one.heading[0], len(views)) for n, one in enumerate(views, start=1)]
     head = "".join(f"<th scope='col'>{escape(words)}</th>" for words in heads)
     rows = "".join(
@@ -127,7 +128,7 @@ def _accuracy(source: Source, score: str, one: View) -> str:
     if source.accuracy.empty:
         return "unknown: no conversion of it was judged"
     if score != next(iter(source.scores)):
-        return "unknown: only conversions by Eq. 4 were judged"
+        return "unknown: only Eq. 4 was judged"
     runs = source.nearest(*sizes)
     n_experts, size, shared = (int(runs[name].iloc[0]) for name in list(runs)[:3])
     near = (n_experts, size, shared)
@@ -152,7 +153,7 @@ def _agreement(one: View, lead: View) -> str:
     if not one.n_shared:
         return "none is shared"
     common = np.isin(one.ranking[: one.n_shared], lead.ranking[: lead.n_shared]).mean()
-    return f"{common:.0%} of its shared neurons; {one.n_shared / len(one.ranking):.0%} by chance"
+    return f"{common:.0%}; {one.n_shared / len(one.ranking):.0%} by chance"
 
 
 def neuron(chosen: Chosen, views: Sequence[View], ranks: Sequence[int], *, layer: int) -> str:
@@ -186,8 +187,8 @@ def _one_neuron(name: str, layer: int, j: int, source: Source, *lines: str) -> s
         f"<th scope='col'>{head}</th>" for head in ("activation", "before", "token", "after")
     )
     found = f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>"
-    return (f"<div><p><b>{caption}</b></p>{held}<table><caption>Tokens that excite it most"
-            f"</caption>{found}</table></div>")  # fmt: skip
+    return (f"<div class='told'><div><p><b>{caption}</b></p>{held}</div><table>"
+            f"<caption>Tokens that excite it most</caption>{found}</table></div>")  # fmt: skip
 
 
 def _live(content: str) -> str:

@@ -4,10 +4,12 @@ import importlib.util
 import itertools
 import re
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from nbclient import NotebookClient
 
 from moebert_lib import explorer, readout
 from moebert_lib.excitation import Excitation
@@ -17,6 +19,7 @@ from moebert_lib.layer_view import view
 from moebert_lib.settings import UserError
 from moebert_lib.sources import ACTIVE, EQ4, Source
 
+VIEW = "application/vnd.jupyter.widget-view+json"
 SIZES = {"n_experts": 4, "expert_size": 16, "n_shared": 10}
 
 
@@ -107,6 +110,26 @@ def test_pointing_previews_and_clicking_keeps_a_neuron(made):
     assert made.marked()[1] == 20 and made.sliders["rank"].value == made.marked()[0] + 1
 
 
+def test_a_moved_slider_wins_over_a_resting_pointer(made):
+    event = type("Event", (), {"inaxes": made.picture.columns[1].curve, "xdata": 20.5})()
+    made._hover(event)
+    made.sliders["rank"].value = 5
+    assert made.hovered is None and made.marked()[0] == 4
+
+
+def test_columns_have_one_scale_of_scores(made):
+    limits = {column.curve.get_ylim() for column in made.picture.columns}
+    assert len(limits) == 1 and made.views[0].relative.mean() == pytest.approx(1)
+    assert "1 · mine" in made.table.value and "2 · rank" in made.neuron.value
+
+
+def test_without_names_all_scores_of_a_source_are_shown_or_one_of_each_file():
+    columns = explorer.chosen_columns([MINE, WIDE], None)
+    assert [score for _, score in columns] == [EQ4, ACTIVE]
+    files = [Source(name, {EQ4: MINE.scores[EQ4]}) for name in "abcd"]
+    assert [one.name for one, _ in explorer.chosen_columns(files, None)] == ["a", "b", "c"]
+
+
 def test_menus_add_and_remove_columns_and_rescale_the_sliders(made):
     made.menus[1][0].value = NONE
     assert len(made.picture.columns) == len(made.views) == 1
@@ -123,12 +146,30 @@ def test_the_table_names_the_sizes_of_its_accuracy():
         return re.sub("<[^>]+>", "", readout.table(chosen, views(chosen, layer=1, **sizes)))
 
     assert "50.0%: one run at these sizes; dense 75.0%" in said(**SIZES)
-    assert "one run at the nearest sizes, 8 of 8 with 4 shared" in said(
-        n_experts=8, expert_size=8, n_shared=3
+    near = "one run at the nearest judged: 8 experts, 8 neurons each, 4 shared"
+    assert near in said(n_experts=8, expert_size=8, n_shared=3)
+    assert "75.0%: each expert is the whole dense layer" in said(
+        n_experts=1, expert_size=64, n_shared=0
     )
-    assert "only conversions by Eq. 4 were judged" in readout.table(
+    assert "only Eq. 4 was judged" in readout.table(
         [(MINE, ACTIVE)], views([(MINE, ACTIVE)], layer=1, **SIZES)
     )
+
+
+def test_few_runs_are_told_one_by_one():
+    assert readout._runs([60.9, 61.3]) == "61.1% (60.9, 61.3): mean of 2 runs"
+    assert readout._runs([60.0, 61.0, 62.0, 65.0]) == "62.0% (60.0 to 65.0): mean of 4 runs"
+
+
+def test_sizes_that_do_not_fit_are_said_to_be_cut(made):
+    assert "do not fit" not in made.table.value
+    made.sliders["expert_size"].value = 60
+    drawn = made.views[0].hands.shape[1]
+    words = f"60 neurons in each do not fit in 4 experts with 10 shared; drawn: {drawn}"
+    assert drawn == 23 and words in made.table.value
+    made.sliders["expert_size"].value, made.sliders["n_shared"].value = 8, 20
+    assert "20 shared are more than the 8 in each; drawn: 8" in made.table.value
+    assert "4 experts, 8 neurons each, all shared" in made.table.value
 
 
 def test_tokens_are_shown_as_text_or_why_there_are_none():
@@ -141,7 +182,7 @@ def test_tokens_are_shown_as_text_or_why_there_are_none():
 def test_the_still_picture_has_its_title_and_the_numbers_its_ranks():
     drawn = explorer.still([MINE, WIDE], shown=[("wider", EQ4)], layer=3, title="A finding")
     assert drawn.get_suptitle() == "A finding"
-    table = explorer.numbers(MINE, **SIZES)
+    table = explorer.numbers(MINE, shown=[("mine", EQ4)], **SIZES)
     assert table["holders"].value_counts().to_dict() == {4: 10, 1: 24, 0: 30}
     assert table["value"].is_monotonic_decreasing and sorted(table["neuron"]) == list(range(64))
 
@@ -162,6 +203,28 @@ def test_what_is_not_there_is_refused(options, message):
         explorer.still(MINE, **options)
     with pytest.raises(UserError, match="nothing to explore"):
         explorer.still([])
+
+
+LATER = """\
+%matplotlib inline
+import matplotlib.pyplot as plt, numpy as np
+from moebert_lib import explorer
+from moebert_lib.sources import EQ4, Source
+before = plt.get_backend()
+explorer.explore(Source("a", {EQ4: np.arange(1.0, 129).reshape(2, 64)}))
+assert plt.get_backend() == before, plt.get_backend()
+"""
+
+
+def test_in_a_kernel_later_figures_are_pictures_as_before(monkeypatch):
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    sources = LATER, "plt.plot([1, 2]);", "plt.subplots()[0]"
+    page = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources])
+    NotebookClient(page, timeout=120).execute()
+    widget, *later = [[o.get("data", {}) for o in cell.outputs] for cell in page.cells]
+    assert any(VIEW in data for data in widget)
+    assert all(any("image/png" in data for data in outputs) for outputs in later)
+    assert not any(VIEW in data for outputs in later for data in outputs)
 
 
 def test_without_ipympl_one_sentence_says_so(monkeypatch, capsys):

@@ -65,6 +65,17 @@ def test_sizes_between_are_given_the_nearest(mine):
     assert (row["n_experts"], row["expert_size"], row["n_shared"]) == (8, 8, 0)
 
 
+def test_one_expert_is_compared_as_experts_that_share_everything(mine):
+    one, all_shared = mine.nearest(1, 16, 0), mine.nearest(4, 16, 16)
+    assert one.equals(all_shared) and set(one["n_experts"]) == {4}
+    assert set(one["n_shared"]) == {mine.accuracy.query("expert_size == 16")["n_shared"].max()}
+
+
+def test_the_size_of_an_expert_comes_before_what_it_shares(mine):
+    row = mine.nearest(8, 30, 0).iloc[0]
+    assert (row["n_experts"], row["expert_size"], row["n_shared"]) == (2, 32, 0)
+
+
 def test_the_store_offers_the_same_source_by_the_same_name(mine):
     (found,) = sources.from_store()
     assert found.name == mine.name == "library · smoke, seed 0, tiny"
