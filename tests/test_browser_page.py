@@ -68,6 +68,19 @@ def test_another_source_can_be_chosen_and_no_code_is_seen(explorer, watch, relea
     assert watch.problems() == []
 
 
+def test_a_click_on_a_neuron_shows_the_tokens_that_excite_it(explorer, watch):
+    explorer.get_by_text("Tokens that excite it most").wait_for()
+    name = explorer.locator(".told b")  # of the model; the file has no tokens
+    before, box = name.inner_text(), explorer.locator("canvas").first.bounding_box()
+    explorer.mouse.click(box["x"] + 0.3 * box["width"], box["y"] + 0.2 * box["height"])
+    changed = "text => document.querySelector('.told b').innerText !== text"
+    explorer.wait_for_function(changed, arg=before)
+    explorer.mouse.move(5, 5)  # what was clicked stays
+    explorer.wait_for_timeout(500)
+    assert name.inner_text() != before and explorer.locator("mark").first.inner_text().strip()
+    assert watch.problems() == []
+
+
 def test_ctrl_c_ends_it_and_leaves_no_process(release, page):
     with served([*COMMAND, str(release)], ready=READY) as (address, process):
         page.goto(address)
