@@ -243,4 +243,4 @@ def _menus(
     menu = Dropdown(options=names, value=source.name if source else NONE,
                     description=f"column {n + 1}", **options)  # fmt: skip
     return menu, Dropdown(options=list(source.scores) if source else [], value=score,
-                          description="score", **options)  # fmt: skip
+                          description=f"score {n + 1}", **options)  # fmt: skip

@@ -87,7 +87,7 @@ class Column:
         half = min(1.06, 0.4 * room)
         curve = CURVE[alone]
         self.heading = [
-            self._text((0.05, sum(curve) + lift), size, color, va="baseline")
+            self._text((0.05, sum(curve) + lift), size, color, va="baseline", parse_math=False)
             for lift, size, color in ((0.27, 10.5, INK), (0.1, 8.5, MUTED))
         ]
         self.curve = self._axes(INSET, curve, room, yscale="log")

@@ -104,10 +104,17 @@ def _facts(source: Source, score: str, one: View) -> dict[str, str]:
         "neurons kept, dropped": f"{one.n_kept:,}, {width - one.n_kept:,} of {width:,}",
         "this layer's score kept": f"{one.top(one.n_kept):.0%}; in each expert "
         f"{interval(100 * one.mass)}%",
+        "two experts have in common": _common(one),
         "parameters stored": _parameters(source, n_experts, size, stored=True),
         "parameters a token uses": _parameters(source, n_experts, size, stored=False),
         f"{source.metric or 'accuracy'} right after conversion": _accuracy(source, score, one),
     }
+
+
+def _common(one: View) -> str:
+    """How much of an expert's score another one holds too: the picture's overlap, in words."""
+    apart = one.overlap[~np.eye(len(one.hands), dtype=bool)]
+    return f"{interval(100 * apart)}% of the score that each holds" if len(apart) else "one expert"
 
 
 def _parameters(source: Source, n_experts: int, size: int, *, stored: bool) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import re
+from dataclasses import replace
 
 import nbformat
 import numpy as np
@@ -185,6 +186,17 @@ def test_the_still_picture_has_its_title_and_the_numbers_its_ranks():
     table = explorer.numbers(MINE, shown=[("mine", EQ4)], **SIZES)
     assert table["holders"].value_counts().to_dict() == {4: 10, 1: 24, 0: 30}
     assert table["value"].is_monotonic_decreasing and sorted(table["neuron"]) == list(range(64))
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is():
+    odd = replace(MINE, name="imp_$a^$_$y$.pkl")
+    drawn = explorer.still(odd, title="A finding")
+    drawn.canvas.draw()
+    assert any(odd.name in text.get_text() for text in drawn.texts)
+
+
+def test_the_overlap_stands_in_the_table_too(made):
+    assert "two experts have in common" in made.table.value
 
 
 @pytest.mark.parametrize(
