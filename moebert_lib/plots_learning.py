@@ -17,6 +17,7 @@ from moebert_lib.plots import (
     reference,
     spread,
 )
+from moebert_lib.plots_results import mean_beside
 
 #: The terms of the objective, as ``distill`` reports them, and how each line is drawn.
 TERM_STYLES = {
@@ -73,6 +74,7 @@ def learning_curve(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = 
         ax.plot(frame["step"], frame[term], color=style["color"], lw=0.5, alpha=0.3)
         ax.plot(frame["step"], smooth, label=term, **style)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="training step", ylabel="loss")
     ax.margins(x=0.02)
     headline(ax, title, legend_rows=legend_above(ax, 5))
@@ -107,8 +109,7 @@ def ladder(
     for stage, place in places.items():
         scores = 100 * frame[frame["stage"] == stage].sort_values("seed")[metric]
         dots(ax, place, scores, color=COLORS["dense" if place == 0 else "moebert"])
-        ax.annotate(f"{scores.mean():.1f}", (place, scores.max()), xytext=(0, 7),
-                    textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
+        mean_beside(ax, place + 0.24, scores.mean())
     if chance is not None:
         reference(ax, 100 * chance, "guessing", color=COLORS["random"])
     ax.set_xticks(range(len(places)), [(labels or {}).get(s, s) for s in places])

@@ -61,7 +61,7 @@ def after_conversion(
             ax.fill_between([place - 0.24, place + 0.24], low, high, color=color, alpha=0.2, lw=0,
                             label="95% interval of the mean")  # fmt: skip
         dots(ax, place, 100 * rows[metric], color=color, marker=MARKERS[name])
-        _value(ax, place + (0.25 if len(rows) > 1 else 0.06), 100 * rows[metric].mean())
+        mean_beside(ax, place + (0.25 if len(rows) > 1 else 0.06), 100 * rows[metric].mean())
     reference(ax, 100 * dense, "before conversion", color=COLORS["dense"])
     if chance is not None:
         reference(ax, 100 * chance, "guessing", color=COLORS["random"])
@@ -163,7 +163,7 @@ def _runs_panel(ax: Axes, values: dict[str | int, np.ndarray], *, joined: bool) 
         color, marker = _BY_NAME.get(str(key), COLORS["moebert"]), MARKERS.get(str(key), "o")
         dots(ax, place, points, color=color, marker=marker)
         step = means[place + 1] - means[place] if joined and place + 1 < len(means) else None
-        _value(ax, place + (0.25 if len(points) > 1 else 0.06), means[place], step=step)
+        mean_beside(ax, place + (0.25 if len(points) > 1 else 0.06), means[place], step=step)
     if joined:
         ax.plot(range(len(means)), means, color=COLORS["moebert"], lw=1)
 
@@ -176,7 +176,7 @@ def _paper_panel(ax: Axes, paper: Mapping[str | int, float], *, joined: bool) ->
                     ha="center", va="bottom", fontsize=9)  # fmt: skip
 
 
-def _value(ax: Axes, x: float, value: float, *, step: float | None = None) -> None:
+def mean_beside(ax: Axes, x: float, value: float, *, step: float | None = None) -> None:
     """Print a mean beside its bar; below a line that goes up by ``step``, above one that falls."""
     away = 0 if step is None else -1 if step >= 0 else 1
     ax.annotate(
