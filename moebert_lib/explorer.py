@@ -5,7 +5,6 @@ page. A moved control only moves what is drawn; the browser then asks for a fram
 never queues. Without ipywidgets or ipympl one sentence says what is missing.
 """
 
-import importlib.util
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -18,6 +17,7 @@ from moebert_lib.layer_view import fit
 from moebert_lib.plots_explorer import MOST, Picture
 from moebert_lib.settings import UserError, nearest, proportions
 from moebert_lib.sources import EQ4, Source
+from moebert_lib.widgets import ready
 
 MISSING = (
     "The explorer needs ipywidgets and ipympl (pip install ipywidgets ipympl); the figure below "
@@ -52,7 +52,7 @@ def explore(
     """
     chosen = chosen_columns(sources, shown)
     start = _start(chosen[0][0], layer, sizes)
-    if ready():
+    if ready("ipympl", missing=MISSING):
         from IPython.display import display
 
         display(Explorer(_listed(sources), chosen, **start).box)
@@ -103,14 +103,6 @@ def numbers(
             "value": one.ordered, "over_mean": one.relative, "holders": one.holds.sum(0),
         }))  # fmt: skip
     return pd.concat(frames, ignore_index=True)
-
-
-def ready() -> bool:
-    """Whether what the explorer needs is there; says so in one sentence where it is not."""
-    there = all(map(importlib.util.find_spec, ("ipywidgets", "ipympl")))
-    if not there:
-        print(MISSING)
-    return there
 
 
 def chosen_columns(

@@ -29,6 +29,7 @@ from moebert_lib.plots import WIDE
 from moebert_lib.plots_experts import deal, who_keeps_what
 from moebert_lib.plots_states import step
 from moebert_lib.routes import sentence_ways
+from moebert_lib.settings import proportions
 from moebert_lib.token_table import token_table
 
 MISSING = "The slider needs ipywidgets (pip install ipywidgets); the figure below stands still."
@@ -205,12 +206,12 @@ def routing_view(
     return View((page,), draw)
 
 
-def ready() -> bool:
-    """Whether ipywidgets is there; says so in one sentence where it is not."""
-    if importlib.util.find_spec("ipywidgets") is None:
-        print(MISSING)
-        return False
-    return True
+def ready(*packages: str, missing: str = MISSING) -> bool:
+    """Whether ipywidgets and other packages are there; says ``missing`` where one is not."""
+    there = all(map(importlib.util.find_spec, ("ipywidgets", *packages)))
+    if not there:
+        print(missing)
+    return there
 
 
 def size_sliders(
@@ -219,8 +220,7 @@ def size_sliders(
     """Sliders for the three sizes, started where ``Settings`` would put them."""
     from ipywidgets import IntSlider
 
-    expert_size = expert_size or max(1, width // n_experts)
-    n_shared = 2 * expert_size // 3 if n_shared is None else n_shared
+    expert_size, n_shared = proportions(width, n_experts, expert_size, n_shared)
     step = max(1, width // 96)
     ranges = {
         "n_experts": dict(value=n_experts, min=1, max=min(8, width), description="experts"),
