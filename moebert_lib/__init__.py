@@ -22,6 +22,7 @@ _PUBLIC = {
     "deal_neurons": "experts", "to_moebert": "convert",
     "MoEBertConfig": "modeling", "MoEBertForSequenceClassification": "modeling",
     "MoEBertForQuestionAnswering": "modeling",
+    "accelerate": "packed",
     "parameter_counts": "moe_layer", "record_routes": "moe_layer",
     "DistillationTrainer": "train", "Settings": "settings",
     "record": "records", "sweep": "sweeps",

@@ -16,7 +16,7 @@ from moebert_lib import publish, worker
 from moebert_lib.engines import Engine, Event, Local
 from moebert_lib.execution import WARNING, NotebookFailed
 from moebert_lib.notebook_files import notebooks, select
-from moebert_lib.planning import Job, describe, plan
+from moebert_lib.planning import Job, asked, describe, plan
 from moebert_lib.settings import UserError, home
 from moebert_lib.store import Entry, Store
 
@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 
+TIMED = {"07_speed"}  # measures time: nothing runs beside it
 QUIET = 30  # seconds between two progress lines where several notebooks run together
 
 
@@ -74,7 +75,7 @@ def run(
             results[index] = failure
         else:
             missing.append(index)
-    made = _make(jobs, keys, missing, progress, force=force)
+    made = _make(jobs, keys, _in_turn(jobs, missing), progress, force=force)
     for index, entry in made:
         if isinstance(entry, NotebookFailed) and not keep_going:
             made.close()
@@ -84,11 +85,32 @@ def run(
     return results
 
 
+def _in_turn(jobs: Sequence[Job], missing: Sequence[int]) -> list[int]:
+    """Missing jobs as they are started: those that ask for most experiments first.
+
+    What several notebooks ask for is made by the first, and no long one is left for the end.
+    """
+    if len({jobs[index].name for index in missing}) < 2:
+        return list(missing)
+    return sorted(missing, key=lambda index: -sum(map(len, asked(jobs[index]))))
+
+
 def _make(jobs, keys, missing: Sequence[int], progress: "_Progress", *, force: bool):
-    """Number and result of each missing job, as the engine gets them done."""
+    """Number and result of each missing job, as the engine gets them done; timings at the end."""
+    engine = progress.engine
+    timed = [index for index in missing if jobs[index].name in TIMED]
+    parts = [(engine, [index for index in missing if index not in timed])]
+    parts.append((engine.alone() if isinstance(engine, Local) else engine, timed))
+    for engine, numbers in parts:
+        if numbers:
+            progress.engine = engine
+            yield from _make_with(engine, jobs, keys, numbers, progress, force=force)
+
+
+def _make_with(engine: Engine, jobs, keys, missing: Sequence[int], progress, *, force: bool):
     store = Store()
     requests = [worker.request(jobs[number], force=force) for number in missing]
-    events = progress.engine.run(requests, busy=lambda i: store.busy("notebook", keys[missing[i]]))
+    events = engine.run(requests, busy=lambda i: store.busy("notebook", keys[missing[i]]))
     try:
         for event in events:
             number = missing[event.index]

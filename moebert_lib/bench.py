@@ -1,83 +1,73 @@
-"""How fast: models timed side by side, interleaved, in one process.
+"""How fast: calls timed side by side, interleaved, in one process; the records of it.
 
 Every repetition times each variant once, in turn, so drift of the machine hits all alike;
-a ratio is the median of the repetitions' own ratios. Weights are random: speed does not
-depend on them.
+a ratio is the median of the repetitions' own ratios.
 """
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification
 
-from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification
-from moebert_lib.routing import random_table
-from moebert_lib.settings import home
-from moebert_lib.store import commit, machine, versions, write_json
+from moebert_lib.bench_machine import machine, prepare
+from moebert_lib.bench_models import BASE, LIMIT, TINY_SHAPE, VOCAB, glue_like, models
+from moebert_lib.settings import UserError, home
+from moebert_lib.store import commit, versions, write_bytes
 
-#: BERT-base, the model of Fig. 4.
-BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072}  # fmt: skip
-#: Two small layers: for tests.
-TINY_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "intermediate_size": 64, "vocab_size": 99}  # fmt: skip
+__all__ = [
+    "BASE", "LIMIT", "TINY_SHAPE", "VOCAB", "frame", "gather", "glue_like", "judge", "keep",
+    "machine", "models", "paired", "prepare", "read", "say", "show", "summary", "time_interleaved",
+]  # fmt: skip
 
+#: Rounds where none are asked for: as many as fit in so many seconds, within these bounds.
+SECONDS, LEAST, MOST = 60, 5, 21
 
-def models(shape: dict[str, int], *, seed: int = 0) -> dict[str, nn.Module]:
-    """The variants of Fig. 4 and the limit, in eval mode, with random weights.
-
-    ``dense`` is BERT; ``half depth`` has DistilBERT's shape (every other layer gone);
-    ``equal FLOPs`` is BERT with an FFN as narrow as one expert, which no MoE of one active
-    expert can beat by routing alone; the other two are MoEBERT, 4 experts of a quarter.
-    """
-    torch.manual_seed(seed)
-    width, n_layers = shape["intermediate_size"], shape["num_hidden_layers"]
-    dense = {
-        "dense": shape,
-        "equal FLOPs": {**shape, "intermediate_size": width // 4},
-        "half depth": {**shape, "num_hidden_layers": n_layers // 2},
-    }
-    built = {
-        name: BertForSequenceClassification(BertConfig(**kind)).eval()
-        for name, kind in dense.items()
-    }
-    for routing in ("hash-random", "gate-sentence"):
-        config = MoEBertConfig(
-            **shape, expert_size=width // 4, n_shared=width // 6, routing=routing
-        )
-        model = MoEBertForSequenceClassification(config).eval()
-        for index, layer in enumerate(model.bert.encoder.layer):
-            if routing == "hash-random":
-                table = random_table(config.vocab_size, 4, seed=index)
-                layer.output.router.tid2eid.copy_(table.view(-1, 1))
-        built[f"moebert {routing}"] = model
-    return built
+#: A wish of :func:`judge`: setting, variant, what it is compared with, how many times as fast.
+Wish = tuple[str, str, str, float | None]
 
 
-@torch.inference_mode()
-def time_interleaved(calls: dict[str, Callable[[], Any]], *, repeats: int) -> pd.DataFrame:
+def time_interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int | None = None,
+    look: Callable[[dict[str, Any]], None] | None = None,
+) -> pd.DataFrame:
     """Seconds of each call in every repetition, after one untimed round.
+
+    Args:
+        calls: What to time, by variant. Gradients are as the calls have them.
+        repeats: Timed rounds; none: as many as fit in a minute, 5 to 21.
+        look: Is given what each call returned in the untimed round, and raises if it is wrong.
 
     Returns:
         Columns ``variant``, ``repeat``, ``seconds``.
     """
-    for call in calls.values():
-        call()
-    rows = []
-    for repeat in range(repeats):
+    first = {variant: call() for variant, call in calls.items()}
+    _wait()
+    if look:
+        look(first)
+    del first
+    rows: list[tuple[str, int, float]] = []
+    repeat, begin = 0, time.perf_counter()
+    while repeat < (repeats or _rounds(repeat, time.perf_counter() - begin)):
         for variant, call in calls.items():
             start = time.perf_counter()
             call()
             _wait()
             rows.append((variant, repeat, time.perf_counter() - start))
+        repeat += 1
     return pd.DataFrame(rows, columns=["variant", "repeat", "seconds"])
+
+
+def _rounds(done: int, seconds: float) -> int:
+    """How many rounds to make, by what those that are done took."""
+    return LEAST if done < LEAST else min(MOST, done + (seconds < SECONDS))
 
 
 def _wait() -> None:
@@ -85,81 +75,189 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def inference(
-    shape: dict[str, int] = BASE,
+def summary(
+    timings: pd.DataFrame,
     *,
-    batch: int = 1,
-    length: int = 128,
-    repeats: int = 11,
-    built: dict[str, nn.Module] | None = None,
+    against: str = "dense",
+    limits: Mapping[str, str] | None = None,
+    units: int | Mapping[str, int] = 1,
 ) -> pd.DataFrame:
-    """Time a forward pass of every variant on the same random sentences, without padding.
+    """Per setting and variant: units a second, and speed relative to others, within rounds.
 
     Args:
-        shape: BERT's sizes.
-        batch: Sentences at once (Fig. 4: 1).
-        length: Tokens in each (Fig. 4: at most 128).
-        repeats: Timed rounds.
-        built: From :func:`models`, to time them again without building them again.
-
-    Returns:
-        As :func:`time_interleaved`.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vocab = shape.get("vocab_size", BertConfig().vocab_size)
-    ids = torch.randint(vocab, (batch, length), generator=generator)
-    built = models(shape) if built is None else built
-    return time_interleaved(
-        {name: (lambda m=model: m(input_ids=ids)) for name, model in built.items()},
-        repeats=repeats,
-    )
-
-
-def summary(timings: pd.DataFrame, *, against: str = "dense", units: int = 1) -> pd.DataFrame:
-    """Per variant: units a second, and speed relative to one of them.
-
-    Args:
-        timings: From :func:`time_interleaved`.
+        timings: Columns ``variant``, ``repeat``, ``seconds``, and ``setting`` where there are
+            several.
         against: The variant whose speed is 1.
-        units: Units (examples) in one call.
+        limits: What each variant could reach at best, another variant; by default ``equal
+            FLOPs`` for every other one.
+        units: Units (examples) in one call, or those of each setting.
 
     Returns:
-        One row a variant: ``median_ms``, ``low_ms``, ``high_ms`` (quartiles), ``per_second``,
-        and ``ratio`` with its quartiles ``ratio_low``, ``ratio_high``: the median of the
-        ratios within each repetition.
+        One row a setting and variant: ``median_ms``, ``low_ms``, ``high_ms`` (quartiles),
+        ``per_second``, ``ratio`` with its quartiles ``ratio_low``, ``ratio_high``, the median
+        of the ratios within each repetition, and likewise ``of_limit``, NaN without a limit.
     """
-    wide = timings.pivot(index="repeat", columns="variant", values="seconds")
     rows = []
-    for variant in timings["variant"].unique():
-        seconds, ratio = wide[variant], wide[against] / wide[variant]
-        low, middle, high = seconds.quantile([0.25, 0.5, 0.75]) * 1000
-        ratio_low, ratio_middle, ratio_high = ratio.quantile([0.25, 0.5, 0.75])
-        rows.append({
-            "variant": variant, "median_ms": middle, "low_ms": low, "high_ms": high,
-            "per_second": units / (middle / 1000), "ratio": ratio_middle,
-            "ratio_low": ratio_low, "ratio_high": ratio_high,
-        })  # fmt: skip
-    return pd.DataFrame(rows)
+    settings = timings.get("setting", pd.Series("", index=timings.index))
+    for setting, timed in timings.groupby(settings, sort=False):
+        wide = timed.pivot(index="repeat", columns="variant", values="seconds")
+        per_call = units if isinstance(units, int) else units[str(setting)]
+        for variant in timed["variant"].unique():
+            limit = LIMIT if limits is None else limits.get(variant)
+            low, middle, high = 1000 * wide[variant].quantile([0.25, 0.5, 0.75])
+            rows.append({
+                "setting": setting, "variant": variant, "median_ms": middle, "low_ms": low,
+                "high_ms": high, "per_second": per_call / (middle / 1000),
+                **_named("ratio", paired(wide, variant, against)),
+                **_named("of_limit", paired(wide, variant, limit)),
+            })  # fmt: skip
+    table = pd.DataFrame(rows)
+    return table if "setting" in timings else table.drop(columns="setting")
 
 
-def main(*, batch: int = 1, length: int = 128, repeats: int = 11) -> None:
-    """``moebert bench inference``: time, print the table, keep it as JSON under ``runs/``."""
-    print(f"BERT-base shape, batch {batch}, {length} tokens, {repeats} interleaved rounds")
-    timings = inference(batch=batch, length=length, repeats=repeats)
-    table = summary(timings, units=batch)
-    print(table.round(2).to_string(index=False))
-    keep("inference", timings, table, batch=batch, length=length)
+def paired(wide: pd.DataFrame, variant: str, against: str | None) -> tuple[float, float, float]:
+    """Quartile, median and quartile of how many times as fast, from rounds by variants."""
+    if against not in wide:
+        return (np.nan,) * 3
+    return tuple((wide[against] / wide[variant]).quantile([0.25, 0.5, 0.75]))
 
 
-def keep(what: str, timings: pd.DataFrame, table: pd.DataFrame, **about: Any) -> Path:
-    """Write a benchmark's timings and summary to ``runs/bench-<what>-<time>.json``; say where."""
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    path = home() / "runs" / f"bench-{what}-{created.replace(':', '')}.json"
+def _named(name: str, quartiles: tuple[float, float, float]) -> dict[str, float]:
+    low, middle, high = quartiles
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
+
+
+def judge(timings: pd.DataFrame, wishes: Iterable[Wish]) -> list[dict[str, Any]]:
+    """What was wanted beside what was reached, of the settings and variants that were timed.
+
+    Args:
+        timings: As for :func:`summary`, with ``setting``.
+        wishes: ``(setting, variant, against, wanted)``; ``wanted`` is None where a number is
+            reported without one.
+
+    Returns:
+        Of each: ``setting``, ``variant``, ``against``, ``wanted``, ``reached`` with quartiles
+        ``low`` and ``high``, and ``met``, None without a wanted value.
+    """
+    rounds = {
+        setting: timed.pivot(index="repeat", columns="variant", values="seconds")
+        for setting, timed in timings.groupby("setting")
+    }
+    judged = []
+    for setting, variant, against, wanted in wishes:
+        if {variant, against} <= set(rounds.get(setting, ())):
+            low, reached, high = map(float, paired(rounds[setting], variant, against))
+            met = None if wanted is None else reached >= wanted
+            judged.append({"setting": setting, "variant": variant, "against": against,
+                           "wanted": wanted, "reached": reached, "low": low, "high": high,
+                           "met": met})  # fmt: skip
+    return judged
+
+
+def show(table: pd.DataFrame) -> None:
+    """Print a summary within 120 columns: milliseconds, and ratios with their quartiles."""
+    shown = {"setting": table["setting"]} if "setting" in table else {}
+    shown |= {"": table["variant"], "ms": table["median_ms"].map(_digits)}
+    shown |= {"quartiles": _range(table, "low_ms", "high_ms")}
+    shown |= {"a second": table["per_second"].map(_digits)}
+    for name, title in (("ratio", "speed"), ("of_limit", "of limit")):
+        if table[name].notna().any():
+            shown[title] = table[name].map(_digits)
+            shown[f"quartiles of {name}"] = _range(table, f"{name}_low", f"{name}_high")
+    printed = pd.DataFrame(shown)
+    printed.columns = [name.partition(" of ")[0] for name in printed]
+    print(printed.to_string(index=False), flush=True)
+
+
+def say(targets: Iterable[dict[str, Any]]) -> None:
+    """Print each target: what was reached, and whether that is what was wanted."""
+    for row in targets:
+        verdict = "" if row["met"] is None else f"; wanted {row['wanted']}: "
+        verdict += {None: "", True: "met", False: "NOT met"}[row["met"]]
+        print(f"{row['setting']}: {row['variant']} is {_digits(row['reached'])} times as fast as "
+              f"{row['against']} ({_digits(row['low'])} to {_digits(row['high'])}){verdict}",
+              flush=True)  # fmt: skip
+
+
+def _range(table: pd.DataFrame, low: str, high: str) -> list[str]:
+    ends = zip(table[low].map(_digits), table[high].map(_digits), strict=True)
+    return ["-".join(pair) if all(pair) else "" for pair in ends]
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point: 0.93, 13.2, 1,348; nothing for NaN."""
+    if np.isnan(value):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{1 if abs(value) >= 10 else 2}f}"
+
+
+def gather(measured: Iterable[pd.DataFrame]) -> tuple[pd.DataFrame, bool]:
+    """Frames as they are measured, joined, until the last or Ctrl-C; and whether all came.
+
+    Raises:
+        KeyboardInterrupt: before the first was done.
+    """
+    frames: list[pd.DataFrame] = []
+    complete = False
+    try:
+        for timings in measured:
+            frames.append(timings)
+        complete = True
+    except KeyboardInterrupt:
+        if not frames:
+            raise
+        print("\nstopped; what was finished is kept", flush=True)
+    return pd.concat(frames, ignore_index=True), complete
+
+
+def keep(
+    what: str, timings: pd.DataFrame, table: pd.DataFrame, *,
+    targets: Sequence[dict[str, Any]] = (), out: Path | None = None, **about: Any,
+) -> Path:  # fmt: skip
+    """Write a benchmark's record to ``runs/bench-<what>-<time>.json``, or ``out``; say where.
+
+    Args:
+        what: The benchmark's name.
+        timings: Every timing.
+        table: Their summary.
+        targets: From :func:`judge`.
+        out: The file to write instead.
+        about: What else to record, as JSON values.
+    """
+    now = datetime.now(UTC)
+    path = out or home() / "runs" / f"bench-{what}-{now:%Y%m%dT%H%M%S%f}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {
-        "what": what, "created": created, **about, "machine": machine(), "versions": versions(),
-        "commit": commit(), "summary": json.loads(table.to_json(orient="records")),
-        "timings": json.loads(timings.to_json(orient="records")),
-    })  # fmt: skip
+    record = {
+        "what": what, "created": now.isoformat(timespec="seconds"), **about,
+        "machine": machine(), "versions": versions(), "commit": commit(),
+        "summary": _rows(table), "timings": _rows(timings), "targets": list(targets),
+    }  # fmt: skip
+    write_bytes(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"kept in {path}")
     return path
+
+
+def read(what: str) -> dict[str, Any]:
+    """The newest record of this home, else the one committed in ``figures/bench``.
+
+    Raises:
+        UserError: there is none; the message says which command makes it.
+    """
+    own = sorted((home() / "runs").glob(f"bench-{what}-[0-9]*.json"))
+    committed = home() / "figures" / "bench" / f"{what}.json"
+    for path in [*reversed(own), committed]:
+        if path.is_file():
+            return json.loads(path.read_text("utf-8"))
+    name, _, device = what.partition("-")
+    command = f"moebert bench {name}" + (f" --device {device}" if device else "")
+    raise UserError(f"nothing was measured that is called '{what}'; make it with {command}")
+
+
+def frame(record: dict[str, Any], part: str) -> pd.DataFrame:
+    """A record's ``summary``, ``timings``, ``targets`` or any other table, as it was."""
+    rows = pd.DataFrame(record[part])
+    return rows.astype({name: float for name in rows if rows[name].isna().all()})
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return json.loads(table.to_json(orient="records", double_precision=15))

@@ -20,12 +20,14 @@ BLOCK = 10  # runs in one timed command
 WORKERS = (1, 2)
 
 
-def main(runs: int = 40) -> None:
+def main(*, runs: int = 40, out: Path | None = None) -> None:
     """``moebert bench batch``: time, print the table, keep it as JSON under ``runs/``.
 
     Args:
         runs: Notebook runs at scale smoke in all, for each number of workers.
+        out: The record's file.
     """
+    conditions = bench.prepare()
     blocks = max(runs // BLOCK, 1)
     print(
         f"03_distillation at scale smoke, {blocks} interleaved blocks of {BLOCK} runs", flush=True
@@ -41,9 +43,10 @@ def main(runs: int = 40) -> None:
         reused = _sweep(homes[WORKERS[-1]], range(blocks * BLOCK), workers=WORKERS[-1])
     timings = pd.DataFrame(rows, columns=["variant", "repeat", "seconds"])
     table = bench.summary(timings, against=_name(WORKERS[0]), units=BLOCK)
-    print(table.round(2).to_string(index=False))
+    bench.show(table)
     print(f"{blocks * BLOCK} runs, all reused: {reused:.1f} s")
-    bench.keep("batch", timings, table, block=BLOCK, reused_seconds=reused)
+    bench.keep("batch", timings, table, block=BLOCK, reused_seconds=reused, out=out,
+               conditions=conditions)  # fmt: skip
 
 
 def _name(workers: int) -> str:

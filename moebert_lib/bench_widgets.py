@@ -8,6 +8,7 @@ one dot for each pixel; the browser's own time is not in it (the tests in a brow
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,8 +34,9 @@ SMALL = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, inter
 Move = Callable[[int], None]  # the n-th move of a control, finished when it returns
 
 
-def main(*, repeats: int = 11) -> None:
+def main(*, repeats: int = 11, out: Path | None = None) -> None:
     """``moebert bench widgets``: time, print the table, keep it as JSON under ``runs/``."""
+    conditions = bench.prepare()
     print(f"from a control's move to the finished picture, {repeats} moves each, one thread")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -46,7 +48,7 @@ def main(*, repeats: int = 11) -> None:
     print(table.round(1).to_string(index=False))
     slow = table.loc[~table["within"], "widget"].tolist()
     print(f"over {LIMIT} ms: {', '.join(slow)}" if slow else f"all within {LIMIT} ms")
-    bench.keep("widgets", timings, table, limit_ms=LIMIT)
+    bench.keep("widgets", timings, table, limit_ms=LIMIT, out=out, conditions=conditions)
 
 
 def measure(*, repeats: int) -> pd.DataFrame:

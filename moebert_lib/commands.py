@@ -22,10 +22,9 @@ def run(args: argparse.Namespace) -> int:
     _check_engine(args)
     if args.plan or args.why:
         return _plan(jobs, why=args.why)
-    from moebert_lib.engines import Local, gpus
+    from moebert_lib.engines import side_by_side
 
-    engine = _engine(args) or Local(threads=None, gpus=gpus()[:1])
-    batch.run(jobs, engine=engine, force=args.force, echo=say)
+    batch.run(jobs, engine=_engine(args) or side_by_side(jobs), force=args.force, echo=say)
     return _finish(jobs)
 
 

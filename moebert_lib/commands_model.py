@@ -1,4 +1,4 @@
-"""What the commands about models and this machine do: importance, convert, bench, doctor."""
+"""What the commands about models and this machine do: importance, convert, doctor."""
 
 import argparse
 import os
@@ -10,7 +10,6 @@ from moebert_lib.commands import given, say
 from moebert_lib.settings import Settings, UserError, nearest
 
 ROUTINGS = ("hash-random", "gate-token", "gate-sentence")
-WHAT = ("inference", "batch", "widgets")
 
 
 def importance(args: argparse.Namespace) -> int:
@@ -129,30 +128,6 @@ def _convert(found: str, scores: Any, args: argparse.Namespace, folder: Path) ->
     used, stored = (f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
                     for n in (counts.effective, counts.stored))  # fmt: skip
     return f"{used} of {stored} parameters per token"
-
-
-def bench(args: argparse.Namespace) -> int:
-    """``moebert bench``: speed on this machine."""
-    if args.what not in WHAT:
-        raise UserError(f"nothing to measure called '{args.what}'; {nearest(args.what, WHAT)}")
-    for name in ("batch", "length", "repeats", "runs"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: expected at least 1")
-    if args.length > 512:
-        raise UserError(f"--length {args.length}: BERT takes at most 512 tokens")
-    if args.what == "batch":
-        from moebert_lib import bench_batch
-
-        bench_batch.main(args.runs)
-    elif args.what == "widgets":
-        from moebert_lib import bench_widgets
-
-        bench_widgets.main(repeats=args.repeats)
-    else:
-        from moebert_lib import bench as module
-
-        module.main(batch=args.batch, length=args.length, repeats=args.repeats)
-    return 0
 
 
 def doctor(args: argparse.Namespace) -> int:

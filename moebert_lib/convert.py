@@ -14,6 +14,7 @@ from transformers import (
     BertForSequenceClassification,
     PreTrainedModel,
 )
+from transformers import initialization as init
 from transformers.utils import logging as transformers_logging
 
 from moebert_lib.experts import deal_layers
@@ -92,7 +93,8 @@ def to_moebert(
     sizes = dict(n_experts=n_experts, expert_size=expert_size, n_shared=n_shared)
     neurons = deal_layers(ranking, **sizes, allow_identical=allow_identical)  # (L, E, K)
 
-    student = head(_config(model, routing=routing, **sizes, **config)).to(model.dtype)
+    with init.no_init_weights():  # every weight is set below
+        student = head(_config(model, routing=routing, **sizes, **config)).to(model.dtype)
     own = student.state_dict()
     same = {k: v for k, v in model.state_dict().items() if k in own and own[k].shape == v.shape}
     student.load_state_dict(same, strict=False)  # everything but the FFNs, filled below

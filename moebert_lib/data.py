@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from moebert_lib import corpus, files, provenance, spans
+from moebert_lib.batching import batches
 from moebert_lib.settings import Settings, UserError, nearest
 from moebert_lib.tasks import TASKS, Task, build
 
 # datasets and torch take seconds to import; a refusal should not wait for them.
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TASKS", "Task", "TaskData", "batches", "check", "digest", "encode", "load"]
@@ -28,7 +28,6 @@ HUB = {
     "squad_v2": ("rajpurkar/squad_v2", "3ffb306f725f7d2ce8394bc1873b24868140c412"),
 }
 SMOKE_FILES = 5  # of each package: a second to read, enough for every built-in task
-TARGETS = ("labels", "start_positions", "end_positions")  # what a model's loss is computed from
 SUBSAMPLE_SEED = 0  # fixed, so that every run at a scale sees the same examples
 
 
@@ -52,7 +51,7 @@ def check(settings: Settings) -> None:
     Raises:
         UserError: an unknown task; a task without files at an offline scale; files for a built-in
             task; a folder, file, column, example or label that is not as it should be; windows
-            of a span task that do not fit.
+            of a span task that do not fit, or its teacher's states kept.
     """
     if settings.task not in TASKS:
         raise UserError(f"unknown task '{settings.task}'; {nearest(settings.task, TASKS)}")
@@ -60,6 +59,9 @@ def check(settings: Settings) -> None:
     wrong = spans.problem(settings.max_length, settings.doc_stride) if task.kind == "span" else ""
     if wrong:
         raise UserError(f"task '{task.name}': {wrong}")
+    if settings.cache_teacher and task.kind == "span":
+        raise UserError(f"task '{task.name}': cache_teacher=True keeps a teacher that classifies "
+                        "sentences; expected cache_teacher=False")  # fmt: skip
     if settings.data_dir:
         files.check(task, settings.data_dir)
     elif task.source != "built-in" and settings.offline:
@@ -136,51 +138,6 @@ def encode(
             tokenize, batched=True, remove_columns=dataset.column_names,
             keep_in_memory=True, load_from_cache_file=False,
         )  # fmt: skip
-
-
-def batches(
-    encoded: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    batch_size: int,
-    *,
-    device: Any = "cpu",
-    sort: bool = True,
-) -> "Iterator[dict[str, Tensor]]":
-    """Batches padded to their longest example, each example once.
-
-    Args:
-        encoded: From :func:`encode`.
-        tokenizer: Gives the padding token.
-        batch_size: The last batch may be smaller.
-        device: Where the tensors go.
-        sort: Shortest first, which spares padding; else in the dataset's order.
-
-    Yields:
-        ``input_ids``, ``attention_mask``, ``token_type_ids`` of shape ``(B, T)``; ``labels``, or
-        ``start_positions`` and ``end_positions``, ``(B,)``, where the dataset has them; and
-        ``index`` ``(B,)``, the positions in ``encoded``.
-    """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
-    order = list(range(len(encoded)))
-    if sort:
-        lengths = encoded["length"][:]
-        order.sort(key=lengths.__getitem__)  # stable: equal lengths keep their order
-    used = [name for name in encoded.column_names if name in (*padding, *TARGETS)]
-    encoded = encoded.select_columns(used)
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        rows = encoded[index]
-        batch = {
-            name: pad_sequence([torch.tensor(row) for row in rows[name]], True, value)
-            for name, value in padding.items()
-            if name in rows
-        }
-        batch |= {name: torch.tensor(rows[name]) for name in TARGETS if name in rows}
-        batch["index"] = torch.tensor(index)
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _limit(settings: Settings) -> int | None:

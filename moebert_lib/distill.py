@@ -48,9 +48,11 @@ def layer_distances(
     """MSE between student's and teacher's state at each layer: Eq. 5 before the sum.
 
     Args:
-        student: ``L + 1`` hidden states ``(B, T, D)``, embeddings first.
-        teacher: The same of the teacher.
+        student: ``L + 1`` hidden states ``(B, T, D)``, embeddings first; or packed ones
+            ``(N, D)``, which hold the tokens that count alone.
+        teacher: The same of the teacher, in any dtype.
         mask: ``(B, T)``, 1 for tokens that count; ``None`` counts padding too, as the release.
+            Packed states need none.
 
     Returns:
         Shape ``(L + 1,)``: mean over counted tokens and dimensions.
@@ -60,12 +62,13 @@ def layer_distances(
     """
     if len(student) != len(teacher):
         raise ValueError(f"student has {len(student)} states, teacher {len(teacher)}")
-    if mask is None:
-        pairs = zip(student, teacher, strict=True)
-        return torch.stack([F.mse_loss(own, other) for own, other in pairs])
-    real = mask.bool()
-    pairs = zip(student, teacher, strict=True)
-    return torch.stack([F.mse_loss(own[real], other[real]) for own, other in pairs])
+    real = None if mask is None else mask.bool()
+
+    def counted(state: Tensor) -> Tensor:
+        return state if real is None or state.dim() == 2 else state[real]
+
+    pairs = zip(map(counted, student), map(counted, teacher), strict=True)
+    return torch.stack([F.mse_loss(own, other.to(own.dtype)) for own, other in pairs])
 
 
 def prediction_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -76,8 +79,9 @@ def prediction_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Args:
         logits: Student's, ``(B, C)``.
-        teacher_logits: Teacher's, ``(B, C)``.
+        teacher_logits: Teacher's, ``(B, C)``, in any dtype.
     """
+    teacher_logits = teacher_logits.to(logits.dtype)
     if logits.shape[-1] == 1:
         return F.mse_loss(logits, teacher_logits)
     log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
@@ -104,7 +108,8 @@ def distillation_terms(
         student: Model output with ``hidden_states`` and ``logits``, or ``start_logits`` and
             ``end_logits``.
         teacher: The same of the teacher, without gradient.
-        mask: ``(B, T)``, 1 for tokens whose states count; ``None`` for all.
+        mask: ``(B, T)``, 1 for tokens whose states count; ``None`` for all. Packed states hold
+            those that count alone.
         layers: ``all``, ``skip`` or ``last`` (Fig. 3b).
     """
     chosen = chosen_layers(len(student.hidden_states) - 1, layers)

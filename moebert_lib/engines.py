@@ -135,6 +135,10 @@ class Local:
             for slot in slots:
                 slot.join()
 
+    def alone(self) -> "Local":
+        """The same machine for one run at a time, with all cores."""
+        return Local(threads=None, gpus=self.gpus[:1]) if self.workers > 1 else self
+
     def environment(self, slot: int) -> dict[str, str]:
         """The environment of a worker: its threads and its GPU."""
         own = dict(os.environ)
@@ -219,9 +223,27 @@ def fitting(jobs: Sequence[Job]) -> Local:
     found = gpus()
     if found:
         return Local(min(len(found), len(jobs)) or 1, gpus=found)
+    return Local(max(min(cores(), _in_memory(jobs), len(jobs)), 1))
+
+
+def side_by_side(jobs: Sequence[Job]) -> Local:
+    """The local engine for different notebooks: two at a time, four from eight cores on.
+
+    The cores are divided among them, since few of a notebook's steps keep all of them busy. On a
+    GPU, and where there is one job, nothing is divided.
+    """
+    found, n_cores = gpus(), cores()
+    if found:
+        return Local(threads=None, gpus=found[:1])
+    workers = min(1 if n_cores < 2 else 2 if n_cores < 8 else 4, _in_memory(jobs), len(jobs))
+    return Local(workers, threads=n_cores // workers) if workers > 1 else Local(threads=None)
+
+
+def _in_memory(jobs: Sequence[Job]) -> int:
+    """How many of the runs fit into free memory at a time."""
     runs = [run for group in forecast.runs(jobs) for run in group]
     each = KERNEL_BYTES + max((run.cost.cpu_bytes for run in runs), default=0)
-    return Local(max(min(cores(), int(free_memory() // each), len(jobs)), 1))
+    return int(free_memory() // each)
 
 
 def gpus() -> list[str]:

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from moebert_lib.data import TARGETS
+from moebert_lib.batching import TARGETS
 from moebert_lib.distill import layer_distances
+from moebert_lib.packed import accelerate
 
 #: Metric name to a function of (labels, predictions). GLUE's F1 is of class 1.
 METRICS = {
@@ -25,6 +27,17 @@ METRICS = {
 PADDING = -1e4  #: logit of a position that a shorter batch did not have
 
 
+def faster(model: PreTrainedModel) -> PreTrainedModel:
+    """The model accelerated, where padding changes no result.
+
+    It does where gates balance padding too, and in a span's logits, which are one distribution
+    over all places of a batch; such models come back as they are.
+    """
+    spans = hasattr(model, "qa_outputs")
+    padding_counts = spans or getattr(model.config, "padding_in_balance", False)
+    return model if padding_counts else accelerate(model)
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarray:
     """Logits of every row in the dataset's order, float32.
@@ -32,7 +45,7 @@ def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarra
     The model is put into eval mode and returned to its former one. Targets may be absent.
 
     Args:
-        model: Dense or MoEBERT, with a head for classification or spans.
+        model: Dense or MoEBERT, with a head for classification or spans; :func:`faster` or not.
         batches: From ``data.batches``; ``index`` says where each row belongs.
 
     Returns:

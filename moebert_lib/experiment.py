@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from moebert_lib import checkpoints, data
 from moebert_lib.convert import to_moebert
-from moebert_lib.evaluate import state_distances
+from moebert_lib.evaluate import faster, state_distances
 from moebert_lib.experts import choose_ranking
 from moebert_lib.inputs import (
     chosen,
@@ -34,6 +34,7 @@ from moebert_lib.stages import CONVERSION, TRAINING
 from moebert_lib.states import sentence_states
 from moebert_lib.store import Entry, Store, code_digest
 from moebert_lib.teachers import (
+    FORWARD,
     Teacher,
     answers,
     evaluate,
@@ -53,7 +54,8 @@ __all__ = [
 ]  # fmt: skip
 
 QUIET = 15  # seconds between two lines of a grid's progress
-LEARNING = ("distill", "train", "checkpoints", "evaluate", "states", "experiment")  # code
+LEARNING = ("distill", "train", "teacher_states", "checkpoints", "evaluate", "states",
+            "experiment", *FORWARD)  # code  # fmt: skip
 NEAR = 64  # validation examples whose states are compared, layer by layer
 
 
@@ -87,7 +89,8 @@ def conversion_key(settings: Settings) -> dict:
         ranking = {"teacher": teacher_key(settings), "split_seed": settings.split_seed}
     return {
         **chosen(settings, CONVERSION), "expert_size": sizes[0], "n_shared": sizes[1], **ranking,
-        "code": code_digest("experts", "routing", "moe_layer", "modeling", "convert", "experiment"),
+        "code": code_digest("experts", "routing", "moe_layer", "modeling", "convert", "experiment",
+                            *FORWARD),
     }  # fmt: skip
 
 
@@ -128,7 +131,8 @@ def _conversion(settings: Settings) -> Entry:
 
 def distances(settings: Settings, model: PreTrainedModel) -> torch.Tensor:
     """Eq. 5's term at each layer, ``(L + 1,)``: a model to its teacher, validation examples."""
-    return state_distances(model, teacher(settings).model, _near(settings))
+    models = (faster(model), faster(teacher(settings).model))
+    return state_distances(*models, _near(settings))
 
 
 def states(settings: Settings) -> dict[str, np.ndarray]:
@@ -138,8 +142,8 @@ def states(settings: Settings) -> dict[str, np.ndarray]:
         Of each ``(L + 1, n, D)``: the mean state of each example's tokens, embeddings first.
     """
     return {
-        "teacher": sentence_states(teacher(settings).model, _near(settings)),
-        "converted": sentence_states(converted(settings), _near(settings)),
+        "teacher": sentence_states(faster(teacher(settings).model), _near(settings)),
+        "converted": sentence_states(faster(converted(settings)), _near(settings)),
         "distilled": np.load(student(settings).entry.folder / "states.npy").astype(np.float32),
     }
 
@@ -170,7 +174,8 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         curve.to_csv(folder / "curve.csv", index=False)
         apart = pd.Series(distances(settings, model), name="distance").rename_axis("layer")
         apart.to_csv(folder / "distances.csv")
-        np.save(folder / "states.npy", sentence_states(model, _near(settings)).astype(np.float16))
+        states = sentence_states(faster(model), _near(settings))
+        np.save(folder / "states.npy", states.astype(np.float16))
         if keep_model:
             model.save_pretrained(folder)
             bundle.tokenizer.save_pretrained(folder)

@@ -7,7 +7,8 @@ neuron: with pre-activation ``a`` and activation ``h``,
     w1_j . dL/dw1_j = sum_t (a_tj - b1_j) dL/da_tj        w2_j . dL/dw2_j = sum_t h_tj dL/dh_tj
 
 so a batch gives exact per-example scores in one backward through activations, with the
-parameters frozen. Biases are not scored (Sec. 3.1, footnotes).
+parameters frozen. Biases are not scored (Sec. 3.1, footnotes). Nothing below the first layer's
+``a`` is differentiated, and padding is not computed, except a span head's, whose loss counts it.
 """
 
 import hashlib
@@ -15,12 +16,16 @@ import json
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from moebert_lib.packed import PackedBert, accelerate
+from moebert_lib.packing import Packing
 
 N_BLOCKS = 20  # examples are spread over this many block sums, for intervals
 
@@ -130,8 +135,9 @@ class Importance:
 
 
 def ffn_importance(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], *, meta: dict | None = None
-) -> Importance:
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], *,
+    meta: dict | None = None, dtype: torch.dtype | None = None,
+) -> Importance:  # fmt: skip
     """Score every feed-forward neuron of a fine-tuned BERT by Eq. 4.
 
     Exact per example, though batches are processed whole. Memory does not grow with the number
@@ -144,35 +150,36 @@ def ffn_importance(
             ``end_positions`` inside the input; each on the model's device. An entry ``index``
             is ignored.
         meta: Stored with the result, beside the digest of the scored weights.
+        dtype: ``torch.bfloat16`` is faster and moves ranks a little: ``moebert bench
+            importance`` says how much. By default the model's own, which is exact.
 
     Returns:
         Scores ``(L, F)`` in float64, on the CPU.
 
     Raises:
         TypeError: one batch in place of a list of batches.
-        ValueError: no batch, a batch without targets, or a model without BERT layers.
+        ValueError: no batch, a batch without targets, a model without BERT layers, or another
+            ``dtype``.
 
     Source: Eq. 4; derivation in this module's header.
     """
     if isinstance(batches, Mapping):
         raise TypeError("ffn_importance takes a list of batches, and this is one: pass [batch]")
+    if dtype not in (None, torch.bfloat16):
+        raise ValueError(f"dtype={dtype}: expected None, the model's own, or torch.bfloat16")
     layers = dense_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no BERT feed-forward layers to score")
     shape = (N_BLOCKS, len(layers), layers[0].intermediate.dense.out_features)
-    blocks, counts = (
-        torch.zeros(shape, dtype=torch.float64),
-        torch.zeros(N_BLOCKS, dtype=torch.int64),
-    )
+    blocks, counts = torch.zeros(shape).double(), torch.zeros(N_BLOCKS).long()
     seen = 0
-    with _frozen(model):
+    with frozen(model):
+        faster = _faster(model)
         for batch in batches:
             if "labels" not in batch and not {"start_positions", "end_positions"} <= {*batch}:
-                raise ValueError(
-                    "importance needs labels, or start_positions and end_positions: "
-                    "Eq. 4 scores the task loss"
-                )
-            scores = batch_scores(model, layers, batch)  # (L, B, F)
+                raise ValueError("importance needs labels, or start_positions and end_positions: "
+                                 "Eq. 4 scores the task loss")  # fmt: skip
+            scores = batch_scores(faster, batch, dtype=dtype)  # (L, B, F)
             block = (torch.arange(scores.shape[1]) + seen) % N_BLOCKS
             blocks.index_add_(0, block, scores.transpose(0, 1).double().cpu())
             counts += torch.bincount(block, minlength=N_BLOCKS)
@@ -198,36 +205,72 @@ def ffn_digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def batch_scores(model: nn.Module, layers: list[nn.Module], batch: dict[str, Tensor]) -> Tensor:
-    """Per-example scores of one batch, ``(L, B, F)``: what Eq. 4 sums over examples."""
-    flows: list[tuple[Tensor, Tensor]] = []
+def batch_scores(
+    model: nn.Module, batch: dict[str, Tensor], *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Per-example scores of one batch, ``(L, B, F)``: what Eq. 4 sums over examples.
 
-    def keep(dense: nn.Module, _inputs: tuple, a: Tensor) -> Tensor:
-        a = a if a.requires_grad else a.requires_grad_()  # the first layer starts the graph
-        flows.append((a, None))
-        return a
+    Args:
+        model: A BERT with a head and :func:`frozen` parameters, accelerated or not.
+        batch: Inputs with targets.
+        dtype: As :func:`ffn_importance`.
+    """
+    layers, start, hooks = dense_layers(model), [], []
+    sums: list = [0] * len(layers)
+    inputs = {name: value for name, value in batch.items() if name != "index"}
+    B = len(inputs["labels" if "labels" in inputs else "start_positions"])
+    packing = _packing(model, inputs)
 
-    def keep_activation(_module: nn.Module, _inputs: tuple, h: Tensor) -> None:
-        flows[-1] = (flows[-1][0], h)
+    def watch(index: int, module: nn.Module, _inputs: tuple, x: Tensor) -> None:
+        """Once the gradient of ``a`` or ``h`` is there, add their product to the sums."""
+        if not x.requires_grad:
+            start.append(x.requires_grad_())  # the first layer's a: nothing before it is kept
+        value, bias = x.detach(), getattr(module, "bias", None)  # b1, where x is a
 
-    hooks = [layer.intermediate.dense.register_forward_hook(keep) for layer in layers]
-    hooks += [layer.intermediate.register_forward_hook(keep_activation) for layer in layers]
+        def add(gradient: Tensor) -> None:
+            wide = value.to(torch.promote_types(value.dtype, torch.float32))
+            flow = (wide if bias is None else wide - bias) * gradient
+            sums[index] = sums[index] + _by_example(flow, B, packing)
+
+        x.register_hook(add)
+
+    for index, layer in enumerate(layers):
+        for module in (layer.intermediate.dense, layer.intermediate):
+            hooks.append(module.register_forward_hook(partial(watch, index)))
     try:
         with torch.enable_grad():
-            inputs = {name: value for name, value in batch.items() if name != "index"}
-            targets = batch["labels"] if "labels" in batch else batch["start_positions"]
-            loss = model(**inputs).loss * len(targets)  # the sum over examples
-            wanted = [tensor for pair in flows for tensor in pair]
-            grads = torch.autograd.grad(loss, wanted)
+            device = layers[0].output.dense.weight.device.type
+            with torch.autocast(device, dtype, enabled=dtype is not None):
+                loss = model(**inputs).loss * B  # the sum over examples
+            torch.autograd.grad(loss, start)
     finally:
         for hook in hooks:
             hook.remove()
-    scores = []
-    for layer, (a, h), da, dh in zip(layers, flows, grads[::2], grads[1::2], strict=True):
-        b1 = layer.intermediate.dense.bias
-        flow = (a.detach() - b1) * da + h.detach() * dh  # (B, T, F)
-        scores.append(flow.sum(1).abs())
-    return torch.stack(scores)
+    return torch.stack(sums).abs()
+
+
+def _packing(model: nn.Module, inputs: dict[str, Tensor]) -> Packing | None:
+    """How an accelerated model packs these inputs."""
+    if not isinstance(getattr(model, "base_model", None), PackedBert) or "input_ids" not in inputs:
+        return None
+    mask = inputs.get("attention_mask")
+    return Packing.of(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
+
+
+def _by_example(flow: Tensor, B: int, packing: Packing | None) -> Tensor:
+    """Sums over each example's tokens, ``(B, F)``."""
+    if len(flow) == B:  # (B, T, F)
+        return flow.sum(1)
+    rows = flow[0]  # of the last layer only first tokens, if the loss sees no other
+    return packing.sums(rows) if len(rows) == len(packing) else packing.to_batch_order(rows)
+
+
+def _faster(model: nn.Module) -> nn.Module:
+    """The model accelerated, in eval mode; as it is where ``accelerate`` knows no way."""
+    try:
+        return accelerate(model).eval()
+    except ValueError:
+        return model
 
 
 def dense_layers(model: nn.Module) -> list[nn.Module]:
@@ -241,9 +284,9 @@ def dense_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def _frozen(model: nn.Module):
+def frozen(model: nn.Module):
     """Eval mode and no parameter gradients inside the block; both restored after it."""
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     for parameter in trainable:
@@ -251,6 +294,7 @@ def _frozen(model: nn.Module):
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -16,7 +16,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from moebert_lib.routing import RandomHash, Route, SentenceGate, TokenGate, balance_loss
+from moebert_lib.packing import Packing, by_expert
+from moebert_lib.routing import HashRouter, RandomHash, Route, SentenceGate, TokenGate, balance_loss
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)
@@ -58,15 +59,20 @@ class Experts(nn.Module):
         Returns:
             Shape ``(B*T, D)``, tokens in the order they came in.
         """
-        expert_of = top_k_index[:, 0]
-        output = torch.zeros_like(hidden_states)
-        w1, b1, w2, b2 = self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias
-        for e in range(self.num_experts):
-            tokens = (expert_of == e).nonzero()[:, 0]  # (n_e,)
-            h = self.act_fn(F.linear(hidden_states[tokens], w1[e], b1[e]))  # (n_e, K)
-            served = F.linear(h, w2[e], b2[e])
-            output = output.index_copy(0, tokens, served.to(output.dtype))
-        return output * top_k_weights
+        order, counts = by_expert(top_k_index, self.num_experts)
+        served = []
+        for tokens, *own in zip(hidden_states[order].split(counts), *self.unbound(), strict=True):
+            w1, b1, w2, b2 = own
+            h = self.act_fn(F.linear(tokens, w1, b1))  # (n_e, K)
+            served.append(F.linear(h, w2, b2))
+        joined = torch.cat(served)
+        output = torch.zeros_like(hidden_states, dtype=joined.dtype).index_copy(0, order, joined)
+        return output.to(hidden_states.dtype) * top_k_weights
+
+    def unbound(self) -> tuple[tuple[Tensor, ...], ...]:
+        """W1, b1, W2 and b2 of Eq. 1, each a tuple of one tensor an expert."""
+        stacked = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
+        return tuple(parameter.unbind(0) for parameter in stacked)
 
 
 class TiedExperts(Experts):
@@ -135,7 +141,7 @@ class RoutingContext:
     """What routers need and ``BertLayer`` does not pass on; one per model, set per forward."""
 
     input_ids: Tensor | None = None
-    mask: Tensor | None = None
+    mask: Tensor | Packing | None = None
     balance_losses: list[Tensor] = field(default_factory=list)  # one a gated layer
 
     def __deepcopy__(self, memo: dict) -> "RoutingContext":
@@ -166,9 +172,7 @@ class MoEOutput(nn.Module):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         """Both arguments are the attention output, ``(B, T, D)``, and so is the result."""
         route = self.router(hidden_states, self.context.input_ids, self.context.mask)
-        if route.probabilities is not None:
-            mask = None if self.padding_in_balance else self.context.mask
-            self.context.balance_losses.append(balance_loss(route, mask))
+        self.note_balance(route, self.context.mask)
         tokens = hidden_states.flatten(0, 1)  # (B*T, D)
         weights = torch.ones_like(route.weights) if self.outside else route.weights
         served = self.dropout(self.experts(tokens, route.experts, weights))
@@ -178,6 +182,17 @@ class MoEOutput(nn.Module):
         if self.outside:
             output = output * route.weights
         return output.view_as(hidden_states)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the router looks at states, rather than at token ids."""
+        return not isinstance(self.router, HashRouter)
+
+    def note_balance(self, route: Route, mask: Tensor | Packing | None) -> None:
+        """Keep a gate's load-balance loss for the model's output; a hash has none."""
+        if route.probabilities is not None:
+            real = None if self.padding_in_balance or isinstance(mask, Packing) else mask
+            self.context.balance_losses.append(balance_loss(route, real))
 
 
 def _shared_layer_norm(config: PreTrainedConfig) -> nn.LayerNorm:

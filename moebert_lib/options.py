@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from moebert_lib import commands, commands_model, commands_pages
+from moebert_lib import commands, commands_bench, commands_model, commands_pages
 from moebert_lib.settings import UserError, nearest
 
 SCALE_HELP = "smoke, quick (the default), small or paper"
@@ -232,18 +232,27 @@ def _convert(kinds: Any) -> None:
 def _bench(kinds: Any) -> None:
     command = kinds.add_parser(
         "bench", help="measure speed beside the equal-FLOP limit (Fig. 4)",
-        description="inference: time dense BERT, MoEBERT and the limit on this machine. "
-        "batch: time a sweep with one worker and with two. "
-        "widgets: time from a slider's move to the picture.",
-        example="moebert bench inference --length 64",
+        description="inference: a forward pass of dense BERT, MoEBERT and their limits. training: "
+        "a step of distillation. importance: scoring neurons. scaling: cost by experts, tokens "
+        "and layers. widgets: from a slider's move to the picture. batch: a sweep with one worker "
+        "and with two. OMP_NUM_THREADS sets the threads; the record goes to runs/.",
+        example="moebert bench inference\n  moebert bench inference --batch 8 --length 64",
     )  # fmt: skip
     command.add_argument("what", nargs="?", default="inference", metavar="WHAT",
-                         help="inference (the default), batch or widgets")  # fmt: skip
-    for name, value, unit in (("batch", 1, "sentences"), ("length", 128, "tokens"),
-                              ("repeats", 11, "times"), ("runs", 40, "notebook runs")):  # fmt: skip
-        command.add_argument(f"--{name}", type=int, default=value, metavar="N",
-                             help=f"{unit}; {value} by default")  # fmt: skip
-    command.set_defaults(function=commands_model.bench)
+                         help="inference (the default), training, importance, scaling, widgets "
+                         "or batch")  # fmt: skip
+    for name, told in (
+        ("batch", "sentences at once, of inference; full and real batches by default"),
+        ("length", "tokens of each, likewise"),
+        ("repeats", "timed rounds; by default as many as a minute holds"),
+        ("runs", "notebook runs, of batch; 40 by default"),
+    ):
+        command.add_argument(f"--{name}", type=int, default=None, metavar="N", help=told)
+    command.add_argument("--device", default=None, metavar="D",
+                         help="of inference: cpu (the default) or cuda")  # fmt: skip
+    command.add_argument("--out", type=Path, default=None, metavar="FILE",
+                         help="the record's file, JSON; in runs/ by default")  # fmt: skip
+    command.set_defaults(function=commands_bench.bench)
 
 
 def _doctor(kinds: Any) -> None:

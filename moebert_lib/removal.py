@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_lib import experiment
-from moebert_lib.evaluate import predict
+from moebert_lib.evaluate import faster, predict
 from moebert_lib.experts import random_ranking
 from moebert_lib.settings import Settings
 from moebert_lib.store import Store, code_digest
+from moebert_lib.teachers import FORWARD
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
 
@@ -84,7 +85,7 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
     key = {
         "importance": experiment.importance_key(settings), "fractions": FRACTIONS,
         "n_examples": n_examples, "n_random": settings.n_random_splits,
-        "code": code_digest("removal", "experts", "evaluate"),
+        "code": code_digest("removal", "experts", "evaluate", *FORWARD),
     }  # fmt: skip
     entry = Store().make("removal", key, build)
     print(f"· removal curves: {'reused' if entry.reused else f'made in {entry.seconds:.0f} s'}")
@@ -100,7 +101,7 @@ def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
             "validation", batch_size=settings.eval_batch_size, limit=n_examples
         )
         with without(model, neurons):
-            logits = predict(model, batches)
+            logits = predict(faster(model), batches)  # made here: it rearranges these weights
         metrics = bundle.score(logits, limit=n_examples)
         loss = _loss(logits, bundle.rows("validation", n_examples))
         about = {"order": name, "draw": draw, "fraction": fraction}

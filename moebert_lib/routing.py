@@ -2,13 +2,16 @@
 
 Four routers under the release's names. A hash router looks the token id up in a table
 drawn once and saved with the model; a gate is a small linear layer trained with it. All
-share one signature, so a layer does not know which it has.
+share one signature, so a layer does not know which it has: states ``(B, T, D)``, token ids and
+mask ``(B, T)``; or of a packed batch ``(1, N, D)``, ``(1, N)`` and its ``Packing``.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from moebert_lib.packing import Packing
 
 ROUTINGS = ("hash-random", "hash-balance", "gate-token", "gate-sentence")
 
@@ -83,7 +86,11 @@ class SentenceGate(nn.Module):
         super().__init__()
         self.gate = nn.Linear(hidden_size, n_experts, bias=False)
 
-    def forward(self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Route:
+    def forward(
+        self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | Packing | None
+    ) -> Route:
+        if isinstance(mask, Packing):
+            return _top1(self.gate(mask.means(hidden[0]))[mask.sentence])  # (N, E)
         B, T, _ = hidden.shape
         real = hidden.new_ones(B, T) if mask is None else mask.to(hidden.dtype)
         total = (hidden * real[..., None]).sum(1)  # (B, D)

@@ -28,7 +28,6 @@ Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
 Ranking = Literal["importance", "random", "inverse"]
 Distil = Literal["all", "skip", "last", "none"]
 
-
 MOST = 2**31 - 1  # of a seed; numpy's and torch's generators take this much and some runs more
 
 
@@ -112,6 +111,11 @@ class Settings(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)  # appendix: clipping 1.0, no warm-up
     dropout: float = Field(0.1, ge=0, lt=1)  # BERT's own, student and teacher training
 
+    # How training is computed
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU only
+    tokens_per_batch: int | None = Field(None, ge=8)  # of a student; None: batch_size sentences
+    cache_teacher: bool = False  # keep the teacher's states on disk, for several epochs
+
     # Answers that are spans (SQuAD): not in the paper, transformers' usual values
     n_best: int = Field(20, ge=1)  # start and end candidates of each window
     max_answer_length: int = Field(30, ge=1)  # tokens
@@ -120,9 +124,7 @@ class Settings(BaseModel):
     # Where paper and release differ; the default is the paper, or the sound choice
     preset: Literal["paper", "release"] = "paper"  # release: all of them as released
     teacher_dropout: bool = False  # release: on while distilling
-    shared_neurons: Literal["copied", "tied"] = (
-        "copied"  # as the release; tied: one for all experts
-    )
+    shared_neurons: Literal["copied", "tied"] = "copied"  # tied: one for all experts
     expert_layer_norm: Literal["per-expert", "shared"] = "per-expert"
     gate_scaling: Literal["inside", "outside"] = "inside"  # release: outside the residual
     padding_in_loss: bool = False  # release: padding counts in the hidden and the balance loss
@@ -209,7 +211,13 @@ class Settings(BaseModel):
         return {**RELEASE, **values} if chosen else values
 
     @model_validator(mode="after")
-    def _sizes_fit(self) -> Self:
+    def _fits(self) -> Self:
+        if (self.tokens_per_batch or self.max_length) < self.max_length:
+            raise ValueError(f"tokens_per_batch={self.tokens_per_batch} cannot hold a sentence; "
+                             f"expected max_length={self.max_length} or more")  # fmt: skip
+        if self.cache_teacher and (self.teacher_dropout or self.padding_in_loss):
+            raise ValueError("cache_teacher=True needs the same states every time; expected "
+                             "teacher_dropout=False and padding_in_loss=False")  # fmt: skip
         width = FFN_WIDTHS.get(self.model)
         if width is not None:  # else checked when the run is planned, or by deal_neurons
             self.fit(width)

@@ -224,7 +224,7 @@ def _scale(key: dict) -> str:
         whole = Settings.at(scale, task=mine["task"], model=mine["model"])
         brief = grids.on_task(Settings.at(scale, model=mine["model"]), mine["task"])
         for settings, name in ((whole, scale), (brief, f"{scale}, in brief")):
-            if all(mine[each] == getattr(settings, each) for each in (*DATA, *TEACHER)):
+            if all(mine.get(each) == getattr(settings, each) for each in (*DATA, *TEACHER)):
                 return name
     return "own settings"
 

@@ -7,9 +7,10 @@ The store's keys are made of them, and a plan groups runs by them; no torch is n
 DATA = ("task", "max_length", "max_train_examples", "max_eval_examples", "doc_stride", "n_best",
         "max_answer_length", "null_threshold")  # fmt: skip
 TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size",
-           "teacher_weight_decay", "max_grad_norm", "dropout")  # fmt: skip
+           "teacher_weight_decay", "max_grad_norm", "dropout", "dtype")  # fmt: skip
 IMPORTANCE = ("importance_examples", "importance_split")
 CONVERSION = ("n_experts", "routing", "ranking", "seed", "shared_neurons", "expert_layer_norm",
               "gate_scaling")  # fmt: skip
 TRAINING = ("distill", "distill_weight", "epochs", "learning_rate", "batch_size", "weight_decay",
-            "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight")  # fmt: skip
+            "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight", "dtype",
+            "tokens_per_batch", "cache_teacher")  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from moebert_lib import checkpoints, data, weights
-from moebert_lib.evaluate import predict
+from moebert_lib.evaluate import faster, predict
 from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.inputs import chosen, dataset, device, load, new_model
 from moebert_lib.settings import Settings, home
@@ -23,6 +23,8 @@ from moebert_lib.store import Entry, Store, code_digest, versions
 from moebert_lib.train import fine_tune
 
 ANSWERS = "answers.csv"
+#: Code that the numbers of every model go through.
+FORWARD = ("packed", "packed_experts", "packing", "kernels")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ def teacher_key(settings: Settings) -> dict:
         "model": settings.model,
         "weights": weights.digest(settings.model, hub=not settings.offline),
         "data": data.digest(settings), "device": device().type,  # bf16 on a GPU
-        "code": code_digest("data", "corpus", "spans", "weights", "inputs", "train", "checkpoints",
-                            "evaluate", "teachers"),
+        "code": code_digest("data", "batching", "corpus", "spans", "weights", "inputs", "train",
+                            "checkpoints", "evaluate", "teachers", *FORWARD),
         "versions": versions(),
     }  # fmt: skip
 
@@ -125,7 +127,7 @@ def judge(settings: Settings, model: PreTrainedModel) -> tuple[dict[str, float],
 
     An answer is a class index, a value, or a text.
     """
-    bundle, found, said = dataset(settings), {}, {}
+    bundle, found, said, model = dataset(settings), {}, {}, faster(model)
     for split in [split for split in bundle.splits if split != "train"]:
         logits = predict(model, bundle.batches(split, batch_size=settings.eval_batch_size))
         suffix = "" if split == "validation" else f"_{split}"

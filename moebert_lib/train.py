@@ -6,11 +6,13 @@ clipping 1.0 (the paper's appendix).
 """
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
@@ -19,10 +21,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from moebert_lib.batching import TokenBatches, batches, lengths
 from moebert_lib.checkpoints import keep
-from moebert_lib.distill import distillation_terms
-from moebert_lib.evaluate import without_targets
+from moebert_lib.distill import chosen_layers, distillation_terms
+from moebert_lib.evaluate import faster, without_targets
+from moebert_lib.packed import accelerate
 from moebert_lib.settings import Settings
+from moebert_lib.teacher_states import TeacherStates, kept
+
+FILL = 4096  # tokens that a teacher whose states are kept is asked about at once
 
 
 class Progress(TrainerCallback):
@@ -55,38 +62,57 @@ class DistillationTrainer(Trainer):
     The teacher is no part of the student: it is not trained, saved or counted. It runs
     without gradient and in eval mode unless ``teacher_dropout`` says otherwise.
 
+    Both run without padding (``packed``): ``trainer.model`` is an accelerated model that shares
+    its parameters with the given one, and Eq. 5 compares real tokens alone. Where padding counts,
+    as in the logits of spans, or gradient checkpointing is asked for, both run as they are.
+
     Args:
+        model: The student.
+        args: ``TrainingArguments``; with ``bf16`` the teacher computes in bfloat16 too.
         teacher: The dense, fine-tuned model.
         distill: ``all``, ``skip``, ``last``, or ``none`` for plain fine-tuning (Table 3).
         weight: ``lambda_distill``.
         padding_in_loss: Count padding in Eq. 5, as the release does.
         teacher_dropout: Run the teacher in train mode, as the release does.
+        max_tokens: Tokens in a batch, instead of the arguments' number of examples.
+        told: What the teacher says, kept; batches then need an ``index``.
     """
 
     def __init__(
         self,
-        *args,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *others,
         teacher: nn.Module,
         distill: str = "all",
         weight: float = 1.0,
         padding_in_loss: bool = False,
         teacher_dropout: bool = False,
+        max_tokens: int | None = None,
+        told: TeacherStates | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        ordinary = padding_in_loss or (args is not None and args.gradient_checkpointing)
+        student = model if ordinary else faster(model)
+        super().__init__(student, args, *others, **kwargs)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
-        self.teacher = teacher.to(self.args.device).train(teacher_dropout)
+        self.label_names = [*self.label_names, "index"]  # else Trainer drops the column
+        self.packed, self.told, self.max_tokens = student is not model, told, max_tokens
+        teacher = teacher.to(self.args.device)
+        half = torch.bfloat16 if self.args.bf16 else None
+        teacher = accelerate(teacher, dtype=half) if self.packed else teacher
+        self.teacher = teacher.train(teacher_dropout)
         self.distill, self.weight, self.padding_in_loss = distill, weight, padding_in_loss
         self._terms: list[torch.Tensor] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective for one batch; its parts are kept for :meth:`curve`."""
-        student = model(**inputs, output_hidden_states=self.distill != "none")
+        given = {name: value for name, value in inputs.items() if name != "index"}
+        student = model(**given, output_hidden_states=self.distill != "none" and self._states)
         task = loss = student.loss
         hidden = prediction = torch.zeros_like(loss)
         if self.distill != "none":
-            with torch.no_grad():
-                teacher = self.teacher(**without_targets(inputs), output_hidden_states=True)
+            teacher = self.told.of(inputs, self.teacher) if self.told else self.ask(inputs)
             mask = None if self.padding_in_loss else inputs["attention_mask"]
             hidden, prediction = distillation_terms(
                 student, teacher, mask=mask, layers=self.distill
@@ -95,6 +121,30 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._terms.append(torch.stack([task, hidden, prediction, loss]).detach())
         return (loss, student) if return_outputs else loss
+
+    @property
+    def _states(self) -> str | bool:
+        return "packed" if self.packed else True
+
+    @torch.no_grad()
+    def ask(self, inputs):
+        """What the teacher says to a batch."""
+        device = self.args.device.type
+        by_itself = self.packed and device == "cpu" and not self.teacher.training
+        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not by_itself):
+            return self.teacher(**without_targets(inputs), output_hidden_states=self._states)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, or in batches of at most ``max_tokens`` tokens."""
+        if self.max_tokens is None:
+            return super().get_train_dataloader()
+        batches = TokenBatches(lengths(self.train_dataset), self.max_tokens)
+        rows = self._remove_unused_columns(self.train_dataset, description="training")
+        loader = DataLoader(
+            rows, batch_sampler=batches, collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )  # fmt: skip
+        return self.accelerator.prepare(loader)
 
     def curve(self) -> pd.DataFrame:
         """Loss terms by training step: task, hidden (Eq. 5), prediction (Eq. 6), total."""
@@ -127,10 +177,11 @@ def fine_tune(
         settings=settings,
     )  # fmt: skip
     trainer = Trainer(
-        model, arguments, train_dataset=encoded, callbacks=[Progress("teacher")],
+        faster(model), arguments, train_dataset=encoded, callbacks=[Progress("teacher")],
         data_collator=DataCollatorWithPadding(tokenizer),
     )  # fmt: skip
     _run(trainer, checkpoints)
+    model.eval()  # its own flags: what was trained is the accelerated one
 
 
 def distil(
@@ -153,15 +204,39 @@ def distil(
         learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
         settings=settings,
     )  # fmt: skip
-    trainer = DistillationTrainer(
-        student, arguments, train_dataset=encoded, callbacks=[Progress("student")],
-        data_collator=_collator(tokenizer, settings), teacher=teacher,
-        distill=settings.distill, weight=settings.distill_weight,
-        padding_in_loss=settings.padding_in_loss, teacher_dropout=settings.teacher_dropout,
-    )  # fmt: skip
-    _run(trainer, checkpoints, terms=trainer._terms)
+    again = settings.cache_teacher and settings.epochs > 1 and settings.distill != "none"
+    with _kept(student, encoded, settings, folder) if again else nullcontext() as told:
+        trainer = DistillationTrainer(
+            student, arguments, callbacks=[Progress("student")],
+            train_dataset=_numbered(encoded) if told else encoded,
+            data_collator=_collator(tokenizer, settings), teacher=teacher,
+            distill=settings.distill, weight=settings.distill_weight,
+            padding_in_loss=settings.padding_in_loss, teacher_dropout=settings.teacher_dropout,
+            max_tokens=settings.tokens_per_batch, told=told,
+        )  # fmt: skip
+        if told:  # before the first step: a resumed training must find the same bytes
+            device = trainer.args.device
+            told.fill(trainer.ask, batches(encoded, tokenizer, 1, device=device, max_tokens=FILL))
+        _run(trainer, checkpoints, terms=trainer._terms)
+    student.eval()  # its own flags: what was trained is the accelerated one
     teacher.eval()
     return trainer.curve()
+
+
+def _kept(
+    student: nn.Module, encoded, settings: Settings, folder: Path
+) -> AbstractContextManager[TeacherStates]:
+    """Room on the disk for the teacher's states of all examples."""
+    config = student.config
+    return kept(
+        folder, lengths(encoded), width=config.hidden_size,
+        layers=chosen_layers(config.num_hidden_layers, settings.distill),
+        dtype=torch.bfloat16 if in_half(settings) else torch.float32,
+    )  # fmt: skip
+
+
+def _numbered(encoded):
+    return encoded.add_column("index", list(range(len(encoded))))
 
 
 def _collator(tokenizer, settings: Settings) -> DataCollatorWithPadding:
@@ -171,6 +246,13 @@ def _collator(tokenizer, settings: Settings) -> DataCollatorWithPadding:
             tokenizer, padding="max_length", max_length=settings.max_length
         )
     return DataCollatorWithPadding(tokenizer)
+
+
+def in_half(settings: Settings) -> bool:
+    """Whether trainings compute in bfloat16: as asked, or by default on a GPU that has it."""
+    if settings.dtype == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return settings.dtype == "bfloat16"
 
 
 def training_arguments(
@@ -187,7 +269,8 @@ def training_arguments(
         weight_decay=weight_decay, max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type="linear", warmup_steps=0, train_sampling_strategy="group_by_length",
         save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(), bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(), bf16=in_half(settings),
+        use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel's replicas would share routes
     return arguments

@@ -21,6 +21,9 @@ def make_home(folder: Path) -> Path:
     """A MOEBERT_HOME to write into, with the checkout's notebooks."""
     folder.mkdir(parents=True)
     (folder / "notebooks").symlink_to(ROOT / "notebooks", target_is_directory=True)
+    (folder / "figures").mkdir()
+    kept = ROOT / "figures" / "bench"  # notebook 07 draws them
+    (folder / "figures" / "bench").symlink_to(kept, target_is_directory=True)
     return folder
 
 

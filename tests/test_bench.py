@@ -1,11 +1,14 @@
-"""The stopwatch: interleaving, paired ratios, what is compared."""
+"""The stopwatch: interleaving, paired ratios, targets, records."""
 
 import json
 
+import numpy as np
 import pandas as pd
+import pytest
+import torch
 
-from moebert_lib import bench, bench_batch, cli
-from moebert_lib.moe_layer import parameter_counts
+from moebert_lib import bench, bench_batch, bench_machine, cli
+from moebert_lib.settings import UserError
 
 
 def test_calls_take_turns_after_one_untimed_round():
@@ -28,37 +31,115 @@ def test_a_ratio_is_the_median_of_paired_ratios():
     assert table.loc["fast", "per_second"] == 2.0 and table.loc["fast", "median_ms"] == 1000
 
 
-def test_the_variants_have_the_sizes_they_claim():
-    built = bench.models(bench.TINY_SHAPE)
-    limit = parameter_counts(built["equal FLOPs"]).effective
-    moe = parameter_counts(built["moebert hash-random"]).effective
-    assert moe == limit < parameter_counts(built["dense"]).effective
-    assert len(built["half depth"].bert.encoder.layer) == 1
+def test_ratios_and_limits_are_of_each_setting_by_itself():
+    timings = pd.DataFrame({
+        "setting": ["a"] * 3 + ["b"] * 3, "variant": ["dense", "equal FLOPs", "moe"] * 2,
+        "repeat": 0, "seconds": [4.0, 1.0, 2.0, 6.0, 2.0, 2.0],
+    })  # fmt: skip
+    limits = {"moe": "equal FLOPs"}
+    table = bench.summary(timings, limits=limits, units={"a": 1, "b": 32})
+    found = table.set_index(["setting", "variant"])
+    assert found.loc[("a", "moe"), "ratio"] == 2 and found.loc[("b", "moe"), "ratio"] == 3
+    assert found.loc[("a", "moe"), "of_limit"] == 0.5 and found.loc[("b", "moe"), "of_limit"] == 1
+    assert found.loc[("b", "moe"), "per_second"] == 16
+    assert np.isnan(found.loc[("a", "dense"), "of_limit"])
 
 
-def test_inference_times_every_variant():
-    timings = bench.inference(bench.TINY_SHAPE, batch=2, length=8, repeats=2)
-    assert len(timings) == 2 * 5 and (timings["seconds"] > 0).all()
+def test_rounds_fill_a_minute_within_their_bounds():
+    assert bench._rounds(4, seconds=500) == 5 and bench._rounds(5, seconds=500) == 5
+    assert bench._rounds(7, seconds=30) == 8 and bench._rounds(21, seconds=0.1) == 21
 
 
-def test_models_that_are_there_are_not_built_again(monkeypatch):
-    built = {"dense": bench.models(bench.TINY_SHAPE)["dense"]}
-    monkeypatch.setattr(bench, "models", None)
-    timings = bench.inference(bench.TINY_SHAPE, length=8, repeats=2, built=built)
-    assert timings["variant"].tolist() == ["dense", "dense"]
+def test_results_of_the_untimed_round_are_looked_at():
+    looked = []
+    calls = {"a": lambda: 1, "b": lambda: 2}
+    bench.time_interleaved(calls, repeats=1, look=looked.append)
+    assert looked == [{"a": 1, "b": 2}]
 
 
-def test_the_command_keeps_its_numbers(moebert_home, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "inference", lambda **k: bench_timings())
-    bench.main(repeats=1)
-    (kept,) = (moebert_home / "runs").glob("bench-inference-*.json")
-    record = json.loads(kept.read_text())
-    assert record["summary"][1]["ratio"] == 2.0 and "cpu" in record["machine"]
-    assert kept.name in capsys.readouterr().out
+def test_gradients_are_as_the_calls_have_them():
+    seen = []
+    bench.time_interleaved({"a": lambda: seen.append(torch.is_inference_mode_enabled())}, repeats=1)
+    assert seen == [False, False]
 
 
-def bench_timings():
-    return pd.DataFrame({"variant": ["dense", "x"], "repeat": [0, 0], "seconds": [1.0, 0.5]})
+TIMED = pd.DataFrame({"setting": "s", "variant": ["dense", "x"] * 3, "repeat": [0, 0, 1, 1, 2, 2],
+                      "seconds": [3.0, 1.0, 4.0, 2.0, 1.0, 1.0]})  # fmt: skip
+
+
+def test_a_target_is_judged_by_the_median_where_it_was_timed():
+    wishes = [("s", "x", "dense", 2.0), ("s", "x", "dense", 2.1), ("s", "x", "dense", None),
+              ("t", "x", "dense", 1.0), ("s", "y", "dense", 1.0)]  # fmt: skip
+    judged = bench.judge(TIMED, wishes)
+    assert [row["met"] for row in judged] == [True, False, None]
+    assert {(row["reached"], row["low"], row["high"]) for row in judged} == {(2.0, 1.5, 2.5)}
+
+
+def test_targets_are_said_in_words(capsys):
+    bench.say(bench.judge(TIMED, [("s", "x", "dense", 2.5), ("s", "x", "dense", None)]))
+    missed, plain = capsys.readouterr().out.splitlines()
+    assert missed == "s: x is 2.00 times as fast as dense (1.50 to 2.50); wanted 2.5: NOT met"
+    assert plain.endswith("(1.50 to 2.50)")
+
+
+def test_a_table_is_printed_within_120_columns(capsys):
+    names = {"dense": "dense", "x": "moebert gate-sentence, accelerated, bf16"}
+    timings = TIMED.assign(seconds=TIMED["seconds"] * 12.3, variant=TIMED["variant"].map(names))
+    bench.show(bench.summary(timings.assign(setting="GLUE-like"), limits={names["x"]: "dense"}))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and max(map(len, lines)) <= 120 and "12,300-18,450" in lines[2]
+
+
+def test_what_is_kept_is_read_again_and_the_newest_first(moebert_home, capsys):
+    table = bench.summary(TIMED)
+    for age in ("old", "new"):
+        bench.keep("x", TIMED, table, targets=bench.judge(TIMED, [("s", "x", "dense", 2)]), age=age)
+    bench.keep("x-cuda", TIMED, table, age="another")
+    record = bench.read("x")
+    assert record["age"] == "new" and "cpu" in record["machine"] and record["machine"]["gpu"]
+    pd.testing.assert_frame_equal(bench.frame(record, "timings"), TIMED, check_dtype=False)
+    pd.testing.assert_frame_equal(bench.frame(record, "summary"), table, check_dtype=False)
+    assert bench.frame(record, "targets")["met"].tolist() == [True]
+    assert "bench-x-" in capsys.readouterr().out
+
+
+def test_a_record_can_go_to_a_file_and_committed_ones_are_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
+    with pytest.raises(UserError, match="make it with moebert bench inference --device cuda"):
+        bench.read("inference-cuda")
+    out = tmp_path / "figures" / "bench" / "inference-cuda.json"
+    assert bench.keep("inference-cuda", TIMED, bench.summary(TIMED), out=out) == out
+    assert bench.read("inference-cuda")["what"] == "inference-cuda"
+    assert [path.name for path in tmp_path.rglob("*.*")] == [out.name]
+
+
+def test_ctrl_c_keeps_what_is_finished():
+    def measured(n):
+        yield from [TIMED] * n
+        raise KeyboardInterrupt
+
+    timings, complete = bench.gather(measured(2))
+    assert len(timings) == 2 * len(TIMED) and not complete
+    assert bench.gather([TIMED])[1]
+    with pytest.raises(KeyboardInterrupt):
+        bench.gather(measured(0))
+
+
+def test_other_work_is_told_and_recorded(monkeypatch, capsys):
+    monkeypatch.setattr(bench_machine.provenance, "cores", lambda: 2)
+    monkeypatch.setattr(bench_machine.os, "getloadavg", lambda: (3.0, 0, 0))
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    found = bench.prepare()
+    assert found["load"] == 1.5 and found["malloc"]["MALLOC_ARENA_MAX"] == "1"
+    assert capsys.readouterr().out == "timed beside other work: load 3.0 on 2 cores\n"
+    monkeypatch.setattr(bench_machine.os, "getloadavg", lambda: (0.5, 0, 0))
+    bench.prepare()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_machine_is_described_in_json_values():
+    found = bench.machine()
+    assert json.loads(json.dumps(found)) == found and {"instructions", "gpu", "ram_gb"} <= {*found}
 
 
 def test_a_sweep_is_timed_in_turn_with_one_worker_and_with_two(moebert_home, monkeypatch, capsys):

@@ -28,6 +28,15 @@ KINDS = {
     "sentence gate": {"routing": "gate-sentence"},
     "tied": {"routing": "hash-random", "shared_neurons": "tied"},
     "tied gate": {"routing": "gate-token", "shared_neurons": "tied"},
+    "by tokens": {},
+    "kept teacher": {},
+    "bfloat16": {},
+}
+#: Settings of some kinds.
+OTHER = {
+    "by tokens": {"tokens_per_batch": 32},  # 6 batches too
+    "kept teacher": {"cache_teacher": True, "teacher_dropout": False},
+    "bfloat16": {"dtype": "bfloat16"},
 }
 #: 22 sentences are 6 batches; of the third epoch half is trained, so that it ends in between.
 SETTINGS = Settings.at(
@@ -56,12 +65,15 @@ class Interrupted(train.Progress):
 class Pad:
     """A tokenizer as far as collator and checkpoint need one."""
 
+    pad_token_id = 0
+
     def pad(self, rows, **_):
         longest = max(len(row["input_ids"]) for row in rows)
         padded = {n: [row[n] + [0] * (longest - len(row[n])) for row in rows] for n in NAMES}
         return {n: torch.tensor(values) for n, values in padded.items()} | {
-            "labels": torch.tensor([row["labels"] for row in rows])
-        }
+            name: torch.tensor([row[name] for row in rows])
+            for name in ("labels", "index") if name in rows[0]
+        }  # fmt: skip
 
     def save_pretrained(self, folder):
         """Nothing to save."""
@@ -87,7 +99,7 @@ def trained(kind, folder, *, keep=True, progress=train.Progress):
         intermediate_size=64, max_position_embeddings=64,
     )  # fmt: skip
     dense, curve = BertForSequenceClassification(config), {}
-    data = (sentences(), Pad(), SETTINGS, folder / "trainer")
+    data = (sentences(), Pad(), SETTINGS.but(**OTHER.get(kind, {})), folder / "trainer")
     given = {"checkpoints": folder / "kept"} if keep else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "Progress", progress)

@@ -177,6 +177,16 @@ def test_every_example_is_in_one_batch_with_its_own_label(encoded, tokenizer, so
     assert sorted(seen) == list(range(64)) and (sort or seen == sorted(seen))
 
 
+def test_a_budget_of_tokens_decides_the_batches_instead_of_a_number(encoded, tokenizer):
+    seen, sizes = [], []
+    for batch in data.batches(encoded, tokenizer, 1, max_tokens=100):
+        seen += batch["index"].tolist()
+        sizes.append(int(batch["attention_mask"].sum()))
+    assert sorted(seen) == list(range(64)) and max(sizes) <= 100
+    longest = max(encoded["length"])
+    assert min(sizes[:-1]) > 100 - longest  # no room is left for another
+
+
 def test_sorted_batches_hold_less_padding(encoded, tokenizer):
     def size(sort):
         return sum(b["input_ids"].numel() for b in data.batches(encoded, tokenizer, 8, sort=sort))

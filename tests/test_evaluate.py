@@ -3,9 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from tiny_spans import span_bert
 
+from moebert_lib.convert import to_moebert
 from moebert_lib.distill import layer_distances
-from moebert_lib.evaluate import METRICS, predict, score, state_distances
+from moebert_lib.evaluate import METRICS, faster, predict, score, state_distances
+from moebert_lib.experts import random_ranking
 
 
 def test_metrics_by_hand():
@@ -46,6 +49,23 @@ def test_predictions_come_in_the_datasets_order_without_labels(tiny_bert, tiny_b
     assert np.allclose(predict(model, batches), expected, atol=1e-6) and model.training
 
 
+def test_a_faster_model_predicts_the_same_and_stays_in_its_mode(tiny_bert, tiny_batch):
+    moebert, batch = to_moebert(tiny_bert(), random_ranking(2, 64, seed=0)), tiny_batch(n=6)
+    batches = [{**batch, "index": torch.arange(6).flip(0)}]
+    for model in (tiny_bert(), moebert):
+        quick = faster(model)
+        assert quick is not model
+        assert np.allclose(predict(quick, batches), predict(model, batches), rtol=0, atol=1e-6)
+        assert not model.training and not quick.training
+
+
+def test_a_model_whose_padding_counts_stays_as_it_is(tiny_bert):
+    ranking = random_ranking(2, 64, seed=0)
+    balanced = to_moebert(tiny_bert(), ranking, routing="gate-token", padding_in_balance=True)
+    spans = span_bert(tiny_bert())
+    assert faster(balanced) is balanced and faster(spans) is spans
+
+
 def test_distances_weigh_every_real_token_the_same(tiny_bert, tiny_batch):
     one, two, batch = tiny_bert(seed=0), tiny_bert(seed=1), tiny_batch(n=6)
     parts = [{k: v[rows] for k, v in batch.items()} for rows in (slice(0, 4), slice(4, 6))]
@@ -53,4 +73,5 @@ def test_distances_weigh_every_real_token_the_same(tiny_bert, tiny_batch):
         *(m(**batch, output_hidden_states=True).hidden_states for m in (one, two)),
         batch["attention_mask"],
     )
-    assert torch.allclose(state_distances(one, two, parts).double(), whole, rtol=1e-6)
+    for pair in ((one, two), (faster(one), faster(two)), (one, faster(two))):
+        assert torch.allclose(state_distances(*pair, parts).double(), whole, rtol=1e-6)

@@ -119,6 +119,16 @@ def test_importance_depends_on_its_settings(changes):
     assert experiment.importance_key(changed) != experiment.importance_key(SETTINGS)
 
 
+@pytest.mark.parametrize(
+    "changes", [dict(dtype="bfloat16"), dict(tokens_per_batch=99), dict(cache_teacher=True)]
+)
+def test_a_student_depends_on_how_its_training_is_computed(changes):
+    changed = SETTINGS.but(**changes)
+    assert experiment.student_key(changed) != experiment.student_key(SETTINGS)
+    same = experiment.teacher_key(changed) == experiment.teacher_key(SETTINGS)
+    assert same == ("dtype" not in changes)
+
+
 @pytest.mark.parametrize("changes", [dict(seed=5), dict(distill="last"), dict(n_experts=2)])
 def test_the_teacher_does_not_depend_on_the_student(changes):
     assert experiment.teacher_key(SETTINGS.but(**changes)) == experiment.teacher_key(SETTINGS)

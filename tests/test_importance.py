@@ -5,9 +5,10 @@ import hashlib
 import pytest
 import torch
 from tiny_spans import span_batch, span_bert
+from torch import nn
 
-from moebert_lib import checks
-from moebert_lib.importance import Importance, ffn_digest, ffn_importance
+from moebert_lib import accelerate, checks
+from moebert_lib.importance import Importance, dense_layers, ffn_digest, ffn_importance
 from moebert_lib.removal import without
 
 
@@ -18,18 +19,112 @@ def test_scores_equal_the_per_example_loop_in_float64(tiny_bert, tiny_batch):
     assert check.difference < 1e-10
 
 
-def test_scores_of_a_span_model_equal_the_per_example_loop(tiny_bert, tiny_batch):
-    model, batch = span_bert(tiny_bert()), span_batch(tiny_batch(n=6))
+KINDS = (
+    "padded sentences", "holes", "two segments", "no mask", "one sentence", "padded on the left",
+    "regression", "padded spans", "spans without padding",
+)  # fmt: skip
+
+
+def by_weights(model, batch):
+    """Eq. 4 from the gradients of the weights themselves, one example at a time."""
     slow = torch.zeros(2, 64).double()
-    for i in range(6):
+    for i in range(len(batch["input_ids"])):
         model.zero_grad()
         model(**{name: value[i : i + 1] for name, value in batch.items()}).loss.backward()
         for row, layer in zip(slow, model.bert.encoder.layer, strict=True):
             w1, w2 = layer.intermediate.dense.weight, layer.output.dense.weight
             row += ((w1 * w1.grad).sum(1) + (w2 * w2.grad).sum(0)).abs().detach()
-    fast = ffn_importance(model, [{**batch, "index": torch.arange(6)}])
-    assert fast.n_examples == 6 and slow.max() > 1e-3
-    assert torch.allclose(fast.scores, slow, rtol=0, atol=1e-12)
+    model.zero_grad()
+    assert slow.max() > 1e-3
+    return slow
+
+
+def kinds(tiny_bert, tiny_batch):
+    """A model and a batch of every kind that is scored."""
+    batch = tiny_batch(n=6)
+    mask, n = batch["attention_mask"], len(batch["labels"])
+    full = dict(input_ids=batch["input_ids"], labels=batch["labels"])
+    left = {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
+    spans, unpadded = span_batch(batch), span_batch({**batch, "attention_mask": mask * 0 + 1})
+    return {
+        "padded sentences": (tiny_bert(), batch),
+        "holes": (tiny_bert(), {**batch, "attention_mask": mask * (torch.arange(12) != 3)}),
+        "two segments": (tiny_bert(), {**batch, "token_type_ids": (torch.arange(12) > 4) * mask}),
+        "no mask": (tiny_bert(), full),
+        "one sentence": (tiny_bert(), {name: value[1:2] for name, value in batch.items()}),
+        "padded on the left": (tiny_bert(), {**batch, **left}),
+        "regression": (tiny_bert(num_labels=1), {**batch, "labels": torch.arange(n).double()}),
+        "padded spans": (span_bert(tiny_bert()), spans),
+        "spans without padding": (span_bert(tiny_bert()), unpadded),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_equal_those_of_weight_gradients(kind, tiny_bert, tiny_batch):
+    model, batch = kinds(tiny_bert, tiny_batch)[kind]
+    slow, inputs = (
+        by_weights(model, batch),
+        {**batch, "index": torch.arange(len(batch["input_ids"]))},
+    )
+    for scored in (model, accelerate(model)):
+        fast = ffn_importance(scored, [inputs])
+        assert fast.n_examples == len(batch["input_ids"])
+        assert torch.allclose(fast.scores, slow, rtol=0, atol=1e-12)
+
+
+def test_a_model_that_cannot_be_accelerated_is_scored_alike(tiny_bert, tiny_batch):
+    class Wrapped(nn.Module):
+        def __init__(self, bert):
+            super().__init__()
+            self.inner = bert
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    model, batch = tiny_bert(), tiny_batch(n=6)
+    fast = ffn_importance(Wrapped(model).eval(), [batch])
+    assert torch.allclose(fast.scores, by_weights(model, batch), rtol=0, atol=1e-12)
+
+
+def test_padding_is_not_computed_and_the_last_layer_sees_first_tokens_alone(tiny_bert, tiny_batch):
+    model, batch, seen = tiny_bert(), tiny_batch(n=6), []
+    for layer in dense_layers(model):
+        layer.intermediate.dense.register_forward_hook(lambda _m, _i, a: seen.append(a.shape))
+    ffn_importance(model, [batch])
+    real = int(batch["attention_mask"].sum())
+    assert real < 6 * 12 and seen == [(1, real, 64), (1, 6, 64)]
+
+
+def test_only_the_first_pre_activation_is_a_leaf_of_the_graph(tiny_bert, tiny_batch):
+    model, leaves, below = tiny_bert(), [], []
+
+    def walk(_module, _inputs, logits):
+        left, seen = [logits.grad_fn], set()
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaves.extend([node.variable] if hasattr(node, "variable") else [])
+            left += [after for after, _ in node.next_functions]
+
+    model.classifier.register_forward_hook(walk)
+    first = model.bert.encoder.layer[0]
+    first.intermediate.dense.register_forward_hook(lambda _m, i, a: below.extend([i[0], a]))
+    ffn_importance(model, [tiny_batch()])
+    x, a = below
+    assert not x.requires_grad and len(leaves) == 1 and leaves[0] is a
+    assert a.grad is None and all(p.grad is None for p in model.parameters())
+
+
+def test_bfloat16_is_close_and_float16_refused(tiny_bert, tiny_batch):
+    model, batch = tiny_bert(dtype=torch.float32), tiny_batch(n=8)
+    exact = ffn_importance(model, [batch]).scores
+    half = ffn_importance(model, [batch], dtype=torch.bfloat16).scores
+    away = (half - exact).abs().max() / exact.max()
+    assert 1e-5 < away < 0.1  # it has 8 bits
+    with pytest.raises(ValueError, match=r"dtype=torch.float16: expected None.* torch.bfloat16"):
+        ffn_importance(model, [batch], dtype=torch.float16)
 
 
 def test_the_check_can_fail(tiny_bert, tiny_batch):
@@ -78,9 +173,10 @@ def _only(layer, neuron):
 def test_the_model_is_left_as_it_was(tiny_bert, tiny_batch):
     model = tiny_bert().train()
     frozen = model.classifier.weight.requires_grad_(False)
+    quiet = model.bert.embeddings.eval()
     before = {name: p.clone() for name, p in model.named_parameters()}
     ffn_importance(model, [tiny_batch()])
-    assert model.training and not frozen.requires_grad
+    assert model.training and not quiet.training and not frozen.requires_grad
     assert model.bert.pooler.dense.weight.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

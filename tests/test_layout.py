@@ -12,14 +12,16 @@ from moebert_lib.provenance import OUTSIDE
 
 #: Each module in one room. A module imports from its own room and the rooms below.
 ROOMS = {
-    "the command line": "cli __main__ options commands commands_model commands_pages doctor",
-    "speed": "bench bench_batch bench_widgets",
+    "the command line": "cli __main__ options commands commands_model commands_pages "
+    "commands_bench doctor",
+    "speed": "bench bench_inference bench_training bench_importance bench_scaling bench_cuda "
+    "bench_machine bench_models bench_batch bench_widgets released roofline",
     "pages": "explore_page report report_tables site site_notebooks site_pages site_reference "
     "site_theme",
     "widgets": "widgets token_table explorer explorer_widget readout sources",
     "figures and tables": "plots plots_importance plots_experts plots_routing plots_states "
-    "plots_learning plots_results plots_claims plots_release plots_speed plots_explorer saving "
-    "tables",
+    "plots_learning plots_results plots_claims plots_release plots_speed plots_bench "
+    "plots_explorer saving tables",
     "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export columns",
     "one notebook, planned and run": "planning notebook_files knobs forecast estimate worker "
     "execution publish pages",
@@ -27,11 +29,12 @@ ROOMS = {
     "what runs say": "claims verdicts",
     "experiments, each made once": "grids experiment teachers removal excitation inputs records "
     "store shared leases disk",
-    "learning": "train checkpoints distill evaluate routes states",
+    "learning": "train teacher_states checkpoints distill evaluate routes states",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance release stability experts "
     "layer_view routing",
-    "ground": "data tasks corpus files spans weights settings scales stages paper checks "
+    "the same model, faster": "packed packed_experts kernels packing",
+    "ground": "data batching tasks corpus files spans weights settings scales stages paper checks "
     "checks_model provenance intervals yamls",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}

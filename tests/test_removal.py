@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moebert_lib import experiment, removal
+from moebert_lib.evaluate import faster
 from moebert_lib.settings import Settings
 
 
@@ -25,6 +26,18 @@ def test_leaving_out_equals_zeroing_columns_and_rows(tiny_bert, tiny_batch):
     with removal.without(model, neurons):
         assert torch.allclose(model(**batch).logits, zeroed(**batch).logits, atol=1e-14)
     assert torch.equal(model(**batch).logits, whole)
+
+
+def test_an_accelerated_model_made_inside_the_block_misses_the_same_neurons(tiny_bert, tiny_batch):
+    model, inputs = tiny_bert(dtype=torch.float32), tiny_batch()
+    inputs.pop("labels")
+    whole = torch.arange(64).expand(2, -1)
+    with torch.inference_mode():
+        before = model(**inputs).logits
+        for gone in (whole[:, :20], whole[:, 40:], whole):
+            with removal.without(model, gone):
+                found, slow = faster(model)(**inputs).logits, model(**inputs).logits
+            assert torch.allclose(found, slow, atol=1e-5) and not torch.allclose(found, before)
 
 
 def test_the_model_is_whole_again_after_an_error(tiny_bert):

@@ -58,6 +58,13 @@ def test_settings_are_frozen_and_hashable():
         (dict(epoch=1), "unknown setting 'epoch'; did you mean 'epochs'"),
         (dict(expert_size=900, n_shared=600), "need 1800 neurons.*has 1536.*that fits is 834"),
         (dict(n_experts=8, expert_size=384, n_shared=0), "largest expert_size that fits is 192"),
+        (dict(dtype="bfloat61"), "dtype='bfloat61': did you mean 'bfloat16'"),
+        (dict(tokens_per_batch=40), "tokens_per_batch=40 cannot hold.*expected max_length=48 or"),
+        (
+            dict(tokens_per_batch=0),
+            "tokens_per_batch=0: input should be greater than or equal to 8",
+        ),
+        (dict(cache_teacher=True, teacher_dropout=True), "expected teacher_dropout=False"),
     ],
 )
 def test_what_is_refused_and_how(changes, message):

@@ -1,0 +1,248 @@
+"""The same model, faster: no padding, weights as the processor likes them, no idle last layer.
+
+``accelerate`` gives a model that shares its parameters with the one it was made from. A batch
+is packed once (``packing``); embeddings, LayerNorms, experts and the head stay the modules they
+are, so a dense BERT and a MoEBERT, hash or gate, training or not, go the same way. Without
+gradient on a CPU, linear layers run through ``kernels``.
+"""
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.utils.generic import can_return_tuple
+
+from moebert_lib.kernels import Kernels, is_gelu
+from moebert_lib.packed_experts import serve
+from moebert_lib.packing import Packing, attention
+
+
+def accelerate(
+    model: PreTrainedModel, *, dtype: torch.dtype | None = None, prepack: bool = True
+) -> PreTrainedModel:
+    """The same model with a faster forward; parameters are shared, ``model`` stays as it is.
+
+    Outputs are those of ``model`` at real tokens; states at padding are zero. It trains, saves
+    and loads as ``model`` does. ``output_hidden_states="packed"`` gives the states of the real
+    tokens alone, ``(N, D)``, in an order that depends on the attention mask only. Under a head that
+    classifies sentences, ``base_model``'s ``last_hidden_state`` holds the first token alone.
+
+    The ordinary forward does what packing cannot: ``inputs_embeds``, attention maps, a mask that
+    hides first tokens or is no ``(B, T)``, and training a span head on padded batches, whose loss
+    counts the padding. (Without gradient, a span head's logits at padding are those of a zero
+    state, and so its loss on padded batches differs.) Gradient checkpointing is not done.
+
+    Weights rearranged for the processor follow optimisers, loading and moving; after writing to
+    ``parameter.data`` in place, which torch does not count, call ``train()`` or ``eval()``.
+
+    Args:
+        model: A BERT or MoEBERT of transformers with any head, or without one.
+        dtype: To compute in without gradient, such as ``torch.bfloat16``; what comes out keeps
+            the model's dtype. For training in bfloat16 use autocast, as ``Trainer(bf16=True)``.
+        prepack: Keep linear layers' weights a second time, rearranged for oneDNN. CPU only.
+
+    Raises:
+        ValueError: no BERT, a decoder, or ``padding_in_balance=True``, which needs the padding.
+
+    Example:
+        >>> import moebert_lib
+        >>> model = moebert_lib.accelerate(model)  # doctest: +SKIP
+    """
+    bert = getattr(model, "base_model", None)
+    bert = bert.ordinary if isinstance(bert, PackedBert) else bert
+    if not isinstance(bert, BertModel) or bert.config.is_decoder:
+        kind = "a decoder" if isinstance(bert, BertModel) else f"a {type(model).__name__}"
+        raise ValueError(f"accelerate takes a BERT or MoEBERT encoder of transformers, not {kind}")
+    if getattr(bert.config, "padding_in_balance", False):
+        raise ValueError("accelerate drops padding, and padding_in_balance=True counts it; "
+                         "expected padding_in_balance=False")  # fmt: skip
+    head = "first" if isinstance(model, BertForSequenceClassification) else ""
+    head = "padding" if isinstance(model, BertForQuestionAnswering) else head
+    packed = _packed(bert, Kernels(dtype=dtype, prepack=prepack), head)
+    if isinstance(model, BertModel):
+        return packed
+    faster = _twin(model)
+    faster._modules[model.base_model_prefix] = packed
+    return faster
+
+
+class PackedBert:
+    """``BertModel.forward`` over packed tokens; mixed in before the model's own class.
+
+    Attributes:
+        kernels: Linear layers without gradient.
+        reads: What the head reads of the last state: only the ``first`` tokens, ``padding`` too,
+            or the real tokens ("").
+    """
+
+    kernels: Kernels
+    reads: str
+
+    @property
+    def ordinary(self) -> BertModel:
+        """The model that this one was made from, with the same parameters."""
+        return self._ordinary[0]
+
+    def __reduce_ex__(self, protocol: int):
+        return _packed, (self.ordinary, self.kernels, self.reads)  # copies and pickles
+
+    def train(self, mode: bool = True) -> "PackedBert":
+        """As ``nn.Module.train``; weights are looked at anew."""
+        self.kernels.forget()
+        return super().train(mode)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | str | None = None,
+        **others: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """As ``BertModel.forward``; see :func:`accelerate`."""
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if self._beyond(input_ids, attention_mask, others):
+            output = self.ordinary(
+                input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+                output_hidden_states=bool(output_hidden_states), **others,
+            )  # fmt: skip
+            if output_hidden_states == "packed":
+                packing = Packing.of(_mask(input_ids, attention_mask))
+                output.hidden_states = tuple(packing.pack(x) for x in output.hidden_states)
+            return output
+        packing = Packing.of(_mask(input_ids, attention_mask))
+        states = self._states(packing, input_ids, token_type_ids, all_rows=output_hidden_states)
+        if self.reads == "first":
+            rows, B = states[-1], packing.shape[0]
+            rows = rows if len(states[-1]) == B else rows[packing.starts[:-1].long()]
+            last = packing.to_batch_order(rows)[:, None]  # (B, 1, D)
+        else:
+            last = packing.unpack(states[-1])
+        if output_hidden_states is True:
+            states = [packing.unpack(state) for state in states]
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self.pooler(last),
+            hidden_states=tuple(states) if output_hidden_states else None,
+        )
+
+    def _beyond(self, input_ids: Tensor | None, mask: Tensor | None, others: dict) -> bool:
+        """Whether the ordinary forward has to do it."""
+        asked = ("inputs_embeds", "position_ids", "past_key_values", "encoder_hidden_states")
+        if input_ids is None or any(others.get(name) is not None for name in asked):
+            return True
+        if others.get("output_attentions", self.config.output_attentions):
+            return True
+        if mask is None:
+            return False
+        if mask.dim() != 2 or not bool(mask[:, 0].all()):
+            return True
+        return self.reads == "padding" and torch.is_grad_enabled() and not bool(mask.all())
+
+    def _states(
+        self, packing: Packing, input_ids: Tensor, types: Tensor | None, *, all_rows: bool | str
+    ) -> list[Tensor]:
+        """``X^0 .. X^L`` of Eq. 5, each ``(N, D)``; the last of first tokens only, if allowed."""
+        ids = packing.pack(input_ids)
+        types = None if types is None else packing.pack(types)[None]
+        positions = packing.position[None]
+        x = self.embeddings(input_ids=ids[None], token_type_ids=types, position_ids=positions)[0]
+        if context := getattr(self, "context", None):
+            context.mask = packing
+            context.balance_losses.clear()
+        fast = x.device.type == "cpu" and not (torch.is_grad_enabled() or self.encoder.training)
+        fast = fast and not torch.is_autocast_enabled("cpu")  # mixes dtypes; kernels want one
+        step, states, dtype = self._fast if fast else self._plain, [x], x.dtype
+        x = x.to(self.kernels.dtype or dtype) if fast else x
+        for index, layer in enumerate(self.encoder.layer):
+            last = index == len(self.encoder.layer) - 1
+            first = last and self.reads == "first" and not all_rows
+            x = step(index, layer, x, ids, packing, first)
+            states.append(x.to(dtype) if all_rows or last else x)
+        return states
+
+    def _plain(
+        self, index: int, layer: nn.Module, x: Tensor, ids: Tensor, packing: Packing, first: bool
+    ) -> Tensor:
+        """One layer through its own modules, hooks and dropout included."""
+        own = layer.attention.self
+        moe = hasattr(layer.output, "experts")
+        first = first and not (moe and layer.output.gated)  # a gate balances over all tokens
+        mine = x[packing.starts[:-1].long()] if first else x
+        heads = (len(ids), own.num_attention_heads, own.attention_head_size)
+        q = own.query(mine).view(-1, *heads[1:])
+        k, v = own.key(x).view(heads), own.value(x).view(heads)
+        dropout = own.dropout.p if own.training else 0.0
+        a = layer.attention.output(attention(q, k, v, packing, dropout=dropout), mine)[None]
+        if moe:
+            self.context.input_ids = ids[None, packing.starts[:-1].long()] if first else ids[None]
+        return layer.output(layer.intermediate(a), a)[0]
+
+    def _fast(
+        self, index: int, layer: nn.Module, x: Tensor, ids: Tensor, packing: Packing, first: bool
+    ) -> Tensor:
+        """One layer without gradient, through ``kernels``."""
+        linear, own, rows = self.kernels.layer, layer.attention.self, None
+        H, d = own.num_attention_heads, own.attention_head_size
+        moe = hasattr(layer.output, "experts")
+        if first:
+            rows = packing.starts[:-1].long()
+        early = first and not (moe and layer.output.gated)  # a gate looks at all tokens
+        if early:
+            mine, ids, rows = x[rows], ids[rows], None
+            q = linear((index, "q"), mine, own.query).view(-1, H, d)
+            k, v = linear((index, "kv"), x, own.key, own.value).view(-1, 2, H, d).unbind(1)
+        else:
+            mine = x
+            qkv = linear((index, "qkv"), x, own.query, own.key, own.value)
+            q, k, v = qkv.view(-1, 3, H, d).unbind(1)
+        context = attention(q, k, v, packing)
+        a = linear((index, "attention"), context, layer.attention.output.dense).add_(mine)
+        a = self._norm((index, "norm1"), a, layer.attention.output.LayerNorm)
+        if moe:
+            return serve(layer.output, a, ids, packing, self.kernels, index=index, rows=rows)
+        act = layer.intermediate.intermediate_act_fn
+        up = (index, "up"), a, layer.intermediate.dense
+        h = linear(*up, gelu=True) if is_gelu(act) else act(linear(*up))
+        y = linear((index, "down"), h, layer.output.dense).add_(a)
+        return self._norm((index, "norm2"), y, layer.output.LayerNorm)
+
+    def _norm(self, name: Any, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return self.kernels.norm(name, x, norm.weight, norm.bias, norm.eps)
+
+
+def _mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ones_like(input_ids) if mask is None else mask
+
+
+def _packed(bert: BertModel, kernels: Kernels, reads: str) -> BertModel:
+    twin = _twin(bert)
+    twin.__class__ = _class(type(bert))
+    twin.kernels, twin.reads = kernels, reads
+    twin._ordinary = (bert,)  # in a tuple: its parameters are registered once
+    return twin
+
+
+@functools.cache
+def _class(kind: type[BertModel]) -> type[BertModel]:
+    return type(kind.__name__, (PackedBert, kind), {"__doc__": kind.__doc__})
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another module of the same parts, whose own tables can be changed."""
+    twin = copy.copy(module)
+    for name, value in vars(module).items():
+        if name.startswith("_") and isinstance(value, dict):
+            twin.__dict__[name] = value.copy()
+    return twin

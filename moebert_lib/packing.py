@@ -1,0 +1,135 @@
+"""A padded batch as one row of real tokens, and attention within its sentences.
+
+Sentences lie behind one another, shortest first, so that those of one length are a plain
+``(n, T, ...)`` view: attention reads and writes the row without moving anything.
+"""
+
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the ``N`` real tokens of a padded batch ``(B, T)`` stand in the row.
+
+    Attributes:
+        places: Place of each in the flattened batch, ``(N,)``, int64.
+        sentence: Row of the batch that each belongs to, ``(N,)``.
+        position: Column of each, ``(N,)``: where position embeddings count from.
+        order: Rows of the batch, shortest first, ``(B,)``.
+        lengths: Real tokens of each, in that order; a list, since kernels want numbers.
+        shape: ``(B, T)``.
+    """
+
+    places: Tensor
+    sentence: Tensor
+    position: Tensor
+    order: Tensor
+    lengths: list[int]
+    shape: tuple[int, int]
+    _kept: dict = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Packing":
+        """The packing of an attention mask ``(B, T)``, 1 for real tokens."""
+        B, T = mask.shape
+        mask = mask.bool()
+        lengths, order = mask.sum(1).sort(stable=True)
+        row, position = mask[order].nonzero(as_tuple=True)
+        sentence = order[row]
+        return cls(sentence * T + position, sentence, position, order, lengths.tolist(), (B, T))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """``(B, T, ...)`` to ``(N, ...)``."""
+        return padded.flatten(0, 1)[self.places]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """``(N, ...)`` to ``(B, T, ...)``, with zeros at padding."""
+        B, T = self.shape
+        padded = packed.new_zeros(B * T, *packed.shape[1:])
+        return padded.index_copy(0, self.places, packed).view(B, T, *packed.shape[1:])
+
+    def sums(self, packed: Tensor) -> Tensor:
+        """Sum over each sentence's tokens, in the batch's order: ``(N, D)`` to ``(B, D)``."""
+        total = packed.new_zeros(self.shape[0], packed.shape[1])
+        return total.index_add(0, self.sentence, packed)
+
+    def means(self, packed: Tensor) -> Tensor:
+        """Mean over each sentence's tokens: ``(N, D)`` to ``(B, D)``."""
+        counts = torch.bincount(self.sentence, minlength=self.shape[0]).clamp(min=1)
+        return self.sums(packed) / counts[:, None].to(packed.dtype)
+
+    @property
+    def starts(self) -> Tensor:
+        """Where sentences begin in the row, and its end: ``(B + 1,)``, int32, shortest first."""
+        if "starts" not in self._kept:
+            ends = torch.tensor([0, *self.lengths], device=self.places.device).cumsum(0)
+            self._kept["starts"] = ends.int()
+        return self._kept["starts"]
+
+    def to_batch_order(self, rows: Tensor) -> Tensor:
+        """One row a sentence, shortest first, put into the batch's order."""
+        return torch.empty_like(rows).index_copy(0, self.order, rows)
+
+    def alike(self) -> list[tuple[int, int]]:
+        """Runs of sentences of one length: how many, and the length."""
+        if "alike" not in self._kept:
+            runs = [(len([*run]), length) for length, run in groupby(self.lengths) if length]
+            self._kept["alike"] = runs
+        return self._kept["alike"]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, dropout: float = 0.0) -> Tensor:
+    """Softmax attention of every sentence to itself.
+
+    On a GPU in half precision this is torch's kernel for sequences of several lengths; else
+    sentences of one length go together through ``scaled_dot_product_attention``.
+
+    Args:
+        q: Queries of ``H`` heads, ``(N, H, d)``; or of each sentence's first token alone,
+            ``(B, H, d)``, shortest sentence first.
+        k: Keys of all tokens, ``(N, H, d)``.
+        v: Values, likewise.
+        packing: Whose sentences.
+        dropout: Of attention's probabilities.
+
+    Returns:
+        A row for each query, ``H * d`` wide.
+    """
+    first = len(q) != len(k)
+    if q.is_cuda and q.dtype in HALF and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+
+        longest, starts = packing.lengths[-1], packing.starts
+        asking = torch.arange(len(q) + 1, dtype=torch.int32, device=q.device) if first else starts
+        return varlen_attn(q, k, v, asking, starts, 1 if first else longest, longest).flatten(1)
+    pieces, asked, start = [], 0, 0
+    for n, T in packing.alike():
+        wide, end = 1 if first else T, start + n * T
+        mine = q[asked : asked + n * wide].unflatten(0, (n, wide)).transpose(1, 2)  # (n, H, T, d)
+        others = (x[start:end].unflatten(0, (n, T)).transpose(1, 2) for x in (k, v))
+        context = F.scaled_dot_product_attention(mine, *others, dropout_p=dropout)
+        pieces.append(context.transpose(1, 2).reshape(n * wide, -1))
+        asked, start = asked + n * wide, end
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def by_expert(expert_of: Tensor, n_experts: int) -> tuple[Tensor, list[int]]:
+    """Tokens sorted by expert, ``(N,)``, and how many each expert has.
+
+    Args:
+        expert_of: The expert of each token, ``(N, 1)``, int64.
+        n_experts: Number of experts.
+    """
+    chosen = expert_of[:, 0]
+    counts = torch.bincount(chosen, minlength=n_experts).tolist()
+    return chosen.argsort(stable=True), counts

@@ -1,0 +1,58 @@
+"""Different notebooks side by side: how many, in which order, and what runs alone."""
+
+from pathlib import Path
+
+import fixture_home
+import pytest
+
+from moebert_lib import batch, engines
+from moebert_lib.engines import Local
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    folder = fixture_home.make(tmp_path / "home", {"00_the_idea": "plain", "01_slow": "settings"})
+    monkeypatch.setenv("MOEBERT_HOME", str(folder))
+    return folder
+
+
+def planned(*names, **parameters):
+    return batch.plan(batch.select(names), scale="smoke", parameters=parameters)
+
+
+def test_notebooks_divide_the_cores_and_one_has_them_all(monkeypatch):
+    def side_by_side(n_cores, jobs=9, gigabytes=64):
+        monkeypatch.setattr(engines, "cores", lambda: n_cores)
+        monkeypatch.setattr(engines, "free_memory", lambda: gigabytes << 30)
+        local = engines.side_by_side([None] * jobs)
+        return local.workers, local.threads
+
+    monkeypatch.setattr(engines, "gpus", list)
+    monkeypatch.setattr(engines.forecast, "runs", lambda jobs: [[]])
+    assert [side_by_side(n) for n in (1, 2, 4, 16)] == [(1, None), (2, 1), (2, 2), (4, 4)]
+    assert side_by_side(16, jobs=1) == side_by_side(16, gigabytes=1) == (1, None)
+    monkeypatch.setattr(engines, "gpus", lambda: ["0", "1"])
+    assert side_by_side(16) == (1, None)
+
+
+def test_alone_is_one_run_at_a_time_with_all_cores():
+    alone = Local(2, gpus=["2", "5"]).alone()
+    assert (alone.workers, alone.threads, alone.gpus) == (1, None, ("2",))
+    one = Local(1, threads=3)
+    assert one.alone() is one  # nothing runs beside it as it is
+
+
+def test_timings_are_taken_last_and_alone(home, monkeypatch):
+    monkeypatch.setattr(batch, "TIMED", {"00_the_idea"})
+    said, engine = [], Local(2)
+    batch.run(planned("00_the_idea", "01_slow"), engine=engine, publishing=False, echo=said.append)
+    ends = [i for i, line in enumerate(said) if "01_slow done" in line]
+    starts = [i for i, line in enumerate(said) if "00_the_idea running" in line]
+    assert ends[0] < starts[0]
+
+
+def test_what_asks_for_most_is_started_first():
+    jobs = planned("02_experts", "03_distillation", "06_results")
+    assert [jobs[i].name[:2] for i in batch._in_turn(jobs, [0, 1, 2])] == ["06", "03", "02"]
+    points = [planned("03", seed=seed)[0] for seed in (5, 1, 3)]
+    assert batch._in_turn(points, [0, 1, 2]) == [0, 1, 2]  # a sweep keeps its order

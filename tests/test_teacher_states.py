@@ -1,0 +1,131 @@
+"""A teacher's states kept on disk: the same states, once, and gone after the training."""
+
+import copy
+import shutil
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from test_checkpoints import Pad, sentences
+
+from moebert_lib import batching, data, teacher_states
+from moebert_lib.convert import to_moebert
+from moebert_lib.experts import random_ranking
+from moebert_lib.packed import accelerate
+from moebert_lib.settings import Settings, UserError
+from moebert_lib.teacher_states import FILE, kept
+from moebert_lib.train import distil
+
+SETTINGS = Settings.at("smoke", batch_size=4, epochs=3.0, learning_rate=1e-3, dropout=0.0)
+
+
+def batches(size, **changes):
+    return list(batching.batches(sentences(), Pad(), size, **changes))
+
+
+def asked(teacher, batch):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        return teacher(**inputs, output_hidden_states="packed")
+
+
+def filled(folder, teacher, *, layers, dtype):
+    states = kept(folder, batching.lengths(sentences()), layers=layers, width=32, dtype=dtype)
+    found = states.__enter__()
+    found.fill(lambda batch: asked(teacher, batch), batches(5))
+    return states, found
+
+
+@pytest.mark.parametrize(("layers", "dtype", "close"), [
+    ([0, 1, 2], torch.float64, 1e-12), ([0, 2], torch.float64, 1e-12), ([2], torch.float32, 1e-6),
+    ([0, 1, 2], torch.bfloat16, 8e-3),
+])  # fmt: skip
+def test_what_is_kept_is_what_the_teacher_says_in_any_other_batch(
+    tiny_bert, tmp_path, layers, dtype, close
+):
+    teacher = accelerate(tiny_bert(dtype=torch.float64))
+    block, states = filled(tmp_path, teacher, layers=layers, dtype=dtype)
+    for batch in batches(7, sort=False):
+        found, wanted = states.of(batch, teacher), asked(teacher, batch)
+        assert list(found.hidden_states) == layers
+        for layer in layers:
+            own, other = found.hidden_states[layer].double(), wanted.hidden_states[layer].double()
+            assert own.shape == other.shape and torch.allclose(own, other, rtol=close, atol=close)
+        assert torch.allclose(found.logits, wanted.logits, rtol=0, atol=10 * close)
+    block.__exit__(None, None, None)
+
+
+def test_the_same_batch_gives_the_same_bytes(tiny_bert, tmp_path):
+    teacher = accelerate(tiny_bert(dtype=torch.float32))
+    block, states = filled(tmp_path, teacher, layers=[0, 1, 2], dtype=torch.float32)
+    for batch in batches(5):
+        found, wanted = states.of(batch, teacher), asked(teacher, batch)
+        for layer, state in found.hidden_states.items():
+            assert torch.equal(state, wanted.hidden_states[layer])
+        assert torch.equal(found.logits, wanted.logits)
+    block.__exit__(None, None, None)
+
+
+def test_the_file_is_as_large_as_said_and_gone_after_an_error(tmp_path):
+    with pytest.raises(KeyboardInterrupt), kept(
+        tmp_path / "new", [3, 4], layers=[0, 2], width=8, dtype=torch.bfloat16
+    ):  # fmt: skip
+        assert (tmp_path / "new" / FILE).stat().st_size == 7 * 2 * 8 * 2
+        raise KeyboardInterrupt
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    sizes = dict(layers=[0, 1, 2], width=768, dtype=torch.float32)
+    with (
+        pytest.raises(UserError, match=r"needs 3\.69 GB in .*, where 1\.00 GB are free") as refusal,
+        kept(tmp_path, [400_000], **sizes),
+    ):
+        pytest.fail("not reached")
+    assert "\n" not in str(refusal.value) and "cache_teacher=False" in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(distill="skip"), dict(tokens_per_batch=40)])
+def test_a_training_with_kept_states_is_the_one_without(tiny_bert, tmp_path, changes):
+    teacher, curves, calls = tiny_bert(dtype=torch.float32), [], []
+    teacher.register_forward_pre_hook(lambda *_: calls.append(1))
+    base = to_moebert(teacher, random_ranking(2, 64, seed=0))
+    for cached in (False, True):
+        calls.clear()
+        settings = SETTINGS.but(cache_teacher=cached, **changes)
+        student = copy.deepcopy(base)
+        curves.append(distil(student, teacher, sentences(), Pad(), settings, tmp_path))
+        assert not list(tmp_path.iterdir())
+    assert len(calls) == 1 < len(curves[0])  # once about all 22 sentences
+    assert curves[0].to_numpy() == pytest.approx(curves[1].to_numpy(), rel=1e-4)
+    assert curves[0]["hidden"].iloc[-1] > 0
+
+
+def test_one_epoch_keeps_nothing(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_states, "_reserve", lambda *_: pytest.fail("a file was made"))
+    teacher = tiny_bert(dtype=torch.float32)
+    student = to_moebert(teacher, random_ranking(2, 64, seed=0))
+    settings = SETTINGS.but(cache_teacher=True, epochs=1.0)
+    assert len(distil(student, teacher, sentences(), Pad(), settings, tmp_path)) == 6
+
+
+def test_a_teacher_with_dropout_or_padding_that_counts_is_refused():
+    for changes in (dict(teacher_dropout=True), dict(padding_in_loss=True), dict(preset="release")):
+        with pytest.raises(UserError, match="cache_teacher=True needs the same states") as refusal:
+            Settings.at("smoke", cache_teacher=True, **changes)
+        assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("task", ["passage", "squad"])
+def test_a_teacher_of_spans_is_refused(task):
+    settings = Settings.at("small", task=task, cache_teacher=True, doc_stride=64)
+    with pytest.raises(UserError, match="keeps a teacher that classifies sentences"):
+        data.check(settings)
+
+
+def test_sentences_of_these_tests_differ_in_length():
+    assert len(set(batching.lengths(sentences()))) > 4
+    assert isinstance(sentences(), datasets.Dataset)
