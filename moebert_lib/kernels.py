@@ -1,144 +1,112 @@
-"""Linear layers as a processor likes them: weights rearranged once, gelu in the same pass.
+"""Linear layers as a processor likes them: weights rearranged once, gelu or a sum in one pass.
 
 oneDNN, the matrix library in torch's CPU builds, reads weights faster in an order of its own.
 The operators that torch.compile uses for it are private, so a plain ``F.linear`` stands behind
 them wherever they are missing, refuse, or do not know a dtype.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
+
+#: A linear layer: of ``x`` ``(N, D_in)``, and what is added to the result where it is given.
+Linear = Callable[..., Tensor]
 
 
 class Kernels:
-    """Linear layers without gradient, from weights rearranged on first use.
-
-    A weight that changed since (training, loading) is rearranged again: its address, layout and
-    torch's count of its changes tell. What is kept doubles the memory of the linear layers.
+    """How layers compute without gradient.
 
     Args:
         dtype: To compute in; ``None`` is the weights' own.
-        prepack: Rearrange for oneDNN where it can be done.
+        prepack: Rearrange weights for oneDNN where it can be done.
     """
 
     def __init__(self, *, dtype: torch.dtype | None = None, prepack: bool = True):
         self.dtype, self.prepack = dtype, prepack
-        self._kept: dict[Any, tuple[list, tuple]] = {}
 
-    def __deepcopy__(self, memo: dict) -> "Kernels":
-        return Kernels(dtype=self.dtype, prepack=self.prepack)
-
-    def __reduce__(self):
-        return _fresh, (self.dtype, self.prepack)
-
-    def linear(
-        self,
-        name: Any,
-        x: Tensor,
-        sources: Sequence[Tensor],
-        make: Callable[[], tuple[Tensor, Tensor]],
-        *,
-        gelu: bool = False,
-    ) -> Tensor:
-        """``x W^T + b``, and gelu of it if wanted.
+    def linear(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Linear:
+        """``x W^T + b``, then gelu if wanted, then the sum with a second argument if there is one.
 
         Args:
-            name: What the rearranged weight is kept under.
-            x: Shape ``(N, D_in)``.
-            sources: The parameters that weight and bias are made of: what is kept is used as
-                long as these are the same tensors, unchanged.
-            make: Gives weight ``(D_out, D_in)`` and bias ``(D_out,)``.
-            gelu: Apply gelu to the result.
-
-        Returns:
-            Shape ``(N, D_out)``.
+            weight: Shape ``(D_out, D_in)``; what is made of it does not follow its changes.
+            bias: Shape ``(D_out,)``.
+            gelu: Apply the exact gelu.
         """
-        weight, bias, packed = self._ready(name, sources, make)
-        if packed:
-            attr, algorithm = ("gelu", "none") if gelu else ("none", "")
-            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, attr, [], algorithm)
-        y = F.linear(x, weight, bias)
-        return F.gelu(y) if gelu else y
+        weight, bias = (x.detach().to(self.dtype or x.dtype) for x in (weight, bias))
+        if self.prepack and weight.numel() and _packable(weight.device.type, weight.dtype):
+            return _rearranged(weight, bias, gelu)
 
-    def layer(self, name: Any, x: Tensor, *layers: nn.Module, gelu: bool = False) -> Tensor:
+        def plain(x: Tensor, other: Tensor | None = None) -> Tensor:
+            y = F.linear(x, weight, bias)
+            y = F.gelu(y) if gelu else y
+            return y if other is None else y.add_(other)
+
+        return plain
+
+    def layers(self, *layers: nn.Module, gelu: bool = False) -> Linear:
         """:meth:`linear` with the outputs of several layers side by side.
 
         What is no plain ``nn.Linear``, or is listened to by hooks, is called as it is.
         """
-        if not all(map(_is_plain, layers)):
-            y = torch.cat(
-                [
-                    layer(x.to(getattr(layer.weight, "dtype", x.dtype))).to(x.dtype)
-                    for layer in layers
-                ],
-                -1,
-            )
-            return F.gelu(y) if gelu else y
-        sources = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-
-        def make() -> tuple[Tensor, Tensor]:
+        if all(map(_is_plain, layers)):
+            weights, biases = [m.weight for m in layers], [m.bias for m in layers]
             if len(layers) == 1:
-                return layers[0].weight, layers[0].bias
-            return torch.cat([m.weight for m in layers]), torch.cat([m.bias for m in layers])
+                return self.linear(weights[0], biases[0], gelu=gelu)
+            return self.linear(torch.cat(weights), torch.cat(biases), gelu=gelu)
 
-        return self.linear(name, x, sources, make, gelu=gelu)
+        def called(x: Tensor, other: Tensor | None = None) -> Tensor:
+            dtypes = [getattr(layer.weight, "dtype", x.dtype) for layer in layers]
+            parts = [m(x.to(dtype)) for m, dtype in zip(layers, dtypes, strict=True)]
+            y = torch.cat(parts, -1).to(x.dtype)
+            y = F.gelu(y) if gelu else y
+            return y if other is None else y + other
 
-    def norm(self, name: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return called
+
+    def norm(self, weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
         """LayerNorm of ``(N, D)`` with gain and bias ``(D,)``."""
-        if weight.dtype != x.dtype:
-            sources = (weight, bias)
-            weight, bias = self._keep(name, sources, lambda: tuple(y.to(x) for y in sources))
-        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-    def _ready(self, name: Any, sources: Sequence[Tensor], make: Callable) -> tuple:
-        def build() -> tuple[Tensor, Tensor, bool]:
-            weight, bias = (x.detach().to(self.dtype or x.dtype).contiguous() for x in make())
-            if self.prepack and _packable(weight.device.type, weight.dtype):
-                return torch.ops.mkldnn._reorder_linear_weight(weight), bias, True
-            return weight, bias, False
-
-        return self._keep(name, sources, build)
-
-    def forget(self) -> None:
-        """Rearrange everything again when it is next used."""
-        self._kept.clear()
-
-    def _keep(self, name: Any, sources: Sequence[Tensor], build: Callable[[], tuple]) -> tuple:
-        """What ``build`` made of these tensors, as long as they stay as they were."""
-        if any(x.is_inference() for x in sources):
-            return build()  # such a tensor does not count its changes
-        found = self._kept.get(name)
-        if found is None or not all(map(_unchanged, found[0], sources)):
-            # aliases keep the storage, so that no other weight comes to lie at its address
-            states = [(x.detach(), x.data_ptr(), x._version) for x in sources]
-            self._kept[name] = found = (states, build())
-        return found[1]
+        shape = weight.shape
+        weight, bias = (x.detach().to(self.dtype or x.dtype) for x in (weight, bias))
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
 
 
-def _unchanged(state: tuple[Tensor, int, int], x: Tensor) -> bool:
-    alias, address, version = state
-    if x.data_ptr() != address or x._version != version:
-        return False
-    return x.shape == alias.shape and x.stride() == alias.stride()
+class Watch:
+    """Tells whether a module is still what it was: its parts, and what its parameters hold.
+
+    A parameter's address, layout and torch's count of its changes tell; a change through
+    ``.data`` in place is not counted. Parameters made in inference mode count nothing, so a module
+    that has one is never the same.
+    """
+
+    def __init__(self, module: nn.Module):
+        modules = [*module.modules()]
+        tables = [table for m in modules for table in (m._modules, m._parameters)]
+        self.parts = [(table, name, part) for table in tables for name, part in table.items()]
+        linear = [m for m in modules if isinstance(m, nn.Linear)]
+        self.hooks = [hooks for m in linear for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self.n_hooks = [*map(len, self.hooks)]
+        # aliases keep the storage, so that no other weight comes to lie at its address
+        self.aliases = [(x, x.detach()) for x in module.parameters()]
+        self.counts = not any(x.is_inference() for x in module.parameters())
+        self.versions = [x._version for x, _ in self.aliases] if self.counts else []
+
+    def same(self) -> bool:
+        """Whether nothing has changed since."""
+        if not self.counts or [*map(len, self.hooks)] != self.n_hooks:
+            return False
+        if any(table.get(name) is not part for table, name, part in self.parts):
+            return False
+        return all(
+            x._version == version and x.data_ptr() == alias.data_ptr()
+            and x.shape == alias.shape and x.stride() == alias.stride()
+            for (x, alias), version in zip(self.aliases, self.versions, strict=True)
+        )  # fmt: skip
 
 
 def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
-
-
-def is_gelu(act: nn.Module) -> bool:
-    """Whether an activation is the exact gelu, which a linear layer can apply by itself."""
-    return (
-        isinstance(act, (GELUActivation, nn.GELU)) and getattr(act, "approximate", "none") == "none"
-    )
-
-
-def _fresh(dtype: torch.dtype | None, prepack: bool) -> Kernels:
-    return Kernels(dtype=dtype, prepack=prepack)
 
 
 _KNOWN: dict[tuple[str, torch.dtype], bool] = {}
@@ -147,23 +115,38 @@ _KNOWN: dict[tuple[str, torch.dtype], bool] = {}
 def _packable(device: str, dtype: torch.dtype) -> bool:
     """Whether this torch rearranges and multiplies such weights correctly; tried once."""
     if (device, dtype) not in _KNOWN:
-        _KNOWN[device, dtype] = device == "cpu" and _tried(_multiply_rearranged, dtype)
+        _KNOWN[device, dtype] = device == "cpu" and _tried(dtype)
     return _KNOWN[device, dtype]
 
 
-def _tried(trial: Callable[[torch.dtype], bool], dtype: torch.dtype) -> bool:
-    try:
-        return trial(dtype)
-    except Exception:  # missing operator, dtype or processor: all mean the plain way
-        return False
-
-
-def _multiply_rearranged(dtype: torch.dtype) -> bool:
+def _tried(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     draw = torch.Generator().manual_seed(0)
-    shapes = ((4, 16), (8, 16), (8,))
-    x, weight, bias = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "none")
-    return torch.allclose(y, F.gelu(F.linear(x, weight, bias)), rtol=1e-2, atol=1e-2)
+    shapes = ((4, 16), (8, 16), (8,), (4, 8))
+    x, weight, bias, other = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+    y = F.linear(x, weight, bias)
+    try:
+        found = (_rearranged(weight, bias, True)(x), _rearranged(weight, bias, False)(x, other))
+    except Exception:  # missing operator, dtype or processor: all mean the plain way
+        return False
+    return all(
+        torch.allclose(a, b, rtol=1e-2, atol=1e-2)
+        for a, b in zip(found, (F.gelu(y), y + other), strict=True)
+    )
+
+
+def _rearranged(weight: Tensor, bias: Tensor, gelu: bool) -> Linear:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    once = torch.ops.mkldnn._linear_pointwise.default
+    summed = torch.ops.mkldnn._linear_pointwise.binary
+    attr, algorithm = ("gelu", "none") if gelu else ("none", "")
+
+    def rearranged(x: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is None:
+            return once(x, packed, bias, attr, [], algorithm)
+        if gelu:
+            return once(x, packed, bias, attr, [], algorithm).add_(other)
+        return summed(x, other, packed, bias, "add")
+
+    return rearranged

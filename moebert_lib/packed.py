@@ -21,9 +21,9 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
-from moebert_lib.kernels import Kernels, is_gelu
-from moebert_lib.packed_experts import serve
+from moebert_lib.kernels import Kernels
 from moebert_lib.packing import Packing, attention
+from moebert_lib.prepared import PreparedLayer
 
 
 def accelerate(
@@ -80,11 +80,13 @@ class PackedBert:
 
     Attributes:
         kernels: Linear layers without gradient.
+        prepared: Layers as ``kernels`` wants them, by number.
         reads: What the head reads of the last state: only the ``first`` tokens, ``padding`` too,
             or the real tokens ("").
     """
 
     kernels: Kernels
+    prepared: dict[int, PreparedLayer]
     reads: str
 
     @property
@@ -97,7 +99,7 @@ class PackedBert:
 
     def train(self, mode: bool = True) -> "PackedBert":
         """As ``nn.Module.train``; weights are looked at anew."""
-        self.kernels.forget()
+        self.prepared.clear()
         return super().train(mode)
 
     @can_return_tuple
@@ -163,17 +165,20 @@ class PackedBert:
             context.balance_losses.clear()
         fast = x.device.type == "cpu" and not (torch.is_grad_enabled() or self.encoder.training)
         fast = fast and not torch.is_autocast_enabled("cpu")  # mixes dtypes; kernels want one
-        step, states, dtype = self._fast if fast else self._plain, [x], x.dtype
+        states, dtype = [x], x.dtype
         x = x.to(self.kernels.dtype or dtype) if fast else x
         for index, layer in enumerate(self.encoder.layer):
             last = index == len(self.encoder.layer) - 1
             first = last and self.reads == "first" and not all_rows
-            x = step(index, layer, x, ids, packing, first)
+            if fast:
+                x = self._prepared(index, layer)(x, ids, packing, first=first)
+            else:
+                x = self._plain(layer, x, ids, packing, first=first)
             states.append(x.to(dtype) if all_rows or last else x)
         return states
 
     def _plain(
-        self, index: int, layer: nn.Module, x: Tensor, ids: Tensor, packing: Packing, first: bool
+        self, layer: nn.Module, x: Tensor, ids: Tensor, packing: Packing, *, first: bool
     ) -> Tensor:
         """One layer through its own modules, hooks and dropout included."""
         own = layer.attention.self
@@ -189,37 +194,12 @@ class PackedBert:
             self.context.input_ids = ids[None, packing.starts[:-1].long()] if first else ids[None]
         return layer.output(layer.intermediate(a), a)[0]
 
-    def _fast(
-        self, index: int, layer: nn.Module, x: Tensor, ids: Tensor, packing: Packing, first: bool
-    ) -> Tensor:
-        """One layer without gradient, through ``kernels``."""
-        linear, own, rows = self.kernels.layer, layer.attention.self, None
-        H, d = own.num_attention_heads, own.attention_head_size
-        moe = hasattr(layer.output, "experts")
-        if first:
-            rows = packing.starts[:-1].long()
-        early = first and not (moe and layer.output.gated)  # a gate looks at all tokens
-        if early:
-            mine, ids, rows = x[rows], ids[rows], None
-            q = linear((index, "q"), mine, own.query).view(-1, H, d)
-            k, v = linear((index, "kv"), x, own.key, own.value).view(-1, 2, H, d).unbind(1)
-        else:
-            mine = x
-            qkv = linear((index, "qkv"), x, own.query, own.key, own.value)
-            q, k, v = qkv.view(-1, 3, H, d).unbind(1)
-        context = attention(q, k, v, packing)
-        a = linear((index, "attention"), context, layer.attention.output.dense).add_(mine)
-        a = self._norm((index, "norm1"), a, layer.attention.output.LayerNorm)
-        if moe:
-            return serve(layer.output, a, ids, packing, self.kernels, index=index, rows=rows)
-        act = layer.intermediate.intermediate_act_fn
-        up = (index, "up"), a, layer.intermediate.dense
-        h = linear(*up, gelu=True) if is_gelu(act) else act(linear(*up))
-        y = linear((index, "down"), h, layer.output.dense).add_(a)
-        return self._norm((index, "norm2"), y, layer.output.LayerNorm)
-
-    def _norm(self, name: Any, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return self.kernels.norm(name, x, norm.weight, norm.bias, norm.eps)
+    def _prepared(self, index: int, layer: nn.Module) -> PreparedLayer:
+        """The layer for ``kernels``, prepared again where it has changed."""
+        found = self.prepared.get(index)
+        if found is None or found.layer is not layer or not found.watch.same():
+            self.prepared[index] = found = PreparedLayer(layer, self.kernels)
+        return found
 
 
 def _mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -229,7 +209,7 @@ def _mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:
 def _packed(bert: BertModel, kernels: Kernels, reads: str) -> BertModel:
     twin = _twin(bert)
     twin.__class__ = _class(type(bert))
-    twin.kernels, twin.reads = kernels, reads
+    twin.kernels, twin.reads, twin.prepared = kernels, reads, {}
     twin._ordinary = (bert,)  # in a tuple: its parameters are registered once
     return twin
 

@@ -67,7 +67,8 @@ def ratios(
         wide = timed.pivot(index="repeat", columns="variant", values="seconds")
         speeds = wide[[against]].to_numpy() / wide
         mine = [target for target in wanted if target["setting"] == setting]
-        _ratio_panel(ax, speeds, places, targets=mine)
+        judged = {target["variant"] for target in wanted}
+        _ratio_panel(ax, speeds, places, targets=mine, judged=judged)
         ax.set_title(setting.replace(" x ", " × "), loc="left", fontsize=10)
     name_rows(parts[0], places, heads)
     for ax in parts[1:]:
@@ -96,21 +97,23 @@ def _ratio_panel(
     places: Mapping[str, float],
     *,
     targets: Sequence[Mapping[str, Any]],
+    judged: set[str],
 ) -> None:
-    """One setting: ``speeds`` are rounds by variants."""
+    """One setting: ``speeds`` are rounds by variants, ``judged`` those with a target anywhere."""
     middles = speeds.median()
+    strokes = [(t["variant"], t["wanted"] * middles[t["against"]]) for t in targets]
     for name, place in places.items():
         if name not in speeds:
             continue
-        judged = any(target["variant"] == name for target in targets)
-        color = COLORS["moebert"] if judged else variant_color(name)
+        color = COLORS["moebert"] if name in judged else variant_color(name)
         ratio = speeds[name]
+        end = max([ratio.max(), *(x for variant, x in strokes if variant == name)])
         ax.plot(ratio, np.full(len(ratio), place), MARKS.get(_model(name), "o"), color=color,
                 alpha=0.35, ms=3)  # fmt: skip
         ax.plot(ratio.quantile([0.25, 0.75]), [place, place], color=color, lw=3, alpha=0.8,
                 solid_capstyle="butt")  # fmt: skip
         ax.plot([middles[name]] * 2, [place - 0.3, place + 0.3], color=color, lw=1.8)
-        ax.annotate(f"{middles[name]:.2f}", (ratio.max(), place), xytext=(6, 0), va="center",
+        ax.annotate(f"{middles[name]:.2f}", (end, place), xytext=(6, 0), va="center",
                     textcoords="offset points", fontsize=8, zorder=4,
                     bbox=dict(fc="white", ec="none", pad=0.3))  # fmt: skip
         if _model(name) == LIMIT:
@@ -118,12 +121,11 @@ def _ratio_panel(
             rows = [at for other, at in places.items() if model_and_code(other)[1] == code]
             ax.plot([middles[name]] * 2, [min(rows) - 0.45, max(rows) + 0.45], lw=0.9,
                     color=COLORS["dense"], ls=(0, (4, 3)), zorder=1)  # fmt: skip
-    for target in targets:
-        place = places[target["variant"]]
-        x = target["wanted"] * middles[target["against"]]
+    for variant, x in strokes:
+        place = places[variant]
         ax.plot([x, x], [place - 0.42, place + 0.42], color=TARGET, lw=1.6, zorder=5)
     ax.axvline(1, color=COLORS["other"], lw=0.7, zorder=0)
-    ax.set_xlim(0, 1.3 * speeds.max().max())
+    ax.set_xlim(0, 1.3 * max([speeds.max().max(), *(x for _, x in strokes)]))
     ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     ax.spines["left"].set_visible(False)
 

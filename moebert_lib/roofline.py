@@ -20,8 +20,8 @@ from moebert_lib.bench import time_interleaved
 from moebert_lib.bench_models import zipf
 from moebert_lib.kernels import Kernels
 from moebert_lib.packed import PackedBert
-from moebert_lib.packed_experts import serve
 from moebert_lib.packing import Packing
+from moebert_lib.prepared import PreparedLayer
 from moebert_lib.routing import HashRouter
 
 
@@ -77,8 +77,8 @@ def ceilings(*, size: int = 2048, megabytes: int = 256, seconds: float = 0.4) ->
 @torch.inference_mode()
 def _gemm(size: int, dtype: torch.dtype, *, packed: bool, seconds: float) -> float:
     x = torch.rand(size, size, dtype=dtype)
-    layer, kernels = nn.Linear(size, size, dtype=dtype), Kernels(dtype=dtype, prepack=packed)
-    return 2 * size**3 / _best(lambda: kernels.layer("all", x, layer), seconds)
+    linear = Kernels(dtype=dtype, prepack=packed).layers(nn.Linear(size, size, dtype=dtype))
+    return 2 * size**3 / _best(lambda: linear(x), seconds)
 
 
 def _best(call: Callable[[], Any], seconds: float) -> float:
@@ -230,12 +230,12 @@ def points(
         Columns ``variant``, ``tokens``, ``repeat``, ``seconds``, ``flops`` and ``bytes`` of all
         layers: each weight in use read once, each state written once and read once.
     """
-    frames, kernels = [], {name: Kernels() for name in built}
+    frames, ready = [], {name: _prepared(model) for name, model in built.items()}
     for n in tokens:
         calls, works = {}, {}
         for name, model in built.items():
             ids = zipf(model.config.vocab_size, n=1, length=n)["input_ids"][0]
-            calls[name] = _ffn(model, ids, kernels[name])
+            calls[name] = _ffn(model, ids, ready[name])
             works[name] = _ffn_work(model, ids)
         timings = time_interleaved(calls, repeats=repeats).assign(tokens=n)
         for column, of in (("flops", 0), ("bytes", 1)):
@@ -244,21 +244,19 @@ def points(
     return pd.concat(frames, ignore_index=True)
 
 
-def _ffn(model: nn.Module, ids: Tensor, kernels: Kernels) -> Callable[[], Tensor]:
+def _prepared(model: nn.Module) -> list[PreparedLayer]:
+    return [PreparedLayer(layer, Kernels()) for layer in model.base_model.encoder.layer]
+
+
+def _ffn(model: nn.Module, ids: Tensor, layers: list[PreparedLayer]) -> Callable[[], Tensor]:
     packing = Packing.of(torch.ones(1, len(ids)))
     states = torch.rand(len(ids), model.config.hidden_size, dtype=model.dtype)
 
     @torch.inference_mode()
     def call() -> Tensor:
         x = states
-        for index, layer in enumerate(model.base_model.encoder.layer):
-            if hasattr(layer.output, "experts"):
-                x = serve(layer.output, x, ids, packing, kernels, index=index)
-            else:
-                h = kernels.layer((index, "up"), x, layer.intermediate.dense, gelu=True)
-                y = kernels.layer((index, "down"), h, layer.output.dense).add_(x)
-                norm = layer.output.LayerNorm
-                x = kernels.norm((index, "norm"), y, norm.weight, norm.bias, norm.eps)
+        for layer in layers:
+            x = layer.feed_forward(x, ids, packing)
         return x
 
     return call

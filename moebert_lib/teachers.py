@@ -24,7 +24,7 @@ from moebert_lib.train import fine_tune
 
 ANSWERS = "answers.csv"
 #: Code that the numbers of every model go through.
-FORWARD = ("packed", "packed_experts", "packing", "kernels")
+FORWARD = ("packed", "prepared", "packing", "kernels")
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,9 @@ class DistillationTrainer(Trainer):
         teacher_dropout: Run the teacher in train mode, as the release does.
         max_tokens: Tokens in a batch, instead of the arguments' number of examples.
         told: What the teacher says, kept; batches then need an ``index``.
+
+    Raises:
+        ValueError: ``told`` where padding counts or the teacher has dropout.
     """
 
     def __init__(
@@ -98,6 +101,8 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
         self.label_names = [*self.label_names, "index"]  # else Trainer drops the column
         self.packed, self.told, self.max_tokens = student is not model, told, max_tokens
+        if told and (teacher_dropout or not self.packed):
+            raise ValueError("told holds states without padding and dropout; this training has it")
         teacher = teacher.to(self.args.device)
         half = torch.bfloat16 if self.args.bf16 else None
         teacher = accelerate(teacher, dtype=half) if self.packed else teacher

@@ -14,6 +14,7 @@ from torch import nn
 
 from moebert_lib import accelerate, kernels
 from moebert_lib.kernels import Kernels
+from moebert_lib.prepared import PreparedLayer
 from moebert_lib.routing import ROUTINGS
 
 INPUTS = batch([7, 12, 3, 7])
@@ -27,7 +28,7 @@ def test_a_rearranged_weight_gives_the_linear_layer(n, d_in, d_out, gelu, prepac
     bias = torch.randn(d_out, generator=noise)
     own = Kernels(prepack=prepack)
     with torch.no_grad():
-        y = own.linear("w", x, [weight, bias], lambda: (weight, bias), gelu=gelu)
+        y = own.linear(weight, bias, gelu=gelu)(x)
     expected = F.linear(x.double(), weight.double(), bias.double())
     expected = F.gelu(expected) if gelu else expected
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5)
@@ -38,7 +39,7 @@ def test_layers_side_by_side_are_one_product(widths, seed):
     torch.manual_seed(seed)
     x, layers = torch.randn(5, 9), [nn.Linear(9, width) for width in widths]
     with torch.no_grad():
-        y = Kernels().layer("all", x, *layers)
+        y = Kernels().layers(*layers)(x)
         expected = torch.cat([layer(x) for layer in layers], 1)
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
 
@@ -118,23 +119,26 @@ def test_parameters_without_a_version_are_not_trusted():
         assert torch.allclose(faster(**INPUTS).logits, model(**INPUTS).logits, atol=1e-4)
 
 
-def test_weights_are_rearranged_once_and_again_when_they_changed(monkeypatch):
-    built, keep = [], Kernels._keep
+def test_a_layer_is_prepared_once_and_again_when_it_changed(monkeypatch):
+    built, prepare = [], PreparedLayer.__init__
 
-    def counted(self, name, sources, build):
-        return keep(self, name, sources, lambda: built.append(name) or build())
+    def counted(self, layer, kernels):
+        built.append(layer)
+        prepare(self, layer, kernels)
 
-    monkeypatch.setattr(Kernels, "_keep", counted)
+    monkeypatch.setattr(PreparedLayer, "__init__", counted)
     model = moebert().float()
-    faster = accelerate(model)
+    layers, faster = [*model.bert.encoder.layer], accelerate(model)
     with torch.no_grad():
+        for _ in range(2):
+            faster(**INPUTS)
+            assert built == layers
+        layers[1].attention.output.dense.weight.mul_(2)
         faster(**INPUTS)
-        first = [*built]
+        assert built[len(layers) :] == [layers[1]]
+        faster.eval()  # for what is not counted
         faster(**INPUTS)
-        assert built == first and len(first) == len(set(first)) > 15
-        model.bert.encoder.layer[1].attention.output.dense.weight.mul_(2)
-        faster(**INPUTS)
-    assert built[len(first) :] == [(1, "attention")]
+    assert built[len(layers) + 1 :] == layers
 
 
 @pytest.mark.skipif(
@@ -160,17 +164,18 @@ def refusing(monkeypatch):
     def refuse(*args):
         raise RuntimeError("not on this processor")
 
-    both = dict(_linear_pointwise=refuse, _reorder_linear_weight=refuse)
+    pointwise = types.SimpleNamespace(default=refuse, binary=refuse)
+    both = dict(_linear_pointwise=pointwise, _reorder_linear_weight=refuse)
     monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**both), raising=False)
 
 
 def wrong(monkeypatch):
     """An operator that takes the inputs in another order."""
     real = torch.ops.mkldnn._linear_pointwise
-
-    def turned(x, *others):
-        return real(x.flip(-1).contiguous(), *others)
-
+    turned = types.SimpleNamespace(
+        default=lambda x, *others: real.default(x.flip(-1).contiguous(), *others),
+        binary=lambda x, *others: real.binary(x.flip(-1).contiguous(), *others),
+    )
     both = dict(_linear_pointwise=turned,
                 _reorder_linear_weight=torch.ops.mkldnn._reorder_linear_weight)  # fmt: skip
     monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**both), raising=False)

@@ -33,7 +33,7 @@ ROOMS = {
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance release stability experts "
     "layer_view routing",
-    "the same model, faster": "packed packed_experts kernels packing",
+    "the same model, faster": "packed prepared kernels packing",
     "ground": "data batching tasks corpus files spans weights settings scales stages paper checks "
     "checks_model provenance intervals yamls",
 }

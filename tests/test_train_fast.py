@@ -84,6 +84,24 @@ def test_packed_states_are_compared_without_a_mask_and_in_the_students_dtype():
     assert torch.allclose(found, ((own - other.double()) ** 2).mean((1, 2)))
 
 
+def test_padding_on_the_left_is_left_out_too(tiny_bert, tiny_batch, tmp_path):
+    teacher = tiny_bert(**DRY)
+    batch = {name: v.flip(1) if v.dim() == 2 else v for name, v in tiny_batch(n=5).items()}
+    student = to_moebert(teacher, RANKING).double()
+    made = trainer(student, teacher, tmp_path)
+    own, other = (model(**batch, output_hidden_states=True) for model in (student, teacher))
+    terms = distillation_terms(own, other, mask=batch["attention_mask"])
+    loss = made.compute_loss(made.model, batch)
+    assert torch.allclose(loss, own.loss + sum(terms), rtol=0, atol=1e-12)
+    assert not batch["attention_mask"][:, 0].all()
+
+
+def test_kept_states_are_refused_where_padding_counts(pair, tmp_path):
+    for changes in (dict(padding_in_loss=True), dict(teacher_dropout=True)):
+        with pytest.raises(ValueError, match="without padding and dropout"):
+            trainer(*pair, tmp_path, told=object(), **changes)
+
+
 def test_what_comes_back_is_the_ordinary_student_in_eval_mode(pair, encoded, tmp_path):
     student, teacher = pair
     names, kind, before = list(student.state_dict()), type(student.bert), student.bert
