@@ -14,6 +14,7 @@ Left out on purpose: tests, private names and packages, and text of anything not
 """
 
 import ast
+import functools
 import hashlib
 import importlib.util
 import json
@@ -178,6 +179,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@functools.cache
 def _version(package: str) -> str:
     try:  # without the local tag: how torch was built changes no docstring
         return metadata.version(PACKAGES[package]).partition("+")[0]

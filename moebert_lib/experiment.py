@@ -6,6 +6,7 @@ importance scores, and a grid runs only what is missing.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -222,8 +223,7 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
     """
     rows, done = {}, 0
     started = said = time.monotonic()
-    order = sorted(range(len(points)), key=lambda i: _dense(points[i]))  # a teacher is loaded once
-    for index, number in enumerate(order, start=1):
+    for index, number in enumerate(_in_turn(points), start=1):
         point = points[number]
         result = _conversion(point) if run is conversion else run(point)
         entry = getattr(result, "entry", result)
@@ -236,6 +236,26 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
         rows[number] = {**point.model_dump(), **entry.row}
     print(f"· grid: {len(points)} points, {done} run now, {len(points) - done} reused", flush=True)
     return pd.DataFrame([rows[number] for number in range(len(points))])
+
+
+def _in_turn(points: list[Settings]) -> Iterator[int]:
+    """Numbers of the points, those of one teacher together, so that it is loaded once.
+
+    What another process is making now is left for later.
+    """
+    left = sorted(range(len(points)), key=lambda i: _dense(points[i]))
+    parts = {i: list(_parts(points[i])) for i in left}
+    while left:
+        free = (i for i in left if not any(Store().busy(*part) for part in parts[i]))
+        yield left.pop(left.index(next(free, left[0])))
+
+
+def _parts(settings: Settings) -> Iterator[tuple[str, dict]]:
+    """Kind and key of the entries that a student is made of."""
+    yield "teacher", teacher_key(settings)
+    yield "importance", importance_key(settings)
+    yield "converted", conversion_key(settings)
+    yield "student", {**student_key(settings), "keep_model": False}
 
 
 def _dense(settings: Settings) -> tuple:

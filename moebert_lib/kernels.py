@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 #: A linear layer: of ``x`` ``(N, D_in)``, and what is added to the result where it is given.
 Linear = Callable[..., Tensor]
@@ -105,6 +106,43 @@ class Watch:
         )  # fmt: skip
 
 
+class Rerouted(TorchFunctionMode):
+    """Inside the block ``F.linear`` runs through oneDNN, gradients too, where it can.
+
+    Modules, hooks and parameters stay as they are; the two products of the backward pass are
+    the same operator, so second derivatives work as well.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and len(args) == 3 and _reroutable(args[0], args[1]):
+            return _Linear.apply(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.with_bias = bias is not None
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
+        flat = grad.flatten(0, -2)  # (N, D_out)
+        of_x = _Linear.apply(grad, weight.t(), None) if needed[0] else None
+        of_weight = _Linear.apply(flat.t(), x.flatten(0, -2).t(), None) if needed[1] else None
+        return of_x, of_weight, flat.sum(0) if ctx.with_bias and needed[2] else None
+
+
+def _reroutable(x: Tensor, weight: Tensor) -> bool:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.dim() < 2:
+        return False
+    if torch.is_autocast_enabled("cpu") or not (x.numel() and weight.numel()):
+        return False
+    return _packable(weight.device.type, weight.dtype)
+
+
 def _is_plain(layer: nn.Module) -> bool:
     return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
 
@@ -127,12 +165,16 @@ def _tried(dtype: torch.dtype) -> bool:
     x, weight, bias, other = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
     y = F.linear(x, weight, bias)
     try:
-        found = (_rearranged(weight, bias, True)(x), _rearranged(weight, bias, False)(x, other))
+        found = (
+            _rearranged(weight, bias, True)(x),
+            _rearranged(weight, bias, False)(x, other),
+            _Linear.apply(x, weight.t().contiguous().t(), bias),
+        )
     except Exception:  # missing operator, dtype or processor: all mean the plain way
         return False
     return all(
         torch.allclose(a, b, rtol=1e-2, atol=1e-2)
-        for a, b in zip(found, (F.gelu(y), y + other), strict=True)
+        for a, b in zip(found, (F.gelu(y), y + other, y), strict=True)
     )
 
 

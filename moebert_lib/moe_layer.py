@@ -59,14 +59,12 @@ class Experts(nn.Module):
         Returns:
             Shape ``(B*T, D)``, tokens in the order they came in.
         """
-        order, counts = by_expert(top_k_index, self.num_experts)
-        served = []
-        for tokens, *own in zip(hidden_states[order].split(counts), *self.unbound(), strict=True):
-            w1, b1, w2, b2 = own
+        order, back, counts = by_expert(top_k_index, self.num_experts)
+        served, parts = [], hidden_states.index_select(0, order).split(counts)
+        for tokens, w1, b1, w2, b2 in zip(parts, *self.unbound(), strict=True):
             h = self.act_fn(F.linear(tokens, w1, b1))  # (n_e, K)
             served.append(F.linear(h, w2, b2))
-        joined = torch.cat(served)
-        output = torch.zeros_like(hidden_states, dtype=joined.dtype).index_copy(0, order, joined)
+        output = torch.cat(served).index_select(0, back)
         return output.to(hidden_states.dtype) * top_k_weights
 
     def unbound(self) -> tuple[tuple[Tensor, ...], ...]:

@@ -8,6 +8,7 @@ gradient on a CPU, linear layers run through ``kernels``.
 
 import copy
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
-from moebert_lib.kernels import Kernels
+from moebert_lib.kernels import Kernels, Rerouted
 from moebert_lib.packing import Packing, attention
 from moebert_lib.prepared import PreparedLayer
 
@@ -173,7 +174,8 @@ class PackedBert:
             if fast:
                 x = self._prepared(index, layer)(x, ids, packing, first=first)
             else:
-                x = self._plain(layer, x, ids, packing, first=first)
+                with Rerouted() if self.kernels.prepack else nullcontext():
+                    x = self._plain(layer, x, ids, packing, first=first)
             states.append(x.to(dtype) if all_rows or last else x)
         return states
 

@@ -50,7 +50,7 @@ class Packing:
 
     def pack(self, padded: Tensor) -> Tensor:
         """``(B, T, ...)`` to ``(N, ...)``."""
-        return padded.flatten(0, 1)[self.places]
+        return padded.flatten(0, 1).index_select(0, self.places)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """``(N, ...)`` to ``(B, T, ...)``, with zeros at padding."""
@@ -123,13 +123,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, dropout: flo
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def by_expert(expert_of: Tensor, n_experts: int) -> tuple[Tensor, list[int]]:
-    """Tokens sorted by expert, ``(N,)``, and how many each expert has.
+def by_expert(expert_of: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Tokens sorted by expert, ``(N,)``; each one's place in that order, ``(N,)``; their numbers.
 
     Args:
         expert_of: The expert of each token, ``(N, 1)``, int64.
-        n_experts: Number of experts.
+        n_experts: Number of experts ``E``; so many numbers come back, 0 where one has no token.
     """
     chosen = expert_of[:, 0]
-    counts = torch.bincount(chosen, minlength=n_experts).tolist()
-    return chosen.argsort(stable=True), counts
+    order = chosen.argsort(stable=True)
+    places = torch.arange(len(order), device=order.device)
+    back = torch.empty_like(order).index_copy_(0, order, places)
+    return order, back, torch.bincount(chosen, minlength=n_experts).tolist()

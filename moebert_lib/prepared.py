@@ -61,7 +61,7 @@ class PreparedLayer:
         gated = self.moe and self.layer.output.gated  # a gate looks at all tokens
         if first and not gated:
             q_of, kv_of = self.q_and_kv
-            mine, ids, rows = x[rows], ids[rows], None
+            mine, ids, rows = x.index_select(0, rows), ids[rows], None
             q, (k, v) = (
                 q_of(mine).view(-1, *self.heads),
                 kv_of(x).view(-1, 2, *self.heads).unbind(1),
@@ -91,16 +91,15 @@ class PreparedLayer:
         expert_of, weights = route.experts, route.weights.to(a.dtype) if output.gated else None
         if rows is not None:
             a, expert_of, weights = (x if x is None else x[rows] for x in (a, expert_of, weights))
-        order, counts = by_expert(expert_of, len(self.ffns))
+        order, back, counts = by_expert(expert_of, len(self.ffns))
         if max(counts) == len(a):  # one expert has all: nothing to pick out
             return self.ffns[counts.index(len(a))](a, weights, outside=output.outside)
-        factors = [None] * len(counts) if weights is None else weights[order].split(counts)
-        served, parts = torch.empty_like(a), zip(order.split(counts), a[order].split(counts),
-                                                 factors, self.ffns, strict=True)  # fmt: skip
-        for tokens, states, factor, ffn in parts:
-            if len(tokens):
-                served.index_copy_(0, tokens, ffn(states, factor, outside=output.outside))
-        return served
+        factors = [None] * len(counts)
+        if weights is not None:
+            factors = weights.index_select(0, order).split(counts)
+        parts = zip(self.ffns, a.index_select(0, order).split(counts), factors, strict=True)
+        served = [ffn(x, own, outside=output.outside) for ffn, x, own in parts if len(x)]
+        return torch.cat(served).index_select(0, back)
 
     def _expert(self, output: nn.Module, expert: int, own: tuple[Tensor, ...]) -> "FFN":
         act, norm = output.experts.act_fn, output.LayerNorm

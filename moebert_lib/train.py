@@ -5,6 +5,8 @@ and when to write a checkpoint. AdamW with betas 0.9 and 0.999, linear decay, no
 clipping 1.0 (the paper's appendix).
 """
 
+import functools
+import gc
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -286,6 +288,13 @@ def _run(trainer: Trainer, checkpoints: Path | None, *, terms: list | None = Non
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    _freeze()
     last = keep(trainer, checkpoints, terms=terms) if checkpoints else None
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     trainer.model.eval()
+
+
+@functools.cache
+def _freeze() -> None:
+    """Spare Trainer's garbage collections what was there before the first training."""
+    gc.freeze()

@@ -174,16 +174,24 @@ def test_a_damaged_copy_is_made_again(moebert_home, one_package):
     assert path.read_text() == whole
 
 
-def test_the_digest_follows_versions_but_not_how_torch_was_built(monkeypatch):
+@pytest.fixture
+def other_versions():
+    corpus._version.cache_clear()
+    yield
+    corpus._version.cache_clear()
+
+
+def test_the_digest_follows_versions_but_not_how_torch_was_built(monkeypatch, other_versions):
     def at(version):
         monkeypatch.setattr(corpus.metadata, "version", lambda name: version)
+        corpus._version.cache_clear()
         return corpus.digest()
 
     assert at("2.13.0+cpu") == at("2.13.0") != at("2.14.0")
     assert corpus.digest() != corpus.digest(files_per_package=3)
 
 
-def test_a_library_that_is_not_installed_is_named(monkeypatch):
+def test_a_library_that_is_not_installed_is_named(monkeypatch, other_versions):
     monkeypatch.setitem(corpus.PACKAGES, "sympy", "not-installed-anywhere")
     with pytest.raises(UserError, match="docstrings of not-installed-anywhere, which is not"):
         corpus.digest()

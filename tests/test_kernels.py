@@ -44,7 +44,27 @@ def test_layers_side_by_side_are_one_product(widths, seed):
     assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-def step(model):
+@given(sizes, sizes, sizes, st.booleans(), st.booleans(), st.integers(0, 99))
+def test_a_rerouted_linear_layer_has_the_same_gradients(n, d_in, d_out, deep, frozen, seed):
+    noise = torch.Generator().manual_seed(seed)
+    shapes = (((2, n, d_in) if deep else (n, d_in)), (d_out, d_in), (d_out,))
+    x, weight, bias = (torch.randn(*shape, generator=noise) for shape in shapes)
+
+    def all_of(x, weight, bias):
+        wanted = [t.requires_grad_() for t in ((x,) if frozen else (x, weight, bias))]
+        y = F.linear(x, weight, bias)
+        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+        return y, *first, *second
+
+    with kernels.Rerouted():
+        found = all_of(x.clone(), weight.clone(), bias.clone())
+    expected = all_of(x.double(), weight.double(), bias.double())
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5 * other.abs().max())
+
+
+def step(model):def step(model):
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
     with torch.enable_grad():
         model(**INPUTS, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
@@ -151,9 +171,16 @@ def test_where_there_is_onednn_it_is_used():
         faster = accelerate(make(dtype=torch.float32))
         with torch.no_grad(), torch.profiler.profile() as profile:
             faster(**INPUTS)
-        called = {event.key: event.count for event in profile.key_averages()}
-        assert called["mkldnn::_linear_pointwise"] >= 8
-        assert called["aten::linear"] == 2  # the pooler and the head
+        assert counts(profile)["mkldnn::_linear_pointwise"] >= 8
+        assert counts(profile)["aten::linear"] == 2  # the pooler and the head
+        with torch.profiler.profile() as profile:
+            faster.train()(**INPUTS, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+        assert counts(profile)["_LinearBackward"] >= 8
+        assert counts(profile)["aten::linear"] == 2
+
+
+def counts(profile):
+    return {event.key: event.count for event in profile.key_averages()}
 
 
 def missing(monkeypatch):

@@ -122,7 +122,7 @@ def test_points_compute_what_the_models_layers_do(name):
     model = bench.models(TINY, only=(name,))[name].double()
     ids = zipf(VOCAB, n=1, length=9)["input_ids"][0]
     torch.manual_seed(5)
-    found = roofline._ffn(model, ids, roofline.Kernels())()
+    found = roofline._ffn(model, ids, roofline._prepared(model))()
     torch.manual_seed(5)
     x = torch.rand(1, 9, 32, dtype=torch.float64)
     with torch.no_grad():
