@@ -64,7 +64,7 @@ def test_a_rerouted_linear_layer_has_the_same_gradients(n, d_in, d_out, deep, fr
         assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5 * other.abs().max())
 
 
-def step(model):def step(model):
+def step(model):
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
     with torch.enable_grad():
         model(**INPUTS, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
