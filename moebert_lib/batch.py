@@ -185,7 +185,9 @@ class _Progress:
         left = len(self.jobs) - self.ended
         mean = sum(self.took) / len(self.took)
         minutes = mean * left / self.engine.workers / 60
-        ahead = f", about {minutes:.1f} min left" if left and self.engine.workers > 1 else ""
+        alike = len({job.name for job in self.jobs}) == 1  # else a mean says little
+        told = left and alike and self.engine.workers > 1
+        ahead = f", about {minutes:.1f} min left" if told else ""
         verb = "reused, made" if outcome["status"] == "reused" else "done"
         self.echo(f"{self.label(index)} {verb} in {outcome['seconds'] / 60:.1f} min{ahead}")
 

