@@ -16,7 +16,7 @@ from moebert_lib import publish, worker
 from moebert_lib.engines import Engine, Event, Local
 from moebert_lib.execution import WARNING, NotebookFailed
 from moebert_lib.notebook_files import notebooks, select
-from moebert_lib.planning import Job, asked, describe, plan
+from moebert_lib.planning import TIMED, Job, asked, describe, plan
 from moebert_lib.settings import UserError, home
 from moebert_lib.store import Entry, Store
 
@@ -26,7 +26,6 @@ __all__ = [
 ]  # fmt: skip
 
 
-TIMED = {"07_speed"}  # measures time: nothing runs beside it
 QUIET = 30  # seconds between two progress lines where several notebooks run together
 
 
@@ -75,7 +74,9 @@ def run(
             results[index] = failure
         else:
             missing.append(index)
-    made = _make(jobs, keys, _in_turn(jobs, missing), progress, force=force)
+    made = _make(
+        jobs, keys, _in_turn(jobs, missing, progress.engine.workers), progress, force=force
+    )
     for index, entry in made:
         if isinstance(entry, NotebookFailed) and not keep_going:
             made.close()
@@ -85,12 +86,12 @@ def run(
     return results
 
 
-def _in_turn(jobs: Sequence[Job], missing: Sequence[int]) -> list[int]:
-    """Missing jobs as they are started: those that ask for most experiments first.
+def _in_turn(jobs: Sequence[Job], missing: Sequence[int], workers: int) -> list[int]:
+    """Missing jobs as they are started: side by side, those that ask for most experiments first.
 
     What several notebooks ask for is made by the first, and no long one is left for the end.
     """
-    if len({jobs[index].name for index in missing}) < 2:
+    if workers == 1 or len({jobs[index].name for index in missing}) < 2:
         return list(missing)
     return sorted(missing, key=lambda index: -sum(map(len, asked(jobs[index]))))
 
@@ -173,8 +174,10 @@ class _Progress:
 
     def _line(self, index: int, line: str) -> None:
         """A notebook's progress: all of it, or where several run together a line now and then."""
-        if self.engine.workers == 1 or line.startswith(WARNING):
+        if self.engine.workers == 1:
             self.echo(f"    {line}")
+        elif line.startswith(WARNING):
+            self.echo(f"    [{index + 1}] {line}")
         elif time.monotonic() - self.said > QUIET:
             self.said = time.monotonic()
             self.echo(f"    [{index + 1}] {line}")

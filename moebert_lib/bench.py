@@ -238,7 +238,7 @@ def keep(
 
 
 def read(what: str) -> dict[str, Any]:
-    """The newest record of this home, else the one committed in ``figures/bench``.
+    """The newest whole record of this home, else the one committed in ``figures/bench``.
 
     Raises:
         UserError: there is none; the message says which command makes it.
@@ -246,11 +246,21 @@ def read(what: str) -> dict[str, Any]:
     own = sorted((home() / "runs").glob(f"bench-{what}-[0-9]*.json"))
     committed = home() / "figures" / "bench" / f"{what}.json"
     for path in [*reversed(own), committed]:
-        if path.is_file():
-            return json.loads(path.read_text("utf-8"))
+        record = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        if record.get("complete", bool(record)):  # not what was stopped half-way
+            return record
+    raise UserError(f"nothing was measured that is called '{what}'; make it with {command(what)}")
+
+
+def command(what: str) -> str:
+    """What makes a record.
+
+    Example:
+        >>> command("inference-cuda")
+        'moebert bench inference --device cuda'
+    """
     name, _, device = what.partition("-")
-    command = f"moebert bench {name}" + (f" --device {device}" if device else "")
-    raise UserError(f"nothing was measured that is called '{what}'; make it with {command}")
+    return f"moebert bench {name}" + (f" --device {device}" if device else "")
 
 
 def frame(record: dict[str, Any], part: str) -> pd.DataFrame:

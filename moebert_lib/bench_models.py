@@ -53,10 +53,19 @@ def models(
         "moebert hash-random": lambda: moebert(shape),
         "moebert gate-sentence": lambda: moebert(shape, routing="gate-sentence"),
     }
-    built = {name: make().eval() for name, make in makers.items() if not only or name in only}
+    built = {n: _shaken(make()) for n, make in makers.items() if not only or n in only}
     if not only or RELEASE in only:
-        built[RELEASE] = as_released(built.get("moebert hash-random") or moebert(shape))
+        built[RELEASE] = as_released(built.get("moebert hash-random") or _shaken(moebert(shape)))
     return built
+
+
+@torch.no_grad()
+def _shaken(model: nn.Module) -> nn.Module:
+    """In eval mode, with LayerNorms and biases that differ: else a mix-up would not show."""
+    for name, values in model.named_parameters():
+        if values.dim() == 1 or "LayerNorm" in name or "bias" in name:
+            values.add_(0.1 * torch.randn_like(values))
+    return model.eval()
 
 
 def _bert(shape: dict[str, int]) -> nn.Module:

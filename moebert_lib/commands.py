@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> int:
         return _plan(jobs, why=args.why)
     from moebert_lib.engines import side_by_side
 
-    batch.run(jobs, engine=_engine(args) or side_by_side(jobs), force=args.force, echo=say)
+    engine = side_by_side(jobs, args.workers) if args.engine == "local" else _engine(args)
+    batch.run(jobs, engine=engine, force=args.force, echo=say)
     return _finish(jobs)
 
 

@@ -105,7 +105,7 @@ class Local:
     Args:
         workers: Runs at once.
         threads: Of each run, unless OMP_NUM_THREADS says otherwise; None: what torch takes
-            by itself. The last digits of a result depend on it, so it depends on nothing else.
+            by itself. The last digits of a result depend on it, so a sweep leaves it at 1.
         gpus: Names of GPUs as CUDA_VISIBLE_DEVICES has them, dealt out in turn.
     """
 
@@ -226,17 +226,23 @@ def fitting(jobs: Sequence[Job]) -> Local:
     return Local(max(min(cores(), _in_memory(jobs), len(jobs)), 1))
 
 
-def side_by_side(jobs: Sequence[Job]) -> Local:
+def side_by_side(jobs: Sequence[Job], workers: int | None = None) -> Local:
     """The local engine for different notebooks: two at a time, four from eight cores on.
 
     The cores are divided among them, since few of a notebook's steps keep all of them busy. On a
     GPU, and where there is one job, nothing is divided.
+
+    Args:
+        jobs: What is to run.
+        workers: How many at a time instead.
     """
     found, n_cores = gpus(), cores()
     if found:
-        return Local(threads=None, gpus=found[:1])
-    workers = min(1 if n_cores < 2 else 2 if n_cores < 8 else 4, _in_memory(jobs), len(jobs))
-    return Local(workers, threads=n_cores // workers) if workers > 1 else Local(threads=None)
+        return Local(workers or 1, threads=None, gpus=found if workers else found[:1])
+    if workers is None:
+        workers = min(1 if n_cores < 2 else 2 if n_cores < 8 else 4, _in_memory(jobs), len(jobs))
+    each = max(n_cores // workers, 1) if workers > 1 else None
+    return Local(max(workers, 1), threads=each)
 
 
 def _in_memory(jobs: Sequence[Job]) -> int:

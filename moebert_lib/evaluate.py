@@ -102,13 +102,10 @@ def state_distances(
     Returns:
         Shape ``(L + 1,)``, embeddings first.
     """
-    total, tokens = torch.zeros(()), 0
+    total, tokens, models = torch.zeros(()), 0, (student.eval(), teacher.eval())
     for batch in batches:
-        inputs = without_targets(batch)
-        own, other = (
-            model.eval()(**inputs, output_hidden_states=True).hidden_states
-            for model in (student, teacher)
-        )
+        asked = {**without_targets(batch), "output_hidden_states": True}
+        own, other = (model(**asked).hidden_states for model in models)
         n = int(batch["attention_mask"].sum())
         total = total + n * layer_distances(own, other, batch["attention_mask"]).cpu()
         tokens += n

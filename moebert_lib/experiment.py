@@ -8,6 +8,7 @@ importance scores, and a grid runs only what is missing.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -242,12 +243,13 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
 def _in_turn(points: list[Settings]) -> Iterator[int]:
     """Numbers of the points, those of one teacher together, so that it is loaded once.
 
-    What another process is making now is left for later.
+    What another process here is making now is left for later.
     """
+    busy = partial(Store().busy, anywhere=False)
     left = sorted(range(len(points)), key=lambda i: _dense(points[i]))
     parts = {i: list(_parts(points[i])) for i in left}
     while left:
-        free = (i for i in left if not any(Store().busy(*part) for part in parts[i]))
+        free = (i for i in left if not any(busy(*part) for part in parts[i]))
         yield left.pop(left.index(next(free, left[0])))
 
 

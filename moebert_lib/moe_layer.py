@@ -214,6 +214,8 @@ def moe_layers(model: nn.Module) -> list[MoEOutput]:
 def record_routes(model: nn.Module) -> Iterator[list[list[Route]]]:
     """Collect every route taken inside the block: ``routes[layer][call]``.
 
+    Of an accelerated model they are those of packed tokens; use the ordinary one.
+
     Example: ``with record_routes(model) as routes: model(**batch)``
     """
     layers = moe_layers(model)

@@ -8,6 +8,7 @@ gradient on a CPU, linear layers run through ``kernels``.
 
 import copy
 import functools
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils.generic import can_return_tuple
 
-from moebert_lib.kernels import Kernels, Rerouted
+from moebert_lib.kernels import Kernels, Rerouted, heard, hooks_of
 from moebert_lib.packing import Packing, attention
 from moebert_lib.prepared import PreparedLayer
 
@@ -37,18 +38,23 @@ def accelerate(
     tokens alone, ``(N, D)``, in an order that depends on the attention mask only. Under a head that
     classifies sentences, ``base_model``'s ``last_hidden_state`` holds the first token alone.
 
-    The ordinary forward does what packing cannot: ``inputs_embeds``, attention maps, a mask that
-    hides first tokens or is no ``(B, T)``, and training a span head on padded batches, whose loss
-    counts the padding. (Without gradient, a span head's logits at padding are those of a zero
-    state, and so its loss on padded batches differs.) Gradient checkpointing is not done.
+    It is fast in eval mode without gradient (``torch.inference_mode()``), and in training. The
+    ordinary forward does what packing cannot: ``inputs_embeds``, attention maps, hooks on whole
+    layers or attentions, a mask that hides first tokens or is no ``(B, T)``, and training a span
+    head on padded batches, whose loss counts the padding. (Without gradient, a span head's logits
+    at padding are those of a zero state, and so its loss on padded batches differs.) Gradient
+    checkpointing is not done.
 
     Weights rearranged for the processor follow optimisers, loading and moving; after writing to
-    ``parameter.data`` in place, which torch does not count, call ``train()`` or ``eval()``.
+    ``parameter.data`` in place, which torch does not count, call ``train()`` or ``eval()``. On a
+    GPU, call ``model.set_experts_implementation("grouped_mm")`` first: one grouped product
+    serves all experts then.
 
     Args:
         model: A BERT or MoEBERT of transformers with any head, or without one.
-        dtype: To compute in without gradient, such as ``torch.bfloat16``; what comes out keeps
-            the model's dtype. For training in bfloat16 use autocast, as ``Trainer(bf16=True)``.
+        dtype: To compute in without gradient on a CPU, such as ``torch.bfloat16``; what comes out
+            keeps the model's dtype. On a GPU use ``model.to(torch.bfloat16)``, and for training
+            autocast, as ``Trainer(bf16=True)``.
         prepack: Keep linear layers' weights a second time, rearranged for oneDNN. CPU only.
 
     Raises:
@@ -147,6 +153,9 @@ class PackedBert:
             return True
         if others.get("output_attentions", self.config.output_attentions):
             return True
+        tables = (hooks for module in _passed_over(self.encoder) for hooks in hooks_of(module))
+        if any(map(heard, tables)):
+            return True
         if mask is None:
             return False
         if mask.dim() != 2 or not bool(mask[:, 0].all()):
@@ -164,18 +173,19 @@ class PackedBert:
         if context := getattr(self, "context", None):
             context.mask = packing
             context.balance_losses.clear()
-        fast = x.device.type == "cpu" and not (torch.is_grad_enabled() or self.encoder.training)
+        on_cpu = x.device.type == "cpu"
+        fast = on_cpu and not (torch.is_grad_enabled() or self.encoder.training)
         fast = fast and not torch.is_autocast_enabled("cpu")  # mixes dtypes; kernels want one
         states, dtype = [x], x.dtype
-        x = x.to(self.kernels.dtype or dtype) if fast else x
         for index, layer in enumerate(self.encoder.layer):
             last = index == len(self.encoder.layer) - 1
             first = last and self.reads == "first" and not all_rows
-            if fast:
-                x = self._prepared(index, layer)(x, ids, packing, first=first)
+            ready = self._prepared(index, layer) if fast else None
+            if ready and not ready.watch.listened():
+                x = ready(x.to(self.kernels.dtype or dtype), ids, packing, first=first)
             else:
-                with Rerouted() if self.kernels.prepack else nullcontext():
-                    x = self._plain(layer, x, ids, packing, first=first)
+                with Rerouted() if on_cpu and self.kernels.prepack else nullcontext():
+                    x = self._plain(layer, x.to(dtype), ids, packing, first=first)
             states.append(x.to(dtype) if all_rows or last else x)
         return states
 
@@ -202,6 +212,13 @@ class PackedBert:
         if found is None or found.layer is not layer or not found.watch.same():
             self.prepared[index] = found = PreparedLayer(layer, self.kernels)
         return found
+
+
+def _passed_over(encoder: nn.Module) -> Iterator[nn.Module]:
+    """Modules whose own forward is never called."""
+    yield encoder
+    for layer in encoder.layer:
+        yield from (layer, layer.attention, layer.attention.self)
 
 
 def _mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ Sentences lie behind one another, shortest first, so that those of one length ar
 ``(n, T, ...)`` view: attention reads and writes the row without moving anything.
 """
 
+import functools
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -106,7 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, dropout: flo
         A row for each query, ``H * d`` wide.
     """
     first = len(q) != len(k)
-    if q.is_cuda and q.dtype in HALF and not dropout:
+    if q.is_cuda and q.dtype in HALF and not dropout and _has_varlen(q.device, q.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn
 
         longest, starts = packing.lengths[-1], packing.starts
@@ -121,6 +122,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, dropout: flo
         pieces.append(context.transpose(1, 2).reshape(n * wide, -1))
         asked, start = asked + n * wide, end
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+@functools.cache
+def _has_varlen(device: torch.device, head_size: int) -> bool:
+    """Whether torch's kernel for several lengths runs there: flash attention's demands."""
+    if not torch.backends.cuda.is_flash_attention_available():
+        return False
+    fits = head_size % 8 == 0 and head_size <= 256
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def by_expert(expert_of: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -16,13 +16,14 @@ from typing import Any
 
 from moebert_lib import estimate, grids, knobs
 from moebert_lib.notebook_files import parameters_of
-from moebert_lib.provenance import checksums, code_digests, digest, versions
+from moebert_lib.provenance import checksums, code_digests, digest, input_digest, versions
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.settings import Settings, UserError, home, nearest
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
 #: Notebooks' parameters that name a folder: a key holds the digests of its files.
 FOLDERS = {"importance_dir"}
+TIMED = {"07_speed"}  # measures time, and draws what benchmarks kept: nothing runs beside it
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Job:
                       for cell in json.loads(self.source)["cells"] if _decides(cell)],
             "parameters": parameters,
             "settings": settings,
-            "inputs": _inputs(self.settings) if self.settings else {},
+            "inputs": _inputs(self.settings) if self.settings else _records(self.name),
             "code": code_digests(),
             "versions": versions(),
         }  # fmt: skip
@@ -232,6 +233,17 @@ def _check_model(settings: Settings) -> None:
         settings.fit(config["intermediate_size"])
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _records(name: str) -> dict[str, str]:
+    """Digests of the benchmarks' records that a notebook may draw."""
+    if name not in TIMED:
+        return {}
+    paths = [
+        *(home() / "figures" / "bench").glob("*.json"),
+        *(home() / "runs").glob("bench-*.json"),
+    ]
+    return {path.name: input_digest(path) for path in sorted(paths)}
 
 
 def _inputs(settings: Settings) -> dict[str, str]:

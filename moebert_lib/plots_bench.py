@@ -225,7 +225,7 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> Figure:
     """
     frames = {name: pd.DataFrame(record["timings"]) for name, record in records.items()}
     heights = [_height(timings) for timings in frames.values()]
-    gpu = any(record["machine"].get("gpu", "none") != "none" for record in records.values())
+    gpu = any(_on_gpu(record) for record in records.values())
     fig = plt.figure(figsize=(WIDE[0], sum(heights)), layout="constrained")
     parts = fig.subfigures(len(frames), 1, height_ratios=heights, squeeze=False).flat
     for part, (name, timings) in zip(parts, frames.items(), strict=True):
@@ -262,6 +262,10 @@ def found(name: str, record: Mapping[str, Any]) -> str:
     return (said + told).replace(" x ", " × ")
 
 
+def _on_gpu(record: Mapping[str, Any]) -> bool:
+    return record["what"].endswith("-cuda")
+
+
 def origin(record: Mapping[str, Any], *, gpu: bool = True) -> str:
     """Whose numbers a record has: machine, versions, commit and day, in one line.
 
@@ -270,8 +274,7 @@ def origin(record: Mapping[str, Any], *, gpu: bool = True) -> str:
         gpu: There is a record of a GPU too; else it says that there is none.
     """
     machine, versions = record["machine"], record["versions"]
-    where = machine.get("gpu", "none")
-    where = machine.get("cpu", "unknown CPU") if where == "none" else where
+    where = machine.get("gpu" if _on_gpu(record) else "cpu", "unknown processor")
     parts = [where, f"{machine['cores']} cores" if "cores" in machine else "",
              f"torch {versions['torch']}", f"commit {record['commit'][:7]}", record["created"][:10],
              "" if gpu else "no GPU was measured yet"]  # fmt: skip

@@ -19,11 +19,12 @@ class PreparedLayer:
     """
 
     def __init__(self, layer: nn.Module, kernels: Kernels):
-        self.watch, self.layer, self.kernels = Watch(layer), layer, kernels
+        self.moe = hasattr(layer.output, "experts")
+        routers = layer.output.router.modules() if self.moe else ()
+        self.watch, self.layer, self.kernels = Watch(layer, called=routers), layer, kernels
         own, output = layer.attention.self, layer.attention.output
         self.heads = (own.num_attention_heads, own.attention_head_size)
         self.projection, self.norm = kernels.layers(output.dense), self._norm(output.LayerNorm)
-        self.moe = hasattr(layer.output, "experts")
         if self.moe:
             stacks = zip(*layer.output.experts.unbound(), strict=True)
             self.ffns = [self._expert(layer.output, e, own) for e, own in enumerate(stacks)]

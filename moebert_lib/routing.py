@@ -9,6 +9,7 @@ mask ``(B, T)``; or of a packed batch ``(1, N, D)``, ``(1, N)`` and its ``Packin
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_lib.packing import Packing
@@ -90,7 +91,8 @@ class SentenceGate(nn.Module):
         self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | Packing | None
     ) -> Route:
         if isinstance(mask, Packing):
-            return _top1(self.gate(mask.means(hidden[0]))[mask.sentence])  # (N, E)
+            logits = self.gate(mask.means(hidden[0]))  # (B, E)
+            return _top1(F.embedding(mask.sentence, logits))  # as an index it is not deterministic
         B, T, _ = hidden.shape
         real = hidden.new_ones(B, T) if mask is None else mask.to(hidden.dtype)
         total = (hidden * real[..., None]).sum(1)  # (B, D)

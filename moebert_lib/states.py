@@ -29,8 +29,9 @@ def sentence_states(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> n
         Shape ``(L + 1, n, D)``, float32, embeddings first.
     """
     means, places = [], []
+    model.eval()
     for batch in batches:
-        hidden = model.eval()(**without_targets(batch), output_hidden_states=True).hidden_states
+        hidden = model(**without_targets(batch), output_hidden_states=True).hidden_states
         real = batch["attention_mask"][..., None].to(hidden[0].dtype)  # (B, T, 1)
         mean = [(state * real).sum(1) / real.sum(1) for state in hidden]  # (B, D) each
         means.append(torch.stack(mean).float().cpu())

@@ -156,11 +156,14 @@ class Store:
         """What is wrong with the entry of ``key`` here; "" where it is whole, or not there."""
         return self._read(self.folder(kind, key))[1]
 
-    def busy(self, kind: str, key: dict) -> bool:
-        """Whether a process is making the entry of ``key``, here or where the mirror is shared."""
+    def busy(self, kind: str, key: dict, *, anywhere: bool = True) -> bool:
+        """Whether a process is making the entry of ``key``, here or where the mirror is shared.
+
+        Without ``anywhere`` the mirror is not asked, which takes time.
+        """
         name = self.folder(kind, key).name
         here = disk.is_locked(self.root, name)
-        return here or (self.shared is not None and self.shared.leased(name))
+        return here or (anywhere and self.shared is not None and self.shared.leased(name))
 
     def tidy(self) -> int:
         """Remove what killed processes left in this folder; returns how many things."""

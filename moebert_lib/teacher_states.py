@@ -7,7 +7,7 @@ The teacher says the same about a sentence in every epoch, so it is asked once. 
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,7 +94,8 @@ def kept(
     try:
         yield TeacherStates(path, lengths, layers=layers, width=width, dtype=dtype)
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(PermissionError):  # Windows: while it is mapped; its folder goes later
+            path.unlink(missing_ok=True)
 
 
 def _reserve(path: Path, n_bytes: int) -> None:

@@ -101,7 +101,7 @@ class DistillationTrainer(Trainer):
         student = model if ordinary else faster(model)
         super().__init__(student, args, *others, **kwargs)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
-        self.label_names = [*self.label_names, "index"]  # else Trainer drops the column
+        self.label_names += ["index"] if told else []  # else Trainer drops the column
         self.packed, self.told, self.max_tokens = student is not model, told, max_tokens
         if told and (teacher_dropout or not self.packed):
             raise ValueError("told holds states without padding and dropout; this training has it")
@@ -258,7 +258,7 @@ def _collator(tokenizer, settings: Settings) -> DataCollatorWithPadding:
 def in_half(settings: Settings) -> bool:
     """Whether trainings compute in bfloat16: as asked, or by default on a GPU that has it."""
     if settings.dtype == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return settings.dtype == "bfloat16"
 
 

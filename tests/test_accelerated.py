@@ -226,3 +226,19 @@ def test_what_cannot_be_done_is_refused(make, said):
 
 def tiny(**config):
     return BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, **config)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("part", ["", ".attention", ".attention.self", ".output", ".intermediate"])
+def test_a_users_hook_is_called_whatever_it_listens_to(part, grad):
+    model, seen = dense().float(), []
+    model(**INPUTS, output_hidden_states=True)  # transformers' own hooks stay behind
+    faster = accelerate(model)
+    listened = model.get_submodule(f"bert.encoder.layer.1{part}")
+    with torch.set_grad_enabled(grad):
+        before = faster(**INPUTS).logits
+        hook = listened.register_forward_hook(lambda *args: seen.append(1))
+        after = faster(**INPUTS).logits
+        hook.remove()
+        faster(**INPUTS)
+    assert seen == [1] and torch.allclose(before, after, atol=1e-5)

@@ -82,6 +82,23 @@ def test_everything_but_the_ffn_is_copied(tiny_bert):
         assert torch.equal(own[name], dense.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("shared", ["copied", "tied"])
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
+def test_every_weight_is_set(tiny_bert, routing, shared):
+    """Modules are made without initial values, here of NaN, so a forgotten one would show."""
+    bert, before = tiny_bert(), torch.are_deterministic_algorithms_enabled()
+    ranking = random_ranking(2, bert.config.intermediate_size, seed=0)
+    torch.use_deterministic_algorithms(True)  # fills memory that is not set with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        moe = to_moebert(bert, ranking, routing=routing, shared_neurons=shared)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for name, values in moe.state_dict().items():
+        if values.is_floating_point():
+            assert values.isfinite().all(), name
+
+
 def test_the_dense_model_is_untouched_and_shares_no_memory(tiny_bert, tiny_batch):
     dense, batch = tiny_bert(), tiny_batch()
     before = dense(**batch).logits

@@ -35,6 +35,7 @@ WISHES = [("1 x 64", MOE, "dense", 1.5), ("1 x 64", MOE, LIMIT, 0.8), ("1 x 64",
 
 def record(timings, gpu="none", **more):
     return {
+        "what": "inference" if gpu == "none" else "inference-cuda",
         "summary": bench.summary(timings).to_dict("records"),
         "timings": timings.to_dict("records"), "targets": bench.judge(timings, WISHES),
         "machine": {"cpu": "A processor", "cores": 2, "gpu": gpu},

@@ -8,7 +8,7 @@ import shlex
 import pandas as pd
 from checkout import LIBRARY, NOTEBOOKS, ROOT
 
-from moebert_lib import cli, sweeps
+from moebert_lib import bench, cli, sweeps
 
 README = (ROOT / "README.md").read_text()
 
@@ -83,6 +83,28 @@ def test_the_verdicts_it_counts_are_those_of_the_committed_table():
     counts = [told.get(word, 0) for word in ("reproduced", "not reproduced", "undecided")]
     said = "{} reproduced, {} not reproduced, {} undecided"
     assert said.format(*counts) in text and f"the paper's {told.sum()} claims" in text
+
+
+def test_the_speeds_are_those_of_the_committed_records():
+    def rounds(what, setting):
+        record = json.loads((ROOT / "figures" / "bench" / f"{what}.json").read_text())
+        assert record["commit"][:7] in README and record["created"][:10] in README
+        rows = bench.frame(record, "timings").query("setting == @setting")
+        return rows.pivot(index="repeat", columns="variant", values="seconds")
+
+    def told(wide, variant, against):
+        low, middle, high = bench.paired(wide, variant, against)
+        return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+    moe, fast = "moebert hash-random, accelerated", ", accelerated"
+    columns = [rounds("inference", setting) for setting in ("32 x 128", "GLUE-like", "1 x 64")]
+    for against in ("dense", "dense" + fast, "equal FLOPs" + fast):
+        assert "| " + " | ".join(told(wide, moe, against) for wide in columns) + " |" in README
+    text, steps = " ".join(README.split()), rounds("training", "GLUE-like, dropout 0")
+    for variant in ("packed", "packed bf16"):
+        assert told(steps, variant, "release style") + (" in" if "bf16" in variant else "") in text
+    loop = told(rounds("importance", "GLUE-like"), "packed", "per-example loop")
+    assert f"importance is {loop} times as fast as a loop over examples" in text
 
 
 def test_figures_are_those_of_their_provenance_and_of_a_clean_commit():

@@ -1,5 +1,6 @@
 """Different notebooks side by side: how many, in which order, and what runs alone."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import fixture_home
@@ -53,6 +54,21 @@ def test_timings_are_taken_last_and_alone(home, monkeypatch):
 
 def test_what_asks_for_most_is_started_first():
     jobs = planned("02_experts", "03_distillation", "06_results")
-    assert [jobs[i].name[:2] for i in batch._in_turn(jobs, [0, 1, 2])] == ["06", "03", "02"]
+    assert [jobs[i].name[:2] for i in batch._in_turn(jobs, [0, 1, 2], 2)] == ["06", "03", "02"]
     points = [planned("03", seed=seed)[0] for seed in (5, 1, 3)]
-    assert batch._in_turn(points, [0, 1, 2]) == [0, 1, 2]  # a sweep keeps its order
+    assert batch._in_turn(points, [0, 1, 2], 2) == [0, 1, 2]  # a sweep keeps its order
+    assert batch._in_turn(jobs, [0, 1, 2], 1) == [0, 1, 2]
+
+
+def test_a_new_record_of_a_benchmark_makes_a_new_run_of_the_notebook_that_draws_it(home):
+    def keys():
+        source = batch.plan(batch.select(["00_the_idea"]), scale="smoke")[0]
+        return [replace(source, name=name).key() for name in ("07_speed", "00_the_idea")]
+
+    before = keys()
+    for place in ("figures/bench/inference.json", "runs/bench-inference-1.json"):
+        (home / place).parent.mkdir(parents=True, exist_ok=True)
+        (home / place).write_text("{}")
+        after = keys()
+        assert after[0] != before[0] and after[1] == before[1]
+        before = after

@@ -155,7 +155,7 @@ def test_auto_is_float32_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not train.in_half(SETTINGS) and train.in_half(SETTINGS.but(dtype="bfloat16"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **how: True)
     assert train.in_half(SETTINGS) and not train.in_half(SETTINGS.but(dtype="float32"))
 
 
