@@ -72,7 +72,7 @@ class Job:
                       for cell in json.loads(self.source)["cells"] if _decides(cell)],
             "parameters": parameters,
             "settings": settings,
-            "inputs": _inputs(self.settings) if self.settings else _records(self.name),
+            "inputs": (_inputs(self.settings) if self.settings else {}) | _records(self.name),
             "code": code_digests(),
             "versions": versions(),
         }  # fmt: skip

@@ -62,13 +62,13 @@ def test_what_asks_for_most_is_started_first():
 
 def test_a_new_record_of_a_benchmark_makes_a_new_run_of_the_notebook_that_draws_it(home):
     def keys():
-        source = batch.plan(batch.select(["00_the_idea"]), scale="smoke")[0]
-        return [replace(source, name=name).key() for name in ("07_speed", "00_the_idea")]
+        jobs = planned("00_the_idea", "01_slow")  # without settings, and with
+        return [replace(job, name=name).key() for name in ("07_speed", "08_release") for job in jobs]
 
     before = keys()
     for place in ("figures/bench/inference.json", "runs/bench-inference-1.json"):
         (home / place).parent.mkdir(parents=True, exist_ok=True)
         (home / place).write_text("{}")
         after = keys()
-        assert after[0] != before[0] and after[1] == before[1]
+        assert after[0] != before[0] and after[1] != before[1] and after[2:] == before[2:]
         before = after
