@@ -171,7 +171,8 @@ def _reroutable(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    return type(layer) is nn.Linear and not any(hooks_of(layer))
+    own = type(layer) is nn.Linear and "forward" not in vars(layer)
+    return own and not any(hooks_of(layer))
 
 
 _KNOWN: dict[tuple[str, torch.dtype], bool] = {}

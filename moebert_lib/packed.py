@@ -46,9 +46,10 @@ def accelerate(
     checkpointing is not done.
 
     Weights rearranged for the processor follow optimisers, loading and moving; after writing to
-    ``parameter.data`` in place, which torch does not count, call ``train()`` or ``eval()``. On a
-    GPU, call ``model.set_experts_implementation("grouped_mm")`` first: one grouped product
-    serves all experts then.
+    ``parameter.data`` in place, which torch does not count, call ``eval()`` of the accelerated
+    model. Layers are shared too: ``train()``, ``half()`` or ``to()`` of one model acts on the
+    layers of both. On a GPU, call ``model.set_experts_implementation("grouped_mm")`` first: one
+    grouped product serves all experts then.
 
     Args:
         model: A BERT or MoEBERT of transformers with any head, or without one.
@@ -58,7 +59,8 @@ def accelerate(
         prepack: Keep linear layers' weights a second time, rearranged for oneDNN. CPU only.
 
     Raises:
-        ValueError: no BERT, a decoder, or ``padding_in_balance=True``, which needs the padding.
+        ValueError: no BERT, a decoder, layers of another kind (hooks and other linear layers are
+            welcome), no floating dtype, or ``padding_in_balance=True``, which needs the padding.
 
     Example:
         >>> import moebert_lib
@@ -69,10 +71,18 @@ def accelerate(
     if not isinstance(bert, BertModel) or bert.config.is_decoder:
         kind = "a decoder" if isinstance(bert, BertModel) else f"a {type(model).__name__}"
         raise ValueError(f"accelerate takes a BERT or MoEBERT encoder of transformers, not {kind}")
+    for name, module in _replaced(bert):
+        if not _is_berts_own(module):
+            kind, name = type(module).__name__, name or "the model"
+            raise ValueError(f"accelerate does the work of BERT's layers, and {name} is a {kind} "
+                             "with a forward of its own")  # fmt: skip
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: expected a floating dtype such as torch.bfloat16")
     if getattr(bert.config, "padding_in_balance", False):
         raise ValueError("accelerate drops padding, and padding_in_balance=True counts it; "
                          "expected padding_in_balance=False")  # fmt: skip
-    head = "first" if isinstance(model, BertForSequenceClassification) else ""
+    usual = isinstance(model, BertForSequenceClassification) and _is_berts_own(model)
+    head = "first" if usual else ""
     head = "padding" if isinstance(model, BertForQuestionAnswering) else head
     packed = _packed(bert, Kernels(dtype=dtype, prepack=prepack), head)
     if isinstance(model, BertModel):
@@ -158,7 +168,7 @@ class PackedBert:
             return True
         if mask is None:
             return False
-        if mask.dim() != 2 or not bool(mask[:, 0].all()):
+        if mask.shape != input_ids.shape or not bool(mask[:, 0].all()):
             return True
         return self.reads == "padding" and torch.is_grad_enabled() and not bool(mask.all())
 
@@ -212,6 +222,25 @@ class PackedBert:
         if found is None or found.layer is not layer or not found.watch.same():
             self.prepared[index] = found = PreparedLayer(layer, self.kernels)
         return found
+
+
+def _replaced(bert: BertModel) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of everything whose work is done here, without its forward."""
+    parts = ("", "attention", "attention.self", "attention.output", "attention.output.LayerNorm",
+             "intermediate", "output", "output.LayerNorm")  # fmt: skip
+    yield "", bert
+    yield "encoder", bert.encoder
+    for index, layer in enumerate(bert.encoder.layer):
+        for part in parts:
+            name = f"encoder.layer.{index}" + f".{part}" * bool(part)
+            found = functools.reduce(lambda m, one: getattr(m, one, None), part.split("."), layer)
+            yield name, found if part else layer
+
+
+def _is_berts_own(module: nn.Module) -> bool:
+    """Whether it is a class of transformers' BERT, of this library or of torch, unchanged."""
+    known = ("transformers.models.bert.", "moebert_lib.", "torch.nn.modules.")
+    return type(module).__module__.startswith(known) and "forward" not in vars(module)
 
 
 def _passed_over(encoder: nn.Module) -> Iterator[nn.Module]:

@@ -14,6 +14,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertLMHeadModel,
     BertModel,
     BertTokenizerFast,
@@ -242,3 +243,58 @@ def test_a_users_hook_is_called_whatever_it_listens_to(part, grad):
         hook.remove()
         faster(**INPUTS)
     assert seen == [1] and torch.allclose(before, after, atol=1e-5)
+
+
+class Mean(BertForSequenceClassification):
+    """A classifier that reads all tokens."""
+
+    def forward(self, input_ids, attention_mask):
+        states = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state
+        real = attention_mask[..., None].to(states.dtype)
+        return self.classifier((states * real).sum(1) / real.sum(1))
+
+
+def test_a_head_of_ones_own_gets_all_states():
+    model = dense(Mean)
+    with torch.no_grad():
+        inputs = {name: INPUTS[name] for name in ("input_ids", "attention_mask")}
+        assert torch.allclose(accelerate(model)(**inputs), model(**inputs), rtol=0, atol=1e-12)
+
+
+def test_a_mask_of_another_shape_is_no_business_of_packing():
+    model, ids = dense(), INPUTS["input_ids"]
+    for mask in (torch.ones(1, ids.shape[1]), torch.ones(len(ids), ids.shape[1] + 2)):
+
+        def answer(one, mask=mask):
+            try:
+                with torch.no_grad():
+                    return one(input_ids=ids, attention_mask=mask).logits
+            except Exception as error:
+                return type(error)
+
+        found, expected = answer(accelerate(model)), answer(model)
+        assert found is expected or torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
+def other_layer(model):
+    layer = model.bert.encoder.layer[1]
+    layer.output = type("Own", (type(layer.output),), {"__module__": "elsewhere"})(model.config)
+
+
+def other_forward(model):
+    layer = model.bert.encoder.layer[1]
+    layer.forward = layer.forward
+
+
+@pytest.mark.parametrize("change", [other_layer, other_forward])
+def test_layers_with_a_forward_of_their_own_are_refused(change):
+    model = dense()
+    change(model)
+    with pytest.raises(ValueError, match=r"encoder.layer.1(.output)? is a \w+ with a forward"):
+        accelerate(model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.int8])
+def test_what_is_no_floating_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match="expected a floating dtype such as torch.bfloat16"):
+        accelerate(dense(), dtype=dtype)

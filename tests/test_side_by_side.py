@@ -63,7 +63,8 @@ def test_what_asks_for_most_is_started_first():
 def test_a_new_record_of_a_benchmark_makes_a_new_run_of_the_notebook_that_draws_it(home):
     def keys():
         jobs = planned("00_the_idea", "01_slow")  # without settings, and with
-        return [replace(job, name=name).key() for name in ("07_speed", "08_release") for job in jobs]
+        names = ("07_speed", "08_release")
+        return [replace(job, name=name).key() for name in names for job in jobs]
 
     before = keys()
     for place in ("figures/bench/inference.json", "runs/bench-inference-1.json"):
