@@ -52,7 +52,8 @@ def test_help_comes_at_once_because_torch_is_not_imported():
 
 
 def test_run_prints_progress_and_where_things_are_and_then_reuses(home, capsys):
-    assert cli.main(["run", "03", "00", "--scale", "smoke", "-p", "layers=[1]"]) == 0
+    one = ["--workers", "1"]  # side by side, lines are shown now and then only
+    assert cli.main(["run", "03", "00", "--scale", "smoke", "-p", "layers=[1]", *one]) == 0
     out = capsys.readouterr().out
     assert "    · settings read" in out and "figures/smoke-library" in out
     assert out.splitlines()[-1].split() == ["page", "runs/report.html"]
@@ -81,7 +82,7 @@ def test_a_plan_at_scale_paper_is_there_at_once_and_offline(moebert_home):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any(line.startswith("in all") and "CPU" in line and "GPU" in line for line in lines)
-    assert os.listdir(moebert_home) == ["notebooks"]
+    assert sorted(os.listdir(moebert_home)) == ["figures", "notebooks"]
 
 
 def test_a_plan_says_what_is_stored(home, capsys):

@@ -184,7 +184,7 @@ def test_a_notebooks_own_parameters_are_refused_out_of_range(
     assert cli.main(["run", number, *scale, "-p", given]) == 2
     out, err = capfd.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and said in err
-    assert sorted(os.listdir(moebert_home)) == ["notebooks"]
+    assert sorted(os.listdir(moebert_home)) == ["figures", "notebooks"]
 
 
 def test_more_experts_than_the_toy_has_neurons_need_something_shared(moebert_home, capfd):
