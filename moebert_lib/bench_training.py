@@ -24,7 +24,7 @@ from moebert_lib.evaluate import without_targets
 from moebert_lib.packed import accelerate
 from moebert_lib.released import as_released
 from moebert_lib.settings import UserError
-from moebert_lib.teacher_states import kept
+from moebert_lib.teacher_states import STATES, TeacherStates
 
 RELEASE, PACKED = "release style", "packed"
 HALF, CACHED = f"{PACKED} bf16", f"{PACKED}, cached teacher"
@@ -136,11 +136,11 @@ def wet(student: nn.Module, dropout: float) -> None:
 def _cached(teacher: nn.Module, batch: dict[str, Tensor], folder: Path) -> Callable[[], Any]:
     lengths, config = batch["attention_mask"].sum(1).tolist(), teacher.config
     layers = list(range(config.num_hidden_layers + 1))
-    with kept(folder, lengths, layers=layers, width=config.hidden_size,
-              dtype=torch.float32) as told:  # fmt: skip
-        with torch.no_grad():
-            told.fill(lambda asked: ask(teacher, asked, "packed"), [batch])
-    return lambda: told.of(batch, teacher)  # the mapped file stays, without a name
+    told = TeacherStates(folder / STATES, lengths, layers=layers, width=config.hidden_size,
+                         dtype=torch.float32)  # fmt: skip
+    with torch.no_grad():
+        told.fill(lambda asked: ask(teacher, asked, "packed"), [batch])
+    return lambda: told.of(batch, teacher)
 
 
 def glue(vocab: int, *, scale: int = 1) -> dict[str, Tensor]:

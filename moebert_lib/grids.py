@@ -200,18 +200,20 @@ def claims(settings: Settings, names: Sequence[str], width: int, *, ablate: bool
 def switches(settings: Settings) -> Grid:
     """Notebook 8: one switch at a time where paper and release differ, then all of them.
 
-    Gates have a baseline of their own, since where they scale matters to nothing else.
+    Gates have a baseline of their own, since where they scale matters to nothing else. What a
+    teacher with dropout says, or one whose padding counts, is never kept for other students.
     """
     base = settings.but(preset="paper")
+    anew = base.but(cache_teacher=False)
     gate = base.but(routing="gate-token")
     points = {
         "paper": base,
         "importance on validation": base.but(importance_split="validation"),
-        "teacher with dropout": base.but(teacher_dropout=True),
+        "teacher with dropout": anew.but(teacher_dropout=True),
         "shared neurons tied": base.but(shared_neurons="tied"),
         "one LayerNorm for all": base.but(expert_layer_norm="shared"),
-        "padding counted": base.but(padding_in_loss=True),
-        "release": base.but(preset="release"),
+        "padding counted": anew.but(padding_in_loss=True),
+        "release": anew.but(preset="release"),
         "gate, inside": gate,
         "gate, outside": gate.but(gate_scaling="outside"),
     }

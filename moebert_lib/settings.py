@@ -114,7 +114,7 @@ class Settings(BaseModel):
     # How training is computed
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU only
     tokens_per_batch: int | None = Field(None, ge=8)  # of a student; None: batch_size sentences
-    cache_teacher: bool = False  # keep the teacher's states on disk, for several epochs
+    cache_teacher: bool = False  # ask the teacher once for all epochs and students of a notebook
 
     # Answers that are spans (SQuAD): not in the paper, transformers' usual values
     n_best: int = Field(20, ge=1)  # start and end candidates of each window

@@ -1,13 +1,14 @@
-"""A teacher's states on disk, for a student that meets every sentence several times.
+"""A teacher's states on disk, for students that meet its sentences several times.
 
-The teacher says the same about a sentence in every epoch, so it is asked once. Its answers
+The teacher says the same about a sentence in every epoch and to every student, so it is asked
+once a process. Its answers
 (logits) are those of its head on the last state, which is always kept.
 """
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from moebert_lib.packing import Packing
 from moebert_lib.settings import UserError
 
-FILE = "teacher_states.bin"
+STATES = "teacher_states.bin"  # usual name of the file
 
 
 class TeacherStates:
@@ -29,11 +30,14 @@ class TeacherStates:
     1e-6 of a state's size in float32, and 1e-2, two steps of its 8 bits, in bfloat16.
 
     Args:
-        path: The file; it is made.
+        path: A file that is made, and has no name any more once it is mapped.
         lengths: Tokens of every example.
         layers: Which states ``X^0 .. X^L``, the last among them.
         width: ``D``.
         dtype: Of what is kept.
+
+    Raises:
+        UserError: the disk has no room for it.
     """
 
     def __init__(
@@ -45,6 +49,8 @@ class TeacherStates:
         n = int(self.starts[-1]) * len(layers) * width
         _reserve(path, n * dtype.itemsize)
         found = torch.from_file(str(path), shared=True, size=n, dtype=dtype)
+        with suppress(PermissionError):  # Windows, while it is mapped; its folder goes later
+            path.unlink()  # the room is free as soon as nobody holds the states
         self.rows = found.view(-1, len(layers), width)  # (tokens, layers, D)
 
     def fill(self, ask: Callable[[dict], SimpleNamespace], batches: Iterable[dict]) -> None:
@@ -80,31 +86,13 @@ class TeacherStates:
         return self.starts[examples.cpu()] + packing.position.cpu()
 
 
-@contextmanager
-def kept(
-    folder: Path, lengths: Sequence[int], *, layers: list[int], width: int, dtype: torch.dtype
-) -> Iterator[TeacherStates]:
-    """:class:`TeacherStates` in a folder for the time of a block; the file is removed after it.
-
-    Raises:
-        UserError: the disk has no room for it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE
-    try:
-        yield TeacherStates(path, lengths, layers=layers, width=width, dtype=dtype)
-    finally:
-        with suppress(PermissionError):  # Windows: while it is mapped; its folder goes later
-            path.unlink(missing_ok=True)
-
-
 def _reserve(path: Path, n_bytes: int) -> None:
     """A file of that size whose room on the disk is its own: a full disk kills who writes to it."""
     free = shutil.disk_usage(path.parent).free
     if n_bytes > free:
         raise UserError(f"cache_teacher=True needs {n_bytes / 1e9:,.2f} GB in {path.parent}, where "
-                        f"{free / 1e9:,.2f} GB are free; expected cache_teacher=False, fewer "
-                        "examples, or distill=last, which keeps one layer")  # fmt: skip
+                        f"{free / 1e9:,.2f} GB are free; expected cache_teacher=False or "
+                        "fewer examples")  # fmt: skip
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate") and n_bytes:
             os.posix_fallocate(file.fileno(), 0, n_bytes)

@@ -1,6 +1,7 @@
 """A teacher's states kept on disk: the same states, once, and gone after the training."""
 
 import copy
+import gc
 import shutil
 from types import SimpleNamespace
 
@@ -9,12 +10,12 @@ import pytest
 import torch
 from test_checkpoints import Pad, sentences
 
-from moebert_lib import batching, data, teacher_states
+from moebert_lib import batching, data, teacher_states, train
 from moebert_lib.convert import to_moebert
 from moebert_lib.experts import random_ranking
 from moebert_lib.packed import accelerate
 from moebert_lib.settings import Settings, UserError
-from moebert_lib.teacher_states import FILE, kept
+from moebert_lib.teacher_states import STATES, TeacherStates
 from moebert_lib.train import distil
 
 SETTINGS = Settings.at("smoke", batch_size=4, epochs=3.0, learning_rate=1e-3, dropout=0.0)
@@ -31,10 +32,10 @@ def asked(teacher, batch):
 
 
 def filled(folder, teacher, *, layers, dtype):
-    states = kept(folder, batching.lengths(sentences()), layers=layers, width=32, dtype=dtype)
-    found = states.__enter__()
-    found.fill(lambda batch: asked(teacher, batch), batches(5))
-    return states, found
+    lengths = batching.lengths(sentences())
+    states = TeacherStates(folder / STATES, lengths, layers=layers, width=32, dtype=dtype)
+    states.fill(lambda batch: asked(teacher, batch), batches(5))
+    return states
 
 
 @pytest.mark.parametrize(("layers", "dtype", "close"), [
@@ -45,7 +46,7 @@ def test_what_is_kept_is_what_the_teacher_says_in_any_other_batch(
     tiny_bert, tmp_path, layers, dtype, close
 ):
     teacher = accelerate(tiny_bert(dtype=torch.float64))
-    block, states = filled(tmp_path, teacher, layers=layers, dtype=dtype)
+    states = filled(tmp_path, teacher, layers=layers, dtype=dtype)
     for batch in batches(7, sort=False):
         found, wanted = states.of(batch, teacher), asked(teacher, batch)
         assert list(found.hidden_states) == layers
@@ -53,27 +54,30 @@ def test_what_is_kept_is_what_the_teacher_says_in_any_other_batch(
             own, other = found.hidden_states[layer].double(), wanted.hidden_states[layer].double()
             assert own.shape == other.shape and torch.allclose(own, other, rtol=close, atol=close)
         assert torch.allclose(found.logits, wanted.logits, rtol=0, atol=10 * close)
-    block.__exit__(None, None, None)
 
 
 def test_the_same_batch_gives_the_same_bytes(tiny_bert, tmp_path):
     teacher = accelerate(tiny_bert(dtype=torch.float32))
-    block, states = filled(tmp_path, teacher, layers=[0, 1, 2], dtype=torch.float32)
+    states = filled(tmp_path, teacher, layers=[0, 1, 2], dtype=torch.float32)
     for batch in batches(5):
         found, wanted = states.of(batch, teacher), asked(teacher, batch)
         for layer, state in found.hidden_states.items():
             assert torch.equal(state, wanted.hidden_states[layer])
         assert torch.equal(found.logits, wanted.logits)
-    block.__exit__(None, None, None)
 
 
-def test_the_file_is_as_large_as_said_and_gone_after_an_error(tmp_path):
-    with pytest.raises(KeyboardInterrupt), kept(
-        tmp_path / "new", [3, 4], layers=[0, 2], width=8, dtype=torch.bfloat16
-    ):  # fmt: skip
-        assert (tmp_path / "new" / FILE).stat().st_size == 7 * 2 * 8 * 2
-        raise KeyboardInterrupt
-    assert list((tmp_path / "new").iterdir()) == []
+def test_the_file_has_its_room_and_no_name(tmp_path, monkeypatch):
+    made, reserve = [], teacher_states._reserve
+
+    def measured(path, n_bytes):
+        reserve(path, n_bytes)
+        made.append(path.stat().st_size)
+
+    monkeypatch.setattr(teacher_states, "_reserve", measured)
+    sizes = dict(layers=[0, 2], width=8, dtype=torch.bfloat16)
+    states = TeacherStates(tmp_path / STATES, [3, 4], **sizes)
+    assert made == [7 * 2 * 8 * 2] and states.rows.shape == (7, 2, 8)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, monkeypatch):
@@ -81,9 +85,8 @@ def test_what_does_not_fit_is_refused_in_one_line_and_leaves_nothing(tmp_path, m
     sizes = dict(layers=[0, 1, 2], width=768, dtype=torch.float32)
     with (
         pytest.raises(UserError, match=r"needs 3\.69 GB in .*, where 1\.00 GB are free") as refusal,
-        kept(tmp_path, [400_000], **sizes),
     ):
-        pytest.fail("not reached")
+        TeacherStates(tmp_path / STATES, [400_000], **sizes)
     assert "\n" not in str(refusal.value) and "cache_teacher=False" in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -104,12 +107,29 @@ def test_a_training_with_kept_states_is_the_one_without(tiny_bert, tmp_path, cha
     assert curves[0]["hidden"].iloc[-1] > 0
 
 
-def test_one_epoch_keeps_nothing(tiny_bert, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_states, "_reserve", lambda *_: pytest.fail("a file was made"))
-    teacher = tiny_bert(dtype=torch.float32)
+def test_a_teacher_is_asked_once_for_all_students_of_a_dataset(tiny_bert, tmp_path):
+    teacher, calls = tiny_bert(dtype=torch.float32), []
+    teacher.register_forward_pre_hook(lambda *_: calls.append(1))
     student = to_moebert(teacher, random_ranking(2, 64, seed=0))
     settings = SETTINGS.but(cache_teacher=True, epochs=1.0)
-    assert len(distil(student, teacher, sentences(), Pad(), settings, tmp_path)) == 6
+    few = sentences().select(range(8))
+    for encoded, distil_from, n in (
+        (sentences(), "all", 1), (sentences(), "last", 1), (sentences(), "none", 1),
+        (few, "all", 2), (few, "skip", 2),
+    ):  # fmt: skip
+        distil(student, teacher, encoded, Pad(), settings.but(distill=distil_from), tmp_path)
+        assert len(calls) == n
+
+
+def test_what_a_teacher_said_goes_with_it(tiny_bert, tmp_path):
+    teacher = tiny_bert(dtype=torch.float32)
+    student = to_moebert(teacher, random_ranking(2, 64, seed=0))
+    distil(student, teacher, sentences(), Pad(), SETTINGS.but(cache_teacher=True), tmp_path)
+    assert teacher in train._known
+    n = len(train._known)
+    del teacher
+    gc.collect()
+    assert len(train._known) == n - 1
 
 
 def test_a_teacher_with_dropout_or_padding_that_counts_is_refused():
