@@ -68,12 +68,12 @@ def ablations(
         settings: The default configuration, part of every figure.
         width: Neurons of a dense FFN.
         fractions: Fig. 2a: ``width`` over the expert size; two thirds are shared throughout.
-            None here and below: the paper's points at scale ``paper``, else one fewer.
+            None here and below: the paper's points at scale ``paper``, else fewer.
         numbers: Fig. 2b: experts; those that the layer cannot fill are left out.
         thirds: Fig. 2c: shared thirds of an expert.
     """
-    whole = settings.scale == "paper"
-    fractions = fractions or ((24, 8, 4, 2) if whole else (8, 4, 2))
+    whole = not settings.offline
+    fractions = fractions or ((24, 8, 4, 2) if settings.scale == "paper" else (8, 4, 2))
     numbers = numbers or ((1, 2, 4, 8) if whole else (1, 4, 8))
     thirds = thirds or ((0, 1, 2, 3) if whole else (0, 2, 3))
     size, shared = settings.sizes(width)
@@ -168,7 +168,8 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
     """Notebook 6: Tables 1 and 2 over tasks, Table 3's plain training, Table 4's BERT-large.
 
     Without distillation the paper has three tasks; scale ``small`` trains all of its own, since a
-    claim over tasks needs them, and the offline scales only the main one.
+    claim over tasks needs them, and the offline scales only the main one. So it is with the deals
+    of Figure 3a, which the paper has for one task.
     """
     base = settings.but(distill="all")
     each = {task: on_task(base, task) for task in names}
@@ -176,9 +177,12 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
     plain = [task for task in names if not paper or task in TABLE3_TASKS]
     plain = [settings.task] if settings.offline else plain
     large = [task for task in names if paper and task in TABLE4_TASKS]
+    dealt = names if settings.scale == "small" else []
     return {
         "tables 1 and 2": [run for task in names for run in over_seeds(each[task])],
         "table3": [run for task in plain for run in over_seeds(each[task].but(distill="none"))],
+        "deals": [run for task in dealt for deal in ("random", "inverse")
+                  for run in over_seeds(each[task].but(ranking=deal))],
         "table4": [run for task in large
                    for run in over_seeds(base.on(task, model=LARGE, expert_size=None))],
     }  # fmt: skip
