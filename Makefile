@@ -3,6 +3,7 @@
 #   make run                     the whole workbook, offline, minutes on two cores
 #   make run ARGS='--scale small --data-dir DIR'
 #   make test                    all tests, two at a time;  make test ARGS='-n 0 -k routing'
+#   make figures                 draw all figures from figures/runs, and compare with figures/
 #   make lint                    what pre-commit and CI check
 #   make lab                     JupyterLab at the first notebook
 #   make explore                 the explorer as a page, for a classroom;  ARGS='--ip 0.0.0.0'
@@ -25,7 +26,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 LAB_STAMP := $(VENV)/.installed-lab
 SITE_STAMP := $(VENV)/.installed-site
 
-.PHONY: run test lint lab explore site clean
+.PHONY: run test figures lint lab explore site clean
 .DEFAULT_GOAL := run
 
 run: $(STAMP)
@@ -33,6 +34,9 @@ run: $(STAMP)
 
 test: $(DEV_STAMP)
 	@$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
+
+figures: $(STAMP)
+	@$(PY) -m moebert_lib report --from figures/runs --check $(ARGS)
 
 lint: $(DEV_STAMP)
 	@$(PY) -m ruff check .

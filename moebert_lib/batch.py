@@ -211,5 +211,7 @@ def failed_runs() -> list[dict[str, Any]]:
 
 def published(job: Job) -> Path:
     """The folder that a job's figures go to."""
+    if job.place:
+        return home() / "figures" / job.place
     settings = job.settings and job.settings.model_dump()
     return publish.destination(settings, changed=job.chosen)

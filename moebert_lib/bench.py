@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from moebert_lib.archive import named
 from moebert_lib.bench_machine import machine, prepare
 from moebert_lib.bench_models import BASE, LIMIT, TINY_SHAPE, VOCAB, glue_like, models
 from moebert_lib.settings import UserError, home
@@ -240,10 +241,12 @@ def keep(
 def read(what: str) -> dict[str, Any]:
     """The newest whole record of this home, else the one committed in ``figures/bench``.
 
+    Where figures are drawn from committed results, the committed one.
+
     Raises:
         UserError: there is none; the message says which command makes it.
     """
-    own = sorted((home() / "runs").glob(f"bench-{what}-[0-9]*.json"))
+    own = sorted((home() / "runs").glob(f"bench-{what}-[0-9]*.json")) if not named() else []
     committed = home() / "figures" / "bench" / f"{what}.json"
     for path in [*reversed(own), committed]:
         record = json.loads(path.read_text("utf-8")) if path.is_file() else {}

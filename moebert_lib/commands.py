@@ -36,7 +36,8 @@ def sweep(args: argparse.Namespace) -> int:
     if args.grid is None and not args.retry_failed:
         raise UserError("name a grid, such as grid.yaml (see moebert sweep --help)")
     _use_store(args)
-    planned = [sweeps.read(args.grid)] if args.grid else sweeps.with_failures()
+    grid = args.grid and sweeps.read(args.grid, data_dir=args.data_dir)
+    planned = [grid] if grid else sweeps.with_failures()
     _check_engine(args)
     if args.dry_run or args.why:
         for one in planned:
@@ -69,10 +70,14 @@ def status(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """``moebert report``: write the page and say where it is."""
+    """``moebert report``: write the page and say where it is; first draw it from results."""
     from moebert_lib.report import write_report
     from moebert_lib.store import Store
 
+    if args.results:
+        return _redraw(args)
+    if args.check:
+        raise UserError("--check compares what --from draws; give both")
     _use_store(args)
     if args.store:
         say(f"{Store().pull()} runs fetched from {Store().shared.url}")
@@ -80,10 +85,32 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _redraw(args: argparse.Namespace) -> int:
+    """Figures and tables drawn from a folder of results, or compared with those that are here."""
+    from moebert_lib import redraw
+    from moebert_lib.report import write_report
+
+    if args.check:
+        apart = redraw.check(args.results, echo=say)
+        for line in apart:
+            say(line)
+        say(f"{len(apart)} files differ" if apart else "figures/ holds what the results draw")
+        return 1 if apart else 0
+    say(f"figures   {near(redraw.draw(args.results, echo=say))}")
+    say(f"page      {near(write_report())}")
+    return 0
+
+
 def export(args: argparse.Namespace) -> int:
-    """``moebert export``: one row per run, of one store or several, as a file."""
+    """``moebert export``: one row per run, of one store or several, as a file; or results."""
     from moebert_lib import export as module
 
+    if args.out.is_dir() or not args.out.suffix:
+        from moebert_lib import results
+
+        n_rows, n_files = results.write(args.out, args.stores)
+        say(f"{n_rows} stages, {n_files} small files: {args.out}")
+        return 0
     frame = module.frame(args.stores, kind=args.kind)
     module.write(frame, args.out)
     say(f"{len(frame)} runs, {len(frame.columns)} columns: {args.out}")

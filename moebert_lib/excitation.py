@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moebert_lib import archive
 from moebert_lib.evaluate import without_targets
 from moebert_lib.importance import dense_layers
 from moebert_lib.inputs import dataset
 from moebert_lib.settings import Settings
-from moebert_lib.store import Store, code_digest
+from moebert_lib.store import code_digest
 from moebert_lib.teachers import importance_key, teacher
 
 EXAMPLES = 400  # at most; enough that most neurons meet something they answer to
@@ -162,7 +163,7 @@ def excitation(settings: Settings) -> Excitation:
         (folder / "tokens.json").write_text(json.dumps(pieces), "utf-8")
         return {"n_examples": len(pieces)}
 
-    entry = Store().make("excitation", excitation_key(importance_key(settings)), build)
+    entry = archive.store().make("excitation", excitation_key(importance_key(settings)), build)
     how = f"reused, runs/{entry.folder.name}" if entry.reused else f"made in {entry.seconds:.0f} s"
     print(f"· excitation for {settings.task}: {how}", flush=True)
     return read(entry.folder)

@@ -16,25 +16,18 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from moebert_lib import checkpoints, data
+from moebert_lib import archive, checkpoints, data
 from moebert_lib.convert import to_moebert
 from moebert_lib.evaluate import faster, state_distances
 from moebert_lib.experts import choose_ranking
-from moebert_lib.inputs import (
-    chosen,
-    dataset,
-    describe,
-    device,
-    load,
-    pretrained,
-    token_frequencies,
-)
+from moebert_lib.facts import About, about, describe, measured
+from moebert_lib.inputs import chosen, dataset, device, load, pretrained, token_frequencies
 from moebert_lib.moe_layer import parameter_counts
 from moebert_lib.scales import FFN_WIDTHS
 from moebert_lib.settings import Settings
 from moebert_lib.stages import CONVERSION, TRAINING
 from moebert_lib.states import sentence_states
-from moebert_lib.store import Entry, Store, code_digest
+from moebert_lib.store import Entry, code_digest
 from moebert_lib.teachers import (
     FORWARD,
     Teacher,
@@ -51,8 +44,9 @@ from moebert_lib.teachers import (
 from moebert_lib.train import distil
 
 __all__ = [
-    "Student", "Teacher", "conversion", "converted", "dataset", "describe", "device", "distances",
-    "evaluate", "grid", "importance", "said", "states", "student", "teacher", "truths", "width",
+    "About", "Student", "Teacher", "about", "conversion", "converted", "dataset", "describe",
+    "device", "distances", "evaluate", "grid", "importance", "measured", "said", "states",
+    "student", "teacher", "truths", "width",
 ]  # fmt: skip
 
 QUIET = 15  # seconds between two lines of a grid's progress
@@ -129,7 +123,7 @@ def _conversion(settings: Settings) -> Entry:
     def build(folder: Path) -> dict:
         return keep_judged(settings, converted(settings), folder)
 
-    return Store().make("converted", conversion_key(settings), build)
+    return archive.store().make("converted", conversion_key(settings), build)
 
 
 def distances(settings: Settings, model: PreTrainedModel) -> torch.Tensor:
@@ -162,7 +156,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         settings: The experiment.
         keep_model: Also keep the trained weights (90 MB for MiniLM).
     """
-    store, key = Store(), student_key(settings)
+    store, key = archive.store(), student_key(settings)
     named = {**key, "keep_model": keep_model}
 
     def build(folder: Path) -> dict:
@@ -245,7 +239,7 @@ def _in_turn(points: list[Settings]) -> Iterator[int]:
 
     What another process here is making now is left for later.
     """
-    busy = partial(Store().busy, anywhere=False)
+    busy = partial(archive.store().busy, anywhere=False)
     left = sorted(range(len(points)), key=lambda i: _dense(points[i]))
     parts = {i: list(_parts(points[i])) for i in left}
     while left:

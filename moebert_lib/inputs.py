@@ -22,7 +22,6 @@ from moebert_lib.evaluate import score
 from moebert_lib.scales import MINILM, TINY
 from moebert_lib.settings import Settings, home
 from moebert_lib.stages import DATA
-from moebert_lib.store import versions
 
 HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sentence is classified
 
@@ -132,19 +131,6 @@ def device() -> torch.device:
 def chosen(settings: Settings, names: tuple[str, ...]) -> dict:
     """Those settings, by name."""
     return {name: getattr(settings, name) for name in names}
-
-
-def describe(settings: Settings) -> str:
-    """One line of provenance for the top of a notebook."""
-    bundle, known = dataset(settings), versions()
-    libraries = ", ".join(f"{name} {known[name]}" for name in ("torch", "transformers"))
-    return (
-        f"{settings.scale}: {settings.model} on {settings.task}, "
-        f"{len(bundle.examples['train']):,} training and "
-        f"{len(bundle.examples['validation']):,} validation examples "
-        f"(data {bundle.digest[:8]}), "
-        f"seed {settings.seed}, {libraries}, {device()}"
-    )
 
 
 def dataset(settings: Settings) -> Dataset:

@@ -87,13 +87,15 @@ def _run(kinds: Any) -> None:
 
 def _sweep(kinds: Any) -> None:
     command = kinds.add_parser(
-        "sweep", help="run one notebook over a grid of settings, tasks and seeds",
+        "sweep", help="run a notebook over a grid of settings, tasks and seeds",
         description="Run 03_distillation, or another notebook, once for each point of the grid in "
         "a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings (each a "
         "list of values: all combinations) and points (a list of sets of values).",
         example="moebert sweep grid.yaml --dry-run",
     )  # fmt: skip
     command.add_argument("grid", type=Path, nargs="?", default=None, metavar="GRID.yaml")
+    command.add_argument("--data-dir", default="", metavar="DIR",
+                         help="GLUE-format files, in place of the grid's data_dir")  # fmt: skip
     command.add_argument("--dry-run", action="store_true",
                          help="only list what would run, what is reused, and why")  # fmt: skip
     command.add_argument("--why", action="store_true", help="the same with every reason in full")
@@ -133,9 +135,14 @@ def _status(kinds: Any) -> None:
 def _report(kinds: Any) -> None:
     command = kinds.add_parser(
         "report", help="gather figures, tables and runs in one HTML page",
-        description="Write runs/report.html: one file that needs no network.",
-        example="moebert report",
+        description="Write runs/report.html: one file that needs no network. With --from, first "
+        "draw all figures and tables from committed results; no model is needed or trained.",
+        example="moebert report\n  moebert report --from figures/runs",
     )  # fmt: skip
+    command.add_argument("--from", dest="results", type=Path, default=None, metavar="DIR",
+                         help="results of moebert export, with a workbook.yaml")  # fmt: skip
+    command.add_argument("--check", action="store_true",
+                         help="only compare what they draw with figures/")  # fmt: skip
     _store(command)
     command.set_defaults(function=commands.report)
 
@@ -144,11 +151,15 @@ def _export(kinds: Any) -> None:
     command = kinds.add_parser(
         "export", help="one table of all runs, of this store or of several",
         description="Write one row per run with its settings, results and origin. A run that "
-        "several stores hold is one row.",
+        "several stores hold is one row. Into a folder: all stages of experiments with the small "
+        "files that figures are drawn from, for moebert report --from.",
         example="moebert export runs.parquet\n"
+        "  moebert export figures/runs/ runs/\n"
         "  moebert export runs.csv runs/ other-machine/runs/ s3://BUCKET/PATH --kind student",
     )  # fmt: skip
-    command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv, or .json")
+    command.add_argument(
+        "out", type=Path, metavar="RUNS.parquet", help="or .csv, .json, or a folder of results"
+    )
     command.add_argument("stores", nargs="*", metavar="STORE",
                          help="a home, its runs/ or an fsspec URL; here by default")  # fmt: skip
     command.add_argument("--kind", default="notebook", metavar="K",

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebert_lib import estimate, grids, knobs
+from moebert_lib import archive, estimate, grids, knobs
 from moebert_lib.notebook_files import parameters_of
 from moebert_lib.provenance import checksums, code_digests, digest, input_digest, versions
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.settings import Settings, UserError, home, nearest
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
+MODEL = "model"  # and of those that need models or data, where results are drawn from
 #: Notebooks' parameters that name a folder: a key holds the digests of its files.
 FOLDERS = {"importance_dir"}
 TIMED = {"07_speed"}  # measures time, and draws what benchmarks kept: nothing runs beside it
@@ -33,7 +34,8 @@ class Job:
     ``name`` is such as ``01_importance`` and ``source`` the file's text when it was planned.
     ``given`` is injected; ``parameters`` holds the notebook's defaults too. ``settings`` is
     None for a notebook that takes none. ``origin`` tells notebooks of one name in different
-    folders apart; it decides no result.
+    folders apart, and ``place`` names a folder below ``figures/`` where it has to be another than
+    the usual one; neither decides a result.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Job:
     parameters: dict[str, Any]
     settings: Settings | None
     origin: str = ""
+    place: str = ""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -59,6 +62,15 @@ class Job:
         return {name: Path(value).name if name in FOLDERS else value
                 for name, value in given.items()}  # fmt: skip
 
+    def runs(self) -> str:
+        """The notebook's text as it is executed: all of it, or what results are enough for."""
+        if not archive.named():
+            return self.source
+        notebook = json.loads(self.source)
+        notebook["cells"] = [cell for cell in notebook["cells"]
+                             if cell["cell_type"] != "code" or _decides(cell)]  # fmt: skip
+        return json.dumps(notebook)
+
     def key(self) -> dict[str, Any]:
         """Everything that decides the result: code cells and no prose, values, data by its digest
         and not by where it lies, each module of the library, versions."""
@@ -72,7 +84,7 @@ class Job:
                       for cell in json.loads(self.source)["cells"] if _decides(cell)],
             "parameters": parameters,
             "settings": settings,
-            "inputs": (_inputs(self.settings) if self.settings else {}) | _records(self.name),
+            "inputs": _inputs(self.settings) | _records(self.name),
             "code": code_digests(),
             "versions": versions(),
         }  # fmt: skip
@@ -80,7 +92,11 @@ class Job:
 
 def _decides(cell: dict[str, Any]) -> bool:
     """Whether a notebook's result depends on a cell: not on prose, nor on a reader's exercise."""
-    return cell["cell_type"] == "code" and EXERCISE not in cell["metadata"].get("tags", [])
+    return cell["cell_type"] == "code" and not set(cell["metadata"].get("tags", [])) & _left_out()
+
+
+def _left_out() -> set[str]:
+    return {EXERCISE, MODEL} if archive.named() else {EXERCISE}
 
 
 def plan(
@@ -182,7 +198,9 @@ def _finite(name: str, value: Any) -> Any:
 
 
 def _check_data(jobs: Sequence[Job]) -> None:
-    """Refuse models, data and points of a grid that cannot be had."""
+    """Refuse models, data and points of a grid that cannot be had; results need none."""
+    if archive.named():
+        return
     from moebert_lib import data
 
     settings = dict.fromkeys(job.settings for job in jobs if job.settings)
@@ -239,14 +257,17 @@ def _records(name: str) -> dict[str, str]:
     """Digests of the benchmarks' records that a notebook may draw."""
     if name not in TIMED:
         return {}
-    paths = [
-        *(home() / "figures" / "bench").glob("*.json"),
-        *(home() / "runs").glob("bench-*.json"),
-    ]
+    own = [] if archive.named() else (home() / "runs").glob("bench-*.json")
+    paths = [*(home() / "figures" / "bench").glob("*.json"), *own]
     return {path.name: input_digest(path) for path in sorted(paths)}
 
 
-def _inputs(settings: Settings) -> dict[str, str]:
+def _inputs(settings: Settings | None) -> dict[str, str]:
+    """Digests of data and weights; of results where they are drawn from."""
+    if archive.named():
+        return archive.inputs()
+    if settings is None:
+        return {}
     from moebert_lib import data, weights
 
     model = settings.model

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moebert_lib.archive import ROWS
 from moebert_lib.settings import home
 from moebert_lib.store import Entry, digest, file_digest, write_bytes, write_json
 
@@ -79,17 +80,22 @@ def read_provenance(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
-    settings = entry.key.get("settings") or {}
-    return {
-        "notebook": entry.key["notebook"],
+    """Where a run's files come from; of one drawn from results only what any machine repeats.
+
+    There each row says with which code, versions and machine it was made (``archive``).
+    """
+    key, settings = entry.key, entry.key.get("settings") or {}
+    about = {
+        "notebook": key["notebook"],
         "run": entry.digest,
         "settings": settings,
         "seeds": {name: value for name, value in settings.items() if "seed" in name},
-        "inputs": entry.key.get("inputs", {}),
-        "versions": record["versions"],
-        "commit": record["commit"],
-        "machine": record["machine"],
+        "inputs": key.get("inputs", {}),
     }
+    if ROWS in about["inputs"]:
+        decides = ("notebook", "cells", "parameters", "settings", "inputs")
+        return about | {"run": digest({name: key[name] for name in decides})}
+    return about | {name: record[name] for name in ("versions", "commit", "machine")}
 
 
 def _copy(source: Path, target: Path, sha256: str) -> None:

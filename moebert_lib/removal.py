@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebert_lib import experiment
+from moebert_lib import archive, experiment
 from moebert_lib.evaluate import faster, predict
 from moebert_lib.experts import random_ranking
 from moebert_lib.settings import Settings
-from moebert_lib.store import Store, code_digest
+from moebert_lib.store import code_digest
 from moebert_lib.teachers import FORWARD
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
@@ -87,7 +87,7 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
         "n_examples": n_examples, "n_random": settings.n_random_splits,
         "code": code_digest("removal", "experts", "evaluate", *FORWARD),
     }  # fmt: skip
-    entry = Store().make("removal", key, build)
+    entry = archive.store().make("removal", key, build)
     print(f"· removal curves: {'reused' if entry.reused else f'made in {entry.seconds:.0f} s'}")
     return pd.read_csv(entry.folder / "curves.csv")
 

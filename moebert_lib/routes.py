@@ -37,6 +37,18 @@ def mean_factor(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float
     return float(torch.stack(factors).mean())
 
 
+def factors(models: Iterable[nn.Module], batches: Iterable[dict[str, Tensor]]) -> pd.DataFrame:
+    """:func:`mean_factor` of each model, as column ``p``."""
+    batches = list(batches)
+    return pd.DataFrame({"p": [mean_factor(model, batches) for model in models]})
+
+
+def count(models: Mapping[str, nn.Module], batches: Iterable[dict[str, Tensor]]) -> pd.DataFrame:
+    """:func:`expert_loads` of each model, as :func:`load_frame`'s rows."""
+    batches = list(batches)
+    return load_frame({name: expert_loads(model, batches) for name, model in models.items()})
+
+
 def _routes(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[list, Tensor]:
     batches = list(batches)
     with record_routes(model) as layers:
@@ -79,6 +91,17 @@ def sentence_ways(
     return Ways(tokens, experts, cut)
 
 
+def follow(
+    models: Mapping[str, nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    max_length: int,
+) -> pd.DataFrame:
+    """:func:`sentence_ways`, as :func:`way_frame`'s rows."""
+    way = sentence_ways(models, tokenizer, text, max_length=max_length)
+    return way_frame(way.tokens, way.experts)
+
+
 def load_frame(shares: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Loads by router as one row per ``router``, ``layer`` and ``expert``, counted from 1."""
     rows = [
@@ -89,6 +112,12 @@ def load_frame(shares: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["router", "layer", "expert", "share"])
 
 
+def shares(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """Loads by router, ``(L, E)``, from :func:`load_frame`'s rows."""
+    return {router: rows.pivot(index="layer", columns="expert", values="share").to_numpy()
+            for router, rows in frame.groupby("router", sort=False)}  # fmt: skip
+
+
 def way_frame(tokens: Sequence[str], ways: Mapping[str, np.ndarray]) -> pd.DataFrame:
     """Ways by router as one row per ``router``, ``layer`` and token, counted from 1."""
     rows = [
@@ -97,6 +126,15 @@ def way_frame(tokens: Sequence[str], ways: Mapping[str, np.ndarray]) -> pd.DataF
         for (place, layer), expert in np.ndenumerate(experts)
     ]
     return pd.DataFrame(rows, columns=["router", "layer", "position", "token", "expert"])
+
+
+def ways(frame: pd.DataFrame) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The tokens, and ways by router, ``(T, L)``, from :func:`way_frame`'s rows."""
+    parts = frame.groupby("router", sort=False)
+    experts = {router: rows.pivot(index="position", columns="layer", values="expert").to_numpy() - 1
+               for router, rows in parts}  # fmt: skip
+    first = frame[frame["router"] == frame["router"].iloc[0]].drop_duplicates("position")
+    return first.sort_values("position")["token"].tolist(), experts
 
 
 def busiest(shares: Mapping[str, np.ndarray]) -> pd.Series:

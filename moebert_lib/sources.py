@@ -5,15 +5,15 @@ excites the teacher's neurons, and every conversion by importance that was judge
 its scores and nothing else.
 """
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
+from transformers import AutoConfig
 
-from moebert_lib import estimate, excitation, experiment, grids, release
+from moebert_lib import archive, estimate, excitation, experiment, grids, release
+from moebert_lib.archive import Archive
 from moebert_lib.estimate import Shape
 from moebert_lib.excitation import Excitation
 from moebert_lib.importance import Importance
@@ -113,7 +113,7 @@ def from_settings(settings: Settings) -> Source:
     points = grids.conversions(settings, width)
     print(f"· accuracy right after conversion, for {len(points)} deals", flush=True)
     experiment.grid(points, run=experiment.conversion)
-    store = Store()
+    store = archive.store()
     scored = store.find("importance", importance_key(settings))
     return _source(scored, _by_kind(store), settings.scale)
 
@@ -123,7 +123,7 @@ def from_store() -> list[Source]:
 
     What can show a neuron's tokens comes first, and the newest of those.
     """
-    store = Store()
+    store = archive.store()
     there = _by_kind(store)
     found = [_source(entry, there) for entry in reversed(store.entries("importance"))]
     known = [source for source in found if source is not None]
@@ -182,21 +182,26 @@ def _same(n_experts: int, expert_size: int, n_shared: int) -> tuple[int, int, in
     return n_experts, expert_size, n_shared
 
 
-def _by_kind(store: Store) -> dict[str, list[Entry]]:
+def _same_stage(one: dict | None, other: dict) -> bool:
+    """Whether two keys mean one stage; results know it by its settings (``archive``)."""
+    return archive.choices(one) == archive.choices(other) if archive.named() else one == other
+
+
+def _by_kind(store: Store | Archive) -> dict[str, list[Entry]]:
     return {kind: store.entries(kind) for kind in ("teacher", "excitation", "converted")}
 
 
 def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> Source | None:
     """An entry of scores with what else is there of its teacher; None without a teacher."""
     key = scored.key
-    dense = next((e for e in there["teacher"] if e.key == key["teacher"]), None)
+    dense = next((e for e in there["teacher"] if _same_stage(e.key, key["teacher"])), None)
     if dense is None:
         return None
     scale = scale or _scale(key)
     about = {"task": key["teacher"]["task"], "scale": scale,
              "seed": key["teacher"]["teacher_seed"], "model": key["teacher"]["model"]}  # fmt: skip
     scores = {EQ4: _numbers(Importance.load(scored.folder / "importance.safetensors").scores)}
-    passed = [entry for entry in there["excitation"] if entry.key["importance"] == key]
+    passed = [entry for entry in there["excitation"] if _same_stage(entry.key["importance"], key)]
     excited = excitation.read(passed[-1].folder) if passed else None
     if excited:
         scores |= {ACTIVE: _numbers(excited.mean), LARGE: _numbers(excited.magnitude)}
@@ -204,7 +209,7 @@ def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> So
     metric = TASKS[about["task"]].metric
     return Source(
         _name(about, key), scores, about, sizes=sizes,
-        head=_stored(dense.folder) - estimate.parameters(sizes)[1],
+        head=head_parameters(dense.folder),
         accuracy=_judged(key, there["converted"], metric), metric=metric, dense=dense.row[metric],
         excited=excited, silent="" if excited else
         "The pass that finds them has not been made; notebook 1 makes it.",
@@ -236,23 +241,21 @@ def _judged(key: dict, judged: list[Entry], metric: str) -> pd.DataFrame:
     rows = [
         {name: entry.key[name] for name in names} | {"value": entry.row[metric]}
         for entry in judged
-        if entry.key.get("importance") == key
+        if _same_stage(entry.key.get("importance"), key)
         and all(entry.key[name] == value for name, value in usual.items())
     ]
     return pd.DataFrame(rows).drop_duplicates([*names], keep="last") if rows else pd.DataFrame()
 
 
-def _stored(folder: Path) -> int:
-    """Parameters in a model's file, read off its header."""
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if index.exists():
-        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    total = 0
-    for name in files:
-        with safe_open(folder / name, "pt") as file:
-            total += sum(int(np.prod(file.get_slice(k).get_shape())) for k in file.keys())
-    return total
+def head_parameters(folder: Path) -> int:
+    """What a saved model has more than ``estimate.parameters`` counts, by its ``config.json``.
+
+    A class or a value is read from the pooler, which is counted; a span from each token, and that
+    model has no pooler, so that the number is negative.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    pooler = config.hidden_size if config.architectures == ["BertForQuestionAnswering"] else 0
+    return (config.hidden_size + 1) * (config.num_labels - pooler)
 
 
 def _numbers(scores) -> np.ndarray:

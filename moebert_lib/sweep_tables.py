@@ -25,18 +25,20 @@ def table(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed]) -> "Da
     """One row a point in the order of jobs: its values, its state, what it recorded.
 
     Returns:
-        Columns ``scale``, ``task``, ``seed`` and what else the grid varies; ``state``, "done" or
-        "failed"; ``run``, the name of its folder in ``runs/``; then what notebooks recorded.
+        Columns ``notebook`` where there are several, ``scale``, ``task``, ``seed`` and what else
+        the grid varies; ``state``, "done" or "failed"; ``run``, the name of its folder in
+        ``runs/``; then what notebooks recorded.
     """
     from pandas import DataFrame
 
     varied = dict.fromkeys(name for job in jobs for name in job.values)
     named = [name for name in varied if name not in ("scale", "task", "seed", "data_dir")]
-    rows = []
+    several, rows = len({job.name for job in jobs}) > 1, []
     for job, result in zip(jobs, results, strict=True):
         known = {**job.parameters, **(job.settings.model_dump() if job.settings else {})}
         first = [name for name in ("scale", "task", "seed") if name in known]
-        row = {name: known.get(name) for name in [*first, *named]}
+        row = {"notebook": job.name} if several else {}
+        row |= {name: known.get(name) for name in [*first, *named]}
         done = isinstance(result, Entry)
         row |= {"state": "done" if done else "failed", "run": result.folder.name if done else ""}
         told = result.row.get("metrics", {}) if done else {}

@@ -1,4 +1,4 @@
-"""A grid of runs of one notebook: validated, run on any engine, gathered in one table.
+"""A grid of runs of a notebook, or of several: validated, run on any engine, gathered in one table.
 
 A grid is a mapping, in Python or in a YAML file::
 
@@ -14,7 +14,8 @@ A grid is a mapping, in Python or in a YAML file::
       - {n_experts: 4, expert_size: 384}
       - {n_experts: 8, expert_size: 192}
 
-Paths are found from the current folder, as on the command line.
+A set may name a notebook of its own, so that a grid can hold a whole workbook. Paths are found
+from the current folder, as on the command line.
 Where seeds are listed a point is one seed: ``n_seeds`` is 1 unless the grid says otherwise.
 """
 
@@ -90,16 +91,18 @@ def sweep(
     return sweep_tables.table(planned.jobs, results)
 
 
-def read(path: Path) -> Sweep:
-    """The sweep that a YAML file describes, named after the file.
+def read(path: Path, *, data_dir: str = "") -> Sweep:
+    """The sweep that a YAML file describes, named after the file; its data may lie elsewhere.
 
     Raises:
         UserError: as :func:`plan`, or the file cannot be read.
     """
     if not path.is_file():
         raise UserError(f"no file {path}; expected a YAML grid (see moebert sweep --help)")
-    return plan(yamls.parse(path.read_text("utf-8", errors="replace"), str(path)),
-                name=path.stem, where=f"{path}: ")  # fmt: skip
+    grid = yamls.parse(path.read_text("utf-8", errors="replace"), str(path))
+    if data_dir and isinstance(grid, Mapping):
+        grid = {**grid, "data_dir": data_dir}
+    return plan(grid, name=path.stem, where=f"{path}: ")
 
 
 def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
@@ -113,19 +116,25 @@ def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
     for key in grid:
         if key not in NAMES:
             raise UserError(f"{where}unknown name '{key}'; {nearest(str(key), NAMES)}")
-    paths = batch.select([str(grid.get("notebook") or "03_distillation")])
+    usual = str(grid.get("notebook") or "03_distillation")
     common = {"scale": grid.get("scale") or "quick", "data_dir": str(grid.get("data_dir") or "")}
+    several = any("notebook" in one for one in grid.get("points") or [] if isinstance(one, Mapping))
     jobs: dict[str, Job] = {}
-    settled = notebook_files.takes_settings(paths[0]) and grid.get("seeds") is not None
     for values in _points(grid, where):
-        values = {"n_seeds": 1, **values} if settled else values
+        paths = batch.select([str(values.pop("notebook", usual))])
+        given = common
+        if several and not notebook_files.takes_settings(paths[0]):  # they are for the others
+            values = {k: v for k, v in values.items() if k not in (grid.get("settings") or {})}
+            given = {"scale": common["scale"]}
+        elif notebook_files.takes_settings(paths[0]) and grid.get("seeds") is not None:
+            values = {"n_seeds": 1, **values}
         try:
-            (job,) = batch.plan(paths, parameters=values, **common)
+            (job,) = batch.plan(paths, parameters=values, **given)
         except UserError as error:
             told = "".join(f" {name}={value}" for name, value in values.items())
             point = f"point{told}: " if told else ""
             raise UserError(f"{where}{point}{error}") from None
-        jobs.setdefault(digest(job.parameters), job)
+        jobs.setdefault(digest([job.name, job.origin, job.parameters]), job)
     return Sweep(name, dict(grid) | _places(grid), list(jobs.values()))
 
 

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moebert_lib.batching import lengths
 from moebert_lib.packing import Packing
 from moebert_lib.settings import UserError
 
@@ -84,6 +86,39 @@ class TeacherStates:
         """Where the file holds a batch's packed tokens, ``(N,)``."""
         examples = batch["index"][packing.sentence]
         return self.starts[examples.cpu()] + packing.position.cpu()
+
+
+#: What each teacher that is still in use says to a dataset, for the students to come.
+_known: WeakKeyDictionary[nn.Module, tuple[str, TeacherStates]] = WeakKeyDictionary()
+
+
+def known(
+    teacher: nn.Module, encoded, folder: Path, *, half: bool
+) -> tuple[TeacherStates | None, bool]:
+    """A teacher's states of all layers for all examples, and whether they are still to be filled.
+
+    Args:
+        teacher: A dense model.
+        encoded: Training set from ``data.encode``.
+        folder: Where there is room on the disk.
+        half: Whether bfloat16 is kept.
+    """
+    dtype = torch.bfloat16 if half else torch.float32
+    what, told = _known.get(teacher, ("", None))
+    if told and what == encoded._fingerprint and told.rows.dtype == dtype:
+        return told, False
+    del told
+    _known.pop(teacher, None)  # its room on the disk is free before new room is asked for
+    folder.mkdir(parents=True, exist_ok=True)
+    config = teacher.config
+    layers = list(range(config.num_hidden_layers + 1))
+    size = {"layers": layers, "width": config.hidden_size, "dtype": dtype}
+    return TeacherStates(folder / STATES, lengths(encoded), **size), True
+
+
+def remember(teacher: nn.Module, encoded, told: TeacherStates) -> None:
+    """Keep what was filled as long as the teacher is in use."""
+    _known[teacher] = (encoded._fingerprint, told)
 
 
 def _reserve(path: Path, n_bytes: int) -> None:

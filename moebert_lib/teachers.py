@@ -13,11 +13,11 @@ import pandas as pd
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from moebert_lib import checkpoints, data, weights
+from moebert_lib import archive, checkpoints, data, weights
 from moebert_lib.evaluate import faster, predict
 from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.inputs import chosen, dataset, device, load, new_model
-from moebert_lib.settings import Settings, home
+from moebert_lib.settings import Settings, UserError, home
 from moebert_lib.stages import DATA, IMPORTANCE, TEACHER
 from moebert_lib.store import Entry, Store, code_digest, versions
 from moebert_lib.train import fine_tune
@@ -31,9 +31,21 @@ FORWARD = ("packed", "prepared", "packing", "kernels")
 class Teacher:
     """The fine-tuned dense model, its validation metrics, and where they are kept."""
 
-    model: PreTrainedModel
+    task: str
     metrics: dict[str, float]
     entry: Entry
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        """The model, read when it is first asked for; in eval mode.
+
+        Raises:
+            UserError: its weights are not kept, as in a folder of results.
+        """
+        if archive.named():
+            raise UserError(f"'{archive.named()}' keeps results and no weights; run the notebook "
+                            "itself for what needs the model")  # fmt: skip
+        return load(self.entry.folder, data.TASKS[self.task]).eval()
 
 
 def _fixed(settings: Settings, *also: str) -> Settings:
@@ -46,7 +58,15 @@ def teacher_key(settings: Settings) -> dict:
     """What the teacher depends on."""
     return {
         **chosen(settings, DATA + TEACHER), "teacher_seed": settings.dense_seed,
-        "model": settings.model,
+        "model": settings.model, **_origin(settings),
+    }  # fmt: skip
+
+
+def _origin(settings: Settings) -> dict:
+    """What a teacher is made with; nothing where it is read and not made."""
+    if archive.named():
+        return {}
+    return {
         "weights": weights.digest(settings.model, hub=not settings.offline),
         "data": data.digest(settings), "device": device().type,  # bf16 on a GPU
         "code": code_digest("data", "batching", "corpus", "spans", "weights", "inputs", "train",
@@ -77,12 +97,11 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
         bundle.tokenizer.save_pretrained(folder)
         return keep_judged(settings, model, folder)
 
-    store, key = Store(), teacher_key(settings)
+    store, key = archive.store(), teacher_key(settings)
     entry = store.make("teacher", key, build)
     checkpoints.clear(place(store, entry.folder))
     _say(entry, f"teacher for {settings.task}")
-    model = load(entry.folder, data.TASKS[settings.task])
-    return Teacher(model.eval(), entry.row, entry)
+    return Teacher(settings.task, entry.row, entry)
 
 
 def importance(settings: Settings) -> Importance:
@@ -106,7 +125,7 @@ def _importance(settings: Settings, _root: Path) -> Importance:
         scores.save(folder / "importance.safetensors")
         return {"n_examples": scores.n_examples}
 
-    entry = Store().make("importance", importance_key(settings), build)
+    entry = archive.store().make("importance", importance_key(settings), build)
     _say(entry, f"importance for {settings.task}")
     return Importance.load(entry.folder / "importance.safetensors")
 

@@ -9,7 +9,6 @@ import functools
 import gc
 import time
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import pandas as pd
 import torch
@@ -29,7 +28,7 @@ from moebert_lib.distill import distillation_terms
 from moebert_lib.evaluate import faster, without_targets
 from moebert_lib.packed import accelerate
 from moebert_lib.settings import Settings
-from moebert_lib.teacher_states import STATES, TeacherStates
+from moebert_lib.teacher_states import TeacherStates, known, remember
 
 FILL = 4096  # tokens that a teacher whose states are kept is asked about at once
 
@@ -211,7 +210,9 @@ def distil(
         learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
         settings=settings,
     )  # fmt: skip
-    told, new = _told(teacher, encoded, settings, folder)
+    wanted = settings.cache_teacher and settings.distill != "none"
+    half = in_half(settings)
+    told, new = known(teacher, encoded, folder, half=half) if wanted else (None, False)
     trainer = DistillationTrainer(
         student, arguments, callbacks=[Progress("student")],
         train_dataset=_numbered(encoded) if told else encoded,
@@ -223,36 +224,11 @@ def distil(
     if new:  # before the first step: a resumed training must find the same bytes
         device = trainer.args.device
         told.fill(trainer.ask, batches(encoded, tokenizer, 1, device=device, max_tokens=FILL))
-        _known[teacher] = (_what(encoded, settings), told)
+        remember(teacher, encoded, told)
     _run(trainer, checkpoints, terms=trainer._terms)
     student.eval()  # its own flags: what was trained is the accelerated one
     teacher.eval()
     return trainer.curve()
-
-
-#: What each teacher that is still in use says to a dataset, for the students to come.
-_known: WeakKeyDictionary[nn.Module, tuple[tuple, TeacherStates]] = WeakKeyDictionary()
-
-
-def _told(
-    teacher: nn.Module, encoded, settings: Settings, folder: Path
-) -> tuple[TeacherStates | None, bool]:
-    """Room for the teacher's states of all examples, and whether it has to be filled."""
-    if not settings.cache_teacher or settings.distill == "none":
-        return None, False
-    what, told = _known.get(teacher, (None, None))
-    if what == _what(encoded, settings):
-        return told, False
-    _known.pop(teacher, None)  # its room on the disk is free before new room is asked for
-    config, dtype = teacher.config, torch.bfloat16 if in_half(settings) else torch.float32
-    layers = list(range(config.num_hidden_layers + 1))
-    size = {"layers": layers, "width": config.hidden_size, "dtype": dtype}
-    folder.mkdir(parents=True, exist_ok=True)
-    return TeacherStates(folder / STATES, lengths(encoded), **size), True
-
-
-def _what(encoded, settings: Settings) -> tuple:
-    return encoded._fingerprint, in_half(settings)
 
 
 def _numbered(encoded):

@@ -37,6 +37,17 @@ CLAIMED = {
     "not worse": (-MARGIN, np.inf),
 }
 
+#: Rows of :func:`methods`: the prefix of the score, and which runs have it.
+METHODS = {
+    "dense teacher": ("teacher_", "distill == 'all'"),
+    "converted by importance, untrained":
+        ("converted_", "ranking == 'importance' and distill == 'all'"),
+    "MoEBERT": ("", "ranking == 'importance' and distill == 'all'"),
+    "MoEBERT without distillation": ("", "ranking == 'importance' and distill == 'none'"),
+    "random split, distilled": ("", "ranking == 'random' and distill == 'all'"),
+    "inverse split, distilled": ("", "ranking == 'inverse' and distill == 'all'"),
+}  # fmt: skip
+
 
 def judge(gaps: Iterable[float], kind: str) -> tuple[str, float, float]:
     """Verdict on one comparison, and the 95% interval of the mean difference that decides it.
@@ -168,6 +179,26 @@ def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
                      theirs, mean - theirs, theirs - bert))  # fmt: skip
     names = "model task metric ours low high n teacher gap guessing paper"
     return pd.DataFrame(rows, columns=[*names.split(), "over paper", "paper gap"])
+
+
+def methods(runs: pd.DataFrame) -> pd.DataFrame:
+    """The headline metric of each of ``METHODS`` on each task, in %; without runs it has no row.
+
+    Args:
+        runs: Rows of ``experiment.grid``, of one model; those of equal seed count once.
+
+    Returns:
+        Columns ``method``, ``task``, ``metric``, ``mean``, ``low`` and ``high`` (95% t interval;
+        below five runs the lowest and highest run) and ``n`` (runs; of teachers, teachers).
+    """
+    runs = runs.assign(dense=runs["seed"].where(runs["teacher_seed"].isna(), runs["teacher_seed"]))
+    rows = []
+    for method, (prefix, which) in METHODS.items():
+        for task, group in runs.query(which).groupby("task", sort=False):
+            metric = TASKS[task].metric
+            once = group.drop_duplicates("dense" if prefix == "teacher_" else "seed")
+            rows.append((method, task, metric, *_level(once[prefix + metric])))
+    return pd.DataFrame(rows, columns=["method", "task", "metric", *Interval._fields])
 
 
 def points(runs: pd.DataFrame, figure: str, metric: str, width: int) -> pd.DataFrame:

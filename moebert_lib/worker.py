@@ -16,7 +16,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, TextIO
 
-from moebert_lib import execution, records
+from moebert_lib import archive, execution, records
 from moebert_lib.disk import Unwritable, read_json
 from moebert_lib.planning import Job
 from moebert_lib.settings import Settings, UserError
@@ -91,11 +91,11 @@ def make(
             raise failure
         figures = folder / "figures"
         figures.mkdir()
-        offline = job.settings.offline if job.settings else True
+        offline = job.settings.offline if job.settings and not archive.named() else True
         environment = execution.kernel_environment(figures, offline=offline)
         try:
             execution.execute(
-                job.name, job.source, folder,
+                job.name, job.runs(), folder,
                 parameters=job.given, environment=environment, echo=say,
             )  # fmt: skip
         except execution.NotebookFailed as failure:

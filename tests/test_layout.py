@@ -16,13 +16,14 @@ ROOMS = {
     "commands_bench doctor",
     "speed": "bench bench_inference bench_training bench_importance bench_scaling bench_cuda "
     "bench_machine bench_models bench_batch bench_widgets released roofline",
-    "pages": "explore_page report report_tables site site_notebooks site_pages site_reference "
-    "site_theme",
+    "pages": "explore_page redraw findings report report_tables site site_notebooks site_pages "
+    "site_reference site_theme",
     "widgets": "widgets token_table explorer explorer_widget readout sources",
     "figures and tables": "plots plots_importance plots_experts plots_routing plots_states "
     "plots_learning plots_results plots_claims plots_release plots_speed plots_bench "
     "plots_explorer saving tables",
-    "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export columns",
+    "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export results "
+    "columns",
     "one notebook, planned and run": "planning notebook_files knobs forecast estimate worker "
     "execution publish pages",
     "exercises": "exercises exercises_method exercises_learning exercises_results",

@@ -56,6 +56,19 @@ def test_frames_count_from_one_and_keep_every_value():
     assert ways.values.tolist() == [["a", 1, 1, "x", 1], ["a", 1, 2, "y", 4]]
 
 
+def test_loads_and_ways_come_back_from_their_frames():
+    draw = np.random.default_rng(0)
+    loads = {"b": draw.random((3, 4)), "a": draw.random((3, 4))}
+    back = routes.shares(routes.load_frame(loads))
+    assert list(back) == ["b", "a"]
+    assert all(np.array_equal(back[name], table) for name, table in loads.items())
+    experts = {"b": draw.integers(4, size=(12, 3)), "a": draw.integers(4, size=(12, 3))}
+    words = [*"abcabcabcxyz"]
+    tokens, again = routes.ways(routes.way_frame(words, experts))
+    assert tokens == words and list(again) == ["b", "a"]
+    assert all(np.array_equal(again[name], table) for name, table in experts.items())
+
+
 def test_the_busiest_expert_is_that_of_the_least_even_layer():
     shares = {"a": np.array([[0.5, 0.5], [0.2, 0.8]])}
     assert routes.busiest(shares)["a"] == pytest.approx(1.6)

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import make_home
+from tiny_spans import span_bert
 
-from moebert_lib import experiment, sources
+from moebert_lib import estimate, experiment, sources
 from moebert_lib.importance import Importance
 from moebert_lib.moe_layer import parameter_counts
 from moebert_lib.settings import Settings, UserError
@@ -42,6 +43,17 @@ def test_parameters_are_those_of_the_converted_model(mine, sizes):
 def test_without_experts_they_are_the_teachers(mine):
     n = sum(p.numel() for p in experiment.teacher(SMOKE).model.parameters())
     assert mine.parameters(0, 0) == (n, n)
+
+
+@pytest.mark.parametrize("head", [1, 2, 6, "span"])
+def test_a_head_is_counted_from_the_config_alone(head, tiny_bert, tmp_path):
+    span = head == "span"
+    model = span_bert(tiny_bert()) if span else tiny_bert(num_labels=head)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    without = estimate.parameters(estimate.shape(str(tmp_path)))[1]
+    true = sum(parameter.numel() for parameter in model.parameters())
+    assert without + sources.head_parameters(tmp_path) == true
 
 
 def test_scores_are_eq_4_first_then_those_of_the_pass(mine):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_checkpoints import Pad, sentences
 
-from moebert_lib import batching, data, teacher_states, train
+from moebert_lib import batching, data, teacher_states
 from moebert_lib.convert import to_moebert
 from moebert_lib.experts import random_ranking
 from moebert_lib.packed import accelerate
@@ -125,11 +125,11 @@ def test_what_a_teacher_said_goes_with_it(tiny_bert, tmp_path):
     teacher = tiny_bert(dtype=torch.float32)
     student = to_moebert(teacher, random_ranking(2, 64, seed=0))
     distil(student, teacher, sentences(), Pad(), SETTINGS.but(cache_teacher=True), tmp_path)
-    assert teacher in train._known
-    n = len(train._known)
+    assert teacher in teacher_states._known
+    n = len(teacher_states._known)
     del teacher
     gc.collect()
-    assert len(train._known) == n - 1
+    assert len(teacher_states._known) == n - 1
 
 
 def test_a_teacher_with_dropout_or_padding_that_counts_is_refused():

@@ -236,6 +236,32 @@ def test_gaps_are_the_papers_and_every_run_s_under_one_name():
     assert span.loc[span["task"] == "SQuAD v1.1 F1", "gap"].tolist() == pytest.approx([-0.5, 25])
 
 
+def test_methods_are_levels_of_the_headline_metric_and_a_shared_teacher_counts_once():
+    teacher = dict(teacher_f1=[0.9, 0.9], converted_f1=[0.2, 0.3])
+    on_mrpc = [("importance", "all", [0.8, 0.84]), ("importance", "none", [0.7, 0.72]),
+               ("random", "all", [0.6, 0.64])]  # fmt: skip
+    frames = [runs("mrpc", f1=f1, accuracy=[0.1, 0.1], **teacher).assign(ranking=deal, distill=how)
+              for deal, how, f1 in on_mrpc]  # fmt: skip
+    five = [0.6, 0.7, 0.65, 0.62, 0.68]
+    alone = dict(accuracy=five, teacher_accuracy=five, converted_accuracy=five)
+    rte = runs("rte", **alone).assign(ranking="importance", distill="all", teacher_seed=None)
+    table = verdicts.methods(pd.concat([*frames, rte, rte])).set_index(["task", "method"])
+    numbers = table[["mean", "low", "high", "n"]]
+    expected = {
+        "dense teacher": [90, 90, 90, 1],
+        "converted by importance, untrained": [25, 20, 30, 2],
+        "MoEBERT": [82, 80, 84, 2],
+        "MoEBERT without distillation": [71, 70, 72, 2],
+        "random split, distilled": [62, 60, 64, 2],
+    }
+    assert list(numbers.loc["mrpc"].index) == list(expected)  # inverse has no runs
+    assert numbers.loc["mrpc"].values.ravel() == pytest.approx(sum(expected.values(), []))
+    assert set(table.loc["mrpc", "metric"]) == {"f1"} and len(table) == 5 + 3
+    reach = 2.776 * (68 / 4) ** 0.5 / 5**0.5  # squares of -5, 5, 0, -3, 3 sum to 68
+    own = numbers.loc[("rte", "dense teacher")].tolist()
+    assert own == pytest.approx([65, 65 - reach, 65 + reach, 5], abs=1e-2)
+
+
 def test_a_figures_points_are_matched_by_proportion_and_compared_with_the_default():
     scores = {192: 0.5, 384: 0.75, 768: 0.8}
     rows = [{"expert_size": k, "accuracy": v + d} for k, v in scores.items() for d in (0, 0.01)]

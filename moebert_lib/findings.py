@@ -1,0 +1,175 @@
+"""The page "What we found", written from the tables that lie beside it: no number by hand."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+
+from moebert_lib import archive
+from moebert_lib.claims import CLAIMS
+from moebert_lib.settings import UserError
+from moebert_lib.store import write_bytes
+from moebert_lib.verdicts import CONTRADICTED, MARGIN, REPRODUCED, UNDECIDED, judge
+
+PAGE = "found.md"
+NOTEBOOK = "06_results"  # draws the tables without which there is no page
+COMPARED, SWITCHED, METHODS = "06_comparisons.csv", "08_switches.csv", "06_methods.md"
+
+HEAD = """# What we found
+
+{provenance}
+
+## The methods side by side
+
+{methods}
+"""
+
+CLAIMED = """
+## Which of the paper's claims hold here
+
+{counts} A comparison is *{reproduced}* where the interval of the mean difference lies wholly on the
+claimed side of zero, *{contradicted}* where it lies wholly on the other, and *{undecided}* where it
+holds zero; "equal" and "not worse" allow {margin:g} points ([the whole
+rule](../notebooks/06_results.ipynb)). Differences are in points of a task's headline metric, with
+the 95% interval that decides. Pairs are the seeds of one task, or where several tasks have the
+comparison the tasks.
+"""
+
+SWITCHES = """
+## What the release's switches change
+
+The paper's choice against what the released code does, one switch at a time, paired by seed: mean
+difference in points with the 95% t interval, and each seed's. ([Notebook
+8](../notebooks/08_release.ipynb) explains the switches; these students were trained on a quarter
+of the data, since one that counts padding costs many times as much.)
+
+| switch | difference | seeds | what the runs say |
+|:--|--:|:--|:--|
+{rows}
+"""
+
+LIMITS = """
+## What these runs cannot say
+
+- **One teacher per task.** Its seed is fixed, so no interval holds what another teacher would
+  change; for RTE and MRPC that is often more than the differences above.
+- **Three seeds.** With three pairs the t interval is wide and takes differences for normal.
+  Undecided means that these runs cannot tell, not that there is no effect.
+- **Many comparisons.** Some verdicts would come by luck alone; notebook 6 counts how many, and
+  corrects by Holm.
+- **Not the paper's model.** MiniLM has half of BERT-base's layers and width, and was distilled
+  itself; the paper's ablations are on MNLI, and its students train four to ten epochs where ours
+  train one.
+- **The development set is small.** One example of RTE is 0.36 points, of MRPC's accuracy 0.25, of
+  SST-2 0.11. Nothing was tuned on it: all hyper-parameters are the scale's.
+"""
+
+
+def write(figures: Path) -> None:
+    """Write the page into a folder of figures, from its tables and those of its tasks' folders.
+
+    Raises:
+        UserError: a table that it needs was not drawn.
+    """
+    parts = [HEAD.format(provenance=provenance(), methods=_table(figures / METHODS))]
+    compared = {"": _read(figures / COMPARED)}
+    compared |= {f", {path.parent.name} alone": _read(path)
+                 for path in sorted(figures.glob(f"*/{COMPARED}"))}  # fmt: skip
+    for where, table in compared.items():
+        parts.append(claims(table) if not where else f"\n### The same{where}\n{lists(table)}")
+    if (figures / SWITCHED).is_file():
+        parts.append(SWITCHES.format(rows=switches(_read(figures / SWITCHED))))
+    write_bytes(figures / PAGE, "".join([*parts, LIMITS]).encode())
+
+
+def provenance() -> str:
+    """What was run, how long it took, and with what, from the rows that all is drawn from."""
+    records = list(archive.opened(archive.named()).records.values())
+    students = [record for record in records if record["kind"] == "student"]
+    if not students:
+        raise UserError("the results hold no student; expected those of a workbook")
+    hours = sum(record["seconds"] for record in records) / 3600
+    days = sorted(record["created"][:10] for record in records)
+    commits = sorted({str(record["commit"])[:8] for record in records})
+    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records})
+    versions = students[0]["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers"))
+    tasks = {record["row"]["task"]: record["key"] for record in students}
+    data = ", ".join(f"{task} `{_leaf(key, 'data')[:8]}`" for task, key in sorted(tasks.items()))
+    return (
+        f"{len(students)} students and {sum(r['kind'] == 'teacher' for r in records)} teachers, "
+        f"{hours:.1f} hours of single-threaded work ({days[0]} to {days[-1]}; "
+        f"{'; '.join(machines)}; {named}; commits {', '.join(commits)}; data {data}). "
+        "Every figure, every table and this page are drawn from committed "
+        "[rows](runs/rows.parquet): `moebert report --from figures/runs` draws them again, and CI "
+        "compares each byte. Scores are of the development sets."
+    )
+
+
+def claims(compared: pd.DataFrame) -> str:
+    """The claims and their comparisons, grouped by what the runs say."""
+    told = compared[compared["pairs"] > 0]["verdict"].value_counts()
+    counts = ", ".join(f"{told.get(name, 0)} {name}" for name in (REPRODUCED, CONTRADICTED,
+                                                                   UNDECIDED))  # fmt: skip
+    words = {"reproduced": REPRODUCED, "contradicted": CONTRADICTED, "undecided": UNDECIDED}
+    head = CLAIMED.format(counts=f"Of the comparisons with runs: {counts}.", margin=MARGIN, **words)
+    return head + lists(compared)
+
+
+def lists(compared: pd.DataFrame) -> str:
+    """A table of comparisons for each verdict."""
+    said = {claim.key: claim for claim in CLAIMS}
+    parts = []
+    for verdict in (REPRODUCED, CONTRADICTED, UNDECIDED):
+        rows = compared[(compared["verdict"] == verdict) & (compared["pairs"] > 0)]
+        lines = [f"| {said[row.claim].statement.rstrip('.')} ({said[row.claim].shown_in}) | "
+                 f"{row.comparison} | {interval(row.mean, row.low, row.high)} | "
+                 f"{row.paper:+.1f} | {row.pairs} {'tasks' if row.tasks > 1 else 'seeds'} |"
+                 for row in rows.itertuples()]  # fmt: skip
+        if lines:
+            head = "| claim | comparison | here | paper | pairs |\n|:--|:--|--:|--:|:--|"
+            parts.append("\n".join([f"\n**{verdict.capitalize()}**\n", head, *lines, ""]))
+    return "\n".join(parts)
+
+
+def switches(gaps: pd.DataFrame) -> str:
+    """A row for each switch of notebook 8."""
+    lines = []
+    for name, rows in gaps.groupby("switch", sort=False):
+        each = rows["difference"]
+        _, low, high = judge(each, "better")
+        said = "higher" if low > 0 else "lower" if high < 0 else "cannot tell"
+        said = "no difference at all" if not each.any() else said
+        seeds = ", ".join(f"{value:+.1f}" for value in each)
+        lines.append(f"| {name} | {interval(each.mean(), low, high)} | {seeds} | {said} |")
+    return "\n".join(lines)
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    """A difference with its interval, where it has one.
+
+    Example:
+        >>> interval(0.52, -0.1, 1.14)
+        '+0.5 (-0.1 to +1.1)'
+    """
+    return f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}; the results' workbook must draw it")
+    return pd.read_csv(path)
+
+
+def _table(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"no {path.name} in {path.parent}; the results' workbook must draw it")
+    return path.read_text("utf-8").strip()
+
+
+def _leaf(key: dict, name: str) -> str:
+    """The first value of that name in a nested key."""
+    if name in key:
+        return str(key[name])
+    inner = (value for value in key.values() if isinstance(value, dict))
+    return next((found for value in inner if (found := _leaf(value, name))), "")

@@ -1,0 +1,104 @@
+"""Figures and tables are drawn again from rows and small files: the same bytes, no model."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import smoke_runs
+import yaml
+from checkout import NOTEBOOKS
+
+from moebert_lib import archive, batch, experiment, facts, redraw, results, teachers
+from moebert_lib.settings import Settings, UserError
+from moebert_lib.store import Store
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("redraw")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEBERT_HOME", str(smoke_runs.home(folder / "home", tmp_path_factory)))
+        yield folder / "home"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_drawn_from_results_makes_the_bytes_of_its_run(path, home, tmp_path):
+    (entry,) = batch.run(batch.plan(batch.select([path.stem]), scale="smoke"))
+    made = {file.name: file.read_bytes() for file in (entry.folder / "figures").iterdir()}
+    folder = tmp_path / "results"
+    experiment.about(Settings.at("smoke"))  # some notebooks ask for no stage
+    results.write(folder)
+    grid = {"scale": "smoke", "points": [{"notebook": path.stem}]}
+    (folder / redraw.WORKBOOK).write_text(yaml.safe_dump(grid))
+    jobs_before = len(Store().entries("teacher"))
+    (job,) = redraw.plan(folder, tmp_path / "figures")
+    with redraw._from(folder):
+        batch.run([job])
+    drawn = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
+    drawn.pop("provenance.json")
+    assert made and drawn == made
+    assert len(Store().entries("teacher")) == jobs_before
+
+
+SETTINGS = Settings.at("smoke", seed=5, teacher_seed=0)
+
+
+@pytest.fixture
+def stored(moebert_home, tmp_path, monkeypatch):
+    """A teacher, its scores and a conversion in a folder of results, which then is the store."""
+    kept = experiment.measured("sizes", SETTINGS, lambda: pd.DataFrame({"n": [1, 2]}, ["a", "b"]))
+    made = experiment.about(SETTINGS), experiment.conversion(SETTINGS), kept
+    folder = tmp_path / "results"
+    results.write(folder)
+    shutil.rmtree(moebert_home / "runs")
+    monkeypatch.setenv(archive.FROM, str(folder))
+    teachers._teacher.cache_clear()
+    teachers._importance.cache_clear()
+    return made
+
+
+def test_stages_are_read_without_data_weights_or_models(stored, monkeypatch):
+    monkeypatch.setattr(facts, "dataset", lambda _: pytest.fail("data was asked for"))
+    about, row, table = stored
+    again = experiment.measured("sizes", SETTINGS, lambda: pytest.fail("measured again"))
+    assert experiment.about(SETTINGS) == about and experiment.conversion(SETTINGS) == row
+    assert again.equals(table)
+    assert experiment.teacher(SETTINGS).metrics["accuracy"] >= 0
+    assert experiment.importance(SETTINGS).scores.shape == (2, 64)
+    with pytest.raises(UserError, match="keeps results and no weights"):
+        _ = experiment.teacher(SETTINGS).model
+
+
+def test_what_is_not_there_is_told_with_the_nearest_that_is(stored):
+    with pytest.raises(
+        UserError, match=r"no such converted; the nearest differs in seed=6 \(there: 5\)"
+    ):
+        experiment.conversion(SETTINGS.but(seed=6))
+    with pytest.raises(UserError, match="no such removal"):
+        archive.store().make("removal", {"a": 1})
+
+
+def test_equal_results_give_equal_bytes_and_newer_ones_replace(stored, tmp_path, monkeypatch):
+    folder = tmp_path / "results"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="no folder"):
+        results.write(folder, [tmp_path / "nowhere"])
+    (tmp_path / "runs").mkdir()
+    assert results.write(folder, [tmp_path]) == (5, 5)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    frame = pd.read_parquet(folder / archive.ROWS)
+    assert set(frame["kind"]) == {"about", "teacher", "importance", "converted", "table"}
+
+
+def test_a_row_that_was_edited_is_refused(stored, tmp_path):
+    path = tmp_path / "results" / archive.ROWS
+    frame = pd.read_parquet(path)
+    frame["record"] = frame["record"].str.replace('"accuracy": 0.', '"accuracy": 1.')
+    frame.to_parquet(path, index=False)
+    with pytest.raises(UserError, match="has changed since it was made"):
+        archive.Archive(path.parent)
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no rows\.parquet in"):
+        archive.Archive(tmp_path)
