@@ -40,7 +40,7 @@ SWITCHES = """
 
 The paper's choice against what the released code does, one switch at a time, paired by seed: mean
 difference in points with the 95% t interval, and each seed's. ([Notebook
-8](../notebooks/08_release.ipynb) explains the switches; these students were trained on a quarter
+8](../notebooks/08_release.ipynb) explains the switches; these students were trained on an eighth
 of the data, since one that counts padding costs many times as much.)
 
 | switch | difference | seeds | what the runs say |

@@ -84,18 +84,27 @@ def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
 
     There each row says with which code, versions and machine it was made (``archive``).
     """
-    key, settings = entry.key, entry.key.get("settings") or {}
+    settings = entry.key.get("settings") or {}
     about = {
-        "notebook": key["notebook"],
-        "run": entry.digest,
+        "notebook": entry.key["notebook"],
+        "run": run_of(entry),
         "settings": settings,
         "seeds": {name: value for name, value in settings.items() if "seed" in name},
-        "inputs": key.get("inputs", {}),
+        "inputs": entry.key.get("inputs", {}),
     }
-    if ROWS in about["inputs"]:
-        decides = ("notebook", "cells", "parameters", "settings", "inputs")
-        return about | {"run": digest({name: key[name] for name in decides})}
-    return about | {name: record[name] for name in ("versions", "commit", "machine")}
+    made = () if _drawn(entry) else ("versions", "commit", "machine")
+    return about | {name: record[name] for name in made}
+
+
+def run_of(entry: Entry) -> str:
+    """The digest by which provenance names a run: its entry's, or where it was drawn from results
+    that of notebook, values and results alone."""
+    decides = ("notebook", "cells", "parameters", "settings", "inputs")
+    return digest({name: entry.key[name] for name in decides}) if _drawn(entry) else entry.digest
+
+
+def _drawn(entry: Entry) -> bool:
+    return ROWS in entry.key.get("inputs", {})
 
 
 def _copy(source: Path, target: Path, sha256: str) -> None:

@@ -116,7 +116,7 @@ def _parts(folder: Path, entries: list[Entry]) -> list[dict[str, Any]]:
         names = sorted(name for name in known if known[name]["notebook"] == notebook)
         names = [name for name in names if (folder / name).is_file()]
         digest = known[names[0]]["run"] if names else ""
-        entry = next((entry for entry in entries if entry.digest == digest), None)
+        entry = next((entry for entry in entries if publish.run_of(entry) == digest), None)
         node = _notebook(entry)
         settings = known[names[0]]["settings"] if names else {}
         parts.append({

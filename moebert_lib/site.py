@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from moebert_lib import publish, site_notebooks, site_pages, site_reference, site_theme
+from moebert_lib import findings, publish, site_notebooks, site_pages, site_reference, site_theme
 from moebert_lib.notebook_files import notebooks
 from moebert_lib.settings import UserError, home
 from moebert_lib.site_pages import Ran
@@ -49,6 +49,7 @@ CONTRIBUTING
 :hidden:
 :caption: Look up
 
+%s
 figures
 reference/index
 ```
@@ -99,7 +100,7 @@ def executed(figures: Path) -> list[Ran]:
     own = publish.read_provenance(home() / "figures")
     same = {name: about for name, about in own.items() if not about["settings"]}
     here = publish.read_provenance(figures)
-    runs = {entry.digest: entry.folder for entry in Store().entries("notebook")}
+    runs = {publish.run_of(entry): entry.folder for entry in Store().entries("notebook")}
     ran, missing = [], []
     for path in notebooks():
         folder, known = figures, _of(here, path.stem)
@@ -144,11 +145,13 @@ def _prepare(source: Path, extra: Path, ran: list[Ran]) -> None:
     pages = {"index": site_pages.front(ran, readme, LEAD), "figures": site_pages.gallery(ran)}
     names = [*(one.name for one in ran), *GUIDES]
     notebooks, guides = names[: len(ran)], names[len(ran) :]
-    pages["index"] += "\n" + ORDER % tuple(
-        "\n".join(f"notebooks/{name}" for name in part) for part in (notebooks, guides)
-    )
+    listed = ("\n".join(f"notebooks/{name}" for name in part) for part in (notebooks, guides))
+    found = checkout / "figures" / findings.PAGE
+    pages["index"] += "\n" + ORDER % (*listed, "found" * found.is_file())
     for name, heading in FROM_README.items():
         pages[name] = f"# {heading}\n\n{site_pages.part_of(readme, heading)}"
+    if found.is_file():
+        pages["found"] = site_pages.found(found.read_text("utf-8"))
     pages["CONTRIBUTING"] = (checkout / "CONTRIBUTING.md").read_text("utf-8")
     for name in GUIDES:
         guide = (home() / "notebooks" / f"{name}.md").read_text("utf-8")

@@ -37,6 +37,7 @@ FRONT = """# MoEBERT workbook
 
 WAYS = (
     ("Use it on your BERT", "notebooks/your_bert.html", "Score, convert, distil, save, share."),
+    ("What we found", "found.html", "Which claims hold on real data, and which do not."),
     ("Glossary", "notebooks/glossary.html", "The words of the field and of the paper."),
     ("Figures and tables", "figures.html", "All of them, with their numbers and origin."),
     ("Many runs", "many_runs.html", "Grids, sweeps, clusters, one table of all."),
@@ -103,11 +104,20 @@ class Ran(NamedTuple):
     def origin(self) -> str:
         """Run, scale, task, seed, commit and versions of its files, as one line."""
         about = next(iter(self.known.values()))
-        settings, commit = about["settings"], about["commit"] or "not under git"
-        commit = re.sub(r"^([0-9a-f]{8})[0-9a-f]*", r"\1", commit)
+        settings = about["settings"]
         told = [f"{name} {settings[name]}" for name in ("scale", "task", "seed") if settings]
+        if "versions" not in about:
+            return f"run {about['run'][:12]}, {', '.join([*told, 'drawn from figures/runs'])}"
+        commit = about["commit"] or "not under git"
+        commit = re.sub(r"^([0-9a-f]{8})[0-9a-f]*", r"\1", commit)
         told += [f"commit {commit}", f"torch {about['versions']['torch']}"]
         return f"run {about['run'][:12]}, {', '.join(told)}"
+
+
+def found(page: str) -> str:
+    """The page "What we found": its links to notebooks lead to those of the site."""
+    page = page.replace("](../notebooks/", "](notebooks/")
+    return re.sub(r"\[(\w+)\]\(runs/[^)]*\)", r"\1", page)
 
 
 def front(ran: list[Ran], readme: str, lead: str) -> str:
