@@ -85,7 +85,7 @@ class Archive:
         for name in (ROWS, FILES):
             if not (folder / name).is_file():
                 raise UserError(f"no {name} in '{folder}'; expected a folder that "
-                                "moebert export wrote, such as figures/runs")  # fmt: skip
+                                "moebert export --results wrote, such as figures/runs")  # fmt: skip
         try:
             records = pd.read_parquet(folder / ROWS, columns=["record"])["record"]
             self.files = pd.read_parquet(folder / FILES).set_index(["digest", "name"])["content"]

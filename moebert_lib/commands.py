@@ -105,7 +105,7 @@ def export(args: argparse.Namespace) -> int:
     """``moebert export``: one row per run, of one store or several, as a file; or results."""
     from moebert_lib import export as module
 
-    if args.out.is_dir() or not args.out.suffix:
+    if args.results:
         from moebert_lib import results
 
         n_rows, n_files = results.write(args.out, args.stores)

@@ -124,7 +124,7 @@ def lists(compared: pd.DataFrame) -> str:
         rows = compared[(compared["verdict"] == verdict) & (compared["pairs"] > 0)]
         lines = [f"| {said[row.claim].statement.rstrip('.')} ({said[row.claim].shown_in}) | "
                  f"{row.comparison} | {interval(row.mean, row.low, row.high)} | "
-                 f"{row.paper:+.1f} | {row.pairs} {'tasks' if row.tasks > 1 else 'seeds'} |"
+                 f"{row.paper:+.1f} | {row.pairs} {_unit(row)} |"
                  for row in rows.itertuples()]  # fmt: skip
         if lines:
             head = "| claim | comparison | here | paper | pairs |\n|:--|:--|--:|--:|:--|"
@@ -153,6 +153,12 @@ def interval(mean: float, low: float, high: float) -> str:
         '+0.5 (-0.1 to +1.1)'
     """
     return f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
+
+
+def _unit(row: tuple) -> str:
+    """What the pairs of a comparison are."""
+    one = "task" if row.tasks > 1 else "seed"
+    return one if row.pairs == 1 else f"{one}s"
 
 
 def _read(path: Path) -> pd.DataFrame:

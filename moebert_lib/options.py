@@ -151,19 +151,19 @@ def _export(kinds: Any) -> None:
     command = kinds.add_parser(
         "export", help="one table of all runs, of this store or of several",
         description="Write one row per run with its settings, results and origin. A run that "
-        "several stores hold is one row. Into a folder: all stages of experiments with the small "
-        "files that figures are drawn from, for moebert report --from.",
+        "several stores hold is one row. With --results: all stages of experiments with the small "
+        "files that figures are drawn from, added to a folder, for moebert report --from.",
         example="moebert export runs.parquet\n"
-        "  moebert export figures/runs/ runs/\n"
+        "  moebert export --results figures/runs\n"
         "  moebert export runs.csv runs/ other-machine/runs/ s3://BUCKET/PATH --kind student",
     )  # fmt: skip
-    command.add_argument(
-        "out", type=Path, metavar="RUNS.parquet", help="or .csv, .json, or a folder of results"
-    )
+    command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv, or .json")
     command.add_argument("stores", nargs="*", metavar="STORE",
                          help="a home, its runs/ or an fsspec URL; here by default")  # fmt: skip
     command.add_argument("--kind", default="notebook", metavar="K",
                          help="notebook (the default), student, teacher, ... or all")  # fmt: skip
+    command.add_argument("--results", action="store_true",
+                         help="RUNS names a folder of results to add to")  # fmt: skip
     command.set_defaults(function=commands.export)
 
 

@@ -2,13 +2,25 @@
 
 import shutil
 
+import fixture_home
 import pandas as pd
 import pytest
 import smoke_runs
 import yaml
 from checkout import NOTEBOOKS
+from stored import put
 
-from moebert_lib import archive, batch, experiment, facts, redraw, results, teachers
+from moebert_lib import (
+    archive,
+    batch,
+    cli,
+    experiment,
+    facts,
+    provenance,
+    redraw,
+    results,
+    teachers,
+)
 from moebert_lib.settings import Settings, UserError
 from moebert_lib.store import Store
 
@@ -102,3 +114,53 @@ def test_a_row_that_was_edited_is_refused(stored, tmp_path):
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no rows\.parquet in"):
         archive.Archive(tmp_path)
+
+
+@pytest.fixture
+def workbook(tmp_path, monkeypatch):
+    """A home of two tiny notebooks, and results from which three runs of them are drawn."""
+    names = {"00_the_idea": "plain", "01_importance": "settings"}
+    home = fixture_home.make(tmp_path / "home", names)
+    monkeypatch.setenv("MOEBERT_HOME", str(home))
+    put(home / "runs", "teacher", {"task": "rte"}, {"accuracy": 0.5})
+    results.write(tmp_path / "results")
+    points = [{"notebook": "00"}, {"notebook": "01"}, {"notebook": "01", "task": "follows"}]
+    grid = {"scale": "smoke", "settings": {"n_shared": 3}, "points": points}
+    (tmp_path / "results" / redraw.WORKBOOK).write_text(yaml.safe_dump(grid))
+    return tmp_path / "results"
+
+
+def test_a_workbook_is_drawn_and_every_file_that_differs_is_named(workbook, tmp_path):
+    figures = redraw.draw(workbook)
+    assert figures == tmp_path / "home" / "figures" and archive.named() == ""
+    assert {"figure0.csv", "figure1.png", "follows/row.json"} <= redraw.digests(figures).keys()
+    assert redraw.check(workbook) == []
+    (figures / "figure0.csv").write_text("x,y\n1,2.6\n")
+    (figures / "follows" / "row.json").unlink()
+    (figures / "old.png").write_bytes(b"")
+    (figures / "bench").mkdir()
+    (figures / "bench" / "inference.json").write_text("{}")
+    assert redraw.check(workbook) == [
+        "figure0.csv: other bytes", "follows/row.json: missing from figures/",
+        "old.png: nothing draws it",
+    ]  # fmt: skip
+
+
+def test_provenance_of_what_is_drawn_is_the_same_on_any_machine(workbook, tmp_path, monkeypatch):
+    first = (redraw.draw(workbook) / "provenance.json").read_text()
+    monkeypatch.setattr(provenance, "versions", lambda: {"python": "3.99"})
+    monkeypatch.setenv("MOEBERT_HOME", str(fixture_home.make(tmp_path / "other", {
+        "00_the_idea": "plain", "01_importance": "settings",
+    })))  # fmt: skip
+    assert (redraw.draw(workbook) / "provenance.json").read_text() == first
+    assert "machine" not in first and '"rows.parquet"' in first
+
+
+@pytest.mark.parametrize(("argv", "told"), [
+    (["--check"], "--check compares what --from draws; give both"),
+    (["--from", "nowhere"], "no rows.parquet in"),
+])  # fmt: skip
+def test_a_report_that_cannot_be_drawn_is_refused_in_one_line(argv, told, moebert_home, capsys):
+    assert cli.main(["report", *argv]) == 2
+    said = capsys.readouterr()
+    assert told in said.err and said.err.count("\n") == 1

@@ -44,6 +44,25 @@ def test_points_are_sets_of_values_that_go_together():
     assert found == [(0, 2, 8), (1, 2, 8), (0, 4, 4), (1, 4, 4)]
 
 
+def test_a_point_may_name_a_notebook_of_its_own(home):
+    (home / "notebooks" / "00_the_idea.ipynb").write_bytes(
+        (fixture_home.FIXTURES / "plain.ipynb").read_bytes()
+    )
+    grid = {"scale": "smoke", "data_dir": "", "settings": {"n_shared": 11}, "points": [
+        {"notebook": "00"}, {"notebook": "01", "seed": 2}, {"notebook": "01", "seed": 2}, {},
+    ]}  # fmt: skip
+    plain, one, usual = sweeps.plan(grid).jobs
+    assert [job.name for job in (plain, one, usual)] == [
+        "00_the_idea", "01_importance", "03_distillation",
+    ]  # fmt: skip
+    assert plain.given == {} and (one.settings.seed, one.settings.n_shared) == (2, 11)
+    with pytest.raises(UserError, match="unknown parameter 'seed' of 00_the_idea"):
+        sweeps.plan({"points": [{"notebook": "00", "seed": 1}]})
+    assert list(sweep_tables.table([plain, one], [None, None])["notebook"]) == [
+        "00_the_idea", "01_importance",
+    ]  # fmt: skip
+
+
 def test_a_point_of_listed_seeds_is_one_seed_unless_the_grid_says_otherwise():
     assert values({"seeds": [0]}, "n_seeds") == [(1,)]
     assert values({"seeds": [0], "settings": {"n_seeds": 2}}, "n_seeds") == [(2,)]

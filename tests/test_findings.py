@@ -1,0 +1,61 @@
+"""The page of findings says what its tables say."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from moebert_lib import findings
+from moebert_lib.settings import UserError
+
+COMPARED = pd.DataFrame(
+    [
+        ("importance", "importance > random", "better", 4, 4, 2.0, 1.0, 3.04, 0.92, "reproduced"),
+        ("inverse", "random > inverse", "better", 1, 3, -2.0, -3.0, -1.0, 0.65, "not reproduced"),
+        ("skip", "every other layer ~ all layers", "equal", 1, 3, 0.1, -0.9, 1.1, -0.09,
+         "undecided"),
+        ("more", "8 experts > 4 experts", "better", 1, 1, 0.04, np.nan, np.nan, 0.06, "undecided"),
+        ("large", "MoEBERT-large", "not worse", 0, 0, *[np.nan] * 4, "no runs"),
+    ],
+    columns="claim comparison kind tasks pairs mean low high paper verdict".split(),
+)  # fmt: skip
+
+
+def test_each_comparison_with_runs_stands_under_its_verdict():
+    page = findings.lists(COMPARED)
+    yes, no, open_ = (page.index(f"**{word}**") for word in
+                      ("Reproduced", "Not reproduced", "Undecided"))  # fmt: skip
+    rows = {
+        "| A split by importance beats a random one (Figure 3a) | importance > random | "
+        "+2.0 (+1.0 to +3.0) | +0.9 | 4 tasks |": (yes, no),
+        "| random > inverse | -2.0 (-3.0 to -1.0) | +0.7 | 3 seeds |": (no, open_),
+        "| 8 experts > 4 experts | +0.0 | +0.1 | 1 seeds |": (open_, len(page)),
+    }  # fmt: skip
+    for row, (start, end) in rows.items():
+        assert start < page.index(row.replace("1 seeds", "1 seed")) < end
+    assert "MoEBERT-large" not in page
+
+
+def test_a_switch_is_told_with_its_interval_and_every_seed():
+    gaps = pd.DataFrame({
+        "switch": ["a"] * 3 + ["b"] * 3 + ["c"] * 3,
+        "difference": [-2.0, -2.2, -1.8, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0],
+    })  # fmt: skip
+    first, second, third = findings.switches(gaps).splitlines()
+    assert first == "| a | -2.0 (-2.5 to -1.5) | -2.0, -2.2, -1.8 | lower |"
+    assert second == "| b | +0.0 (-2.5 to +2.5) | +1.0, -1.0, +0.0 | cannot tell |"
+    assert third == "| c | +0.0 | +0.0, +0.0, +0.0 | no difference at all |"
+
+
+def test_a_page_without_its_tables_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(findings, "provenance", lambda: "Rows.")
+    (tmp_path / findings.METHODS).write_text("A caption.\n\n| method |\n|:--|\n| MoEBERT |\n")
+    with pytest.raises(UserError, match=r"no 06_comparisons\.csv"):
+        findings.write(tmp_path)
+    COMPARED.to_csv(tmp_path / findings.COMPARED, index=False)
+    (tmp_path / "mrpc").mkdir()
+    COMPARED.head(1).to_csv(tmp_path / "mrpc" / findings.COMPARED, index=False)
+    findings.write(tmp_path)
+    page = (tmp_path / findings.PAGE).read_text()
+    assert "| MoEBERT |" in page and "1 reproduced, 1 not reproduced, 2 undecided" in page
+    assert "### The same, mrpc alone" in page and page.count("importance > random") == 2
+    assert "## What the release's switches change" not in page
