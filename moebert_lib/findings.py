@@ -13,7 +13,8 @@ from moebert_lib.verdicts import CONTRADICTED, MARGIN, REPRODUCED, UNDECIDED, ju
 
 PAGE = "found.md"
 NOTEBOOK = "06_results"  # draws the tables without which there is no page
-COMPARED, SWITCHED, METHODS = "06_comparisons.csv", "08_switches.csv", "06_methods.md"
+COMPARED, SWITCHED = "06_comparisons.csv", "08_switches.csv"
+METHODS, BESIDE = "06_methods.md", "06_beside_paper.csv"
 
 HEAD = """# What we found
 
@@ -22,6 +23,9 @@ HEAD = """# What we found
 ## The methods side by side
 
 {methods}
+
+Always giving the most frequent answer of the training set would score {guesses}. Where a teacher is
+hardly better than that, its students can keep up with it without having learned anything.
 """
 
 CLAIMED = """
@@ -71,7 +75,8 @@ def write(figures: Path) -> None:
     Raises:
         UserError: a table that it needs was not drawn.
     """
-    parts = [HEAD.format(provenance=provenance(), methods=_table(figures / METHODS))]
+    methods, guesses = _table(figures / METHODS), guessing(_read(figures / BESIDE))
+    parts = [HEAD.format(provenance=provenance(), methods=methods, guesses=guesses)]
     compared = {"": _read(figures / COMPARED)}
     compared |= {f", {path.parent.name} alone": _read(path)
                  for path in sorted(figures.glob(f"*/{COMPARED}"))}  # fmt: skip
@@ -104,6 +109,12 @@ def provenance() -> str:
         "[rows](runs/rows.parquet): `moebert report --from figures/runs` draws them again, and CI "
         "compares each byte. Scores are of the development sets."
     )
+
+
+def guessing(beside: pd.DataFrame) -> str:
+    """The headline metric of guessing on each task, in %."""
+    rows = beside[beside["guessing"].notna()].itertuples()
+    return ", ".join(f"{row.guessing:.1f} on {row.task}" for row in rows)
 
 
 def claims(compared: pd.DataFrame) -> str:

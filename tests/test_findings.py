@@ -49,13 +49,16 @@ def test_a_switch_is_told_with_its_interval_and_every_seed():
 def test_a_page_without_its_tables_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "provenance", lambda: "Rows.")
     (tmp_path / findings.METHODS).write_text("A caption.\n\n| method |\n|:--|\n| MoEBERT |\n")
-    with pytest.raises(UserError, match=r"no 06_comparisons\.csv"):
+    with pytest.raises(UserError, match=r"no 06_beside_paper\.csv"):
         findings.write(tmp_path)
     COMPARED.to_csv(tmp_path / findings.COMPARED, index=False)
+    beside = pd.DataFrame({"task": ["rte", "rte"], "guessing": [52.7, np.nan]})
+    beside.to_csv(tmp_path / findings.BESIDE, index=False)
     (tmp_path / "mrpc").mkdir()
     COMPARED.head(1).to_csv(tmp_path / "mrpc" / findings.COMPARED, index=False)
     findings.write(tmp_path)
     page = (tmp_path / findings.PAGE).read_text()
+    assert "training set would score 52.7 on rte." in page
     assert "| MoEBERT |" in page and "1 reproduced, 1 not reproduced, 2 undecided" in page
     assert "### The same, mrpc alone" in page and page.count("importance > random") == 2
     assert "## What the release's switches change" not in page
