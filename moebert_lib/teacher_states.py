@@ -93,7 +93,7 @@ _known: WeakKeyDictionary[nn.Module, tuple[str, TeacherStates]] = WeakKeyDiction
 
 
 def known(
-    teacher: nn.Module, encoded, folder: Path, *, half: bool
+    teacher: nn.Module, encoded, folder: Path | str, *, half: bool
 ) -> tuple[TeacherStates | None, bool]:
     """A teacher's states of all layers for all examples, and whether they are still to be filled.
 
@@ -109,6 +109,7 @@ def known(
         return told, False
     del told
     _known.pop(teacher, None)  # its room on the disk is free before new room is asked for
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = teacher.config
     layers = list(range(config.num_hidden_layers + 1))

@@ -117,7 +117,8 @@ def test_a_teacher_is_asked_once_for_all_students_of_a_dataset(tiny_bert, tmp_pa
         (sentences(), "all", 1), (sentences(), "last", 1), (sentences(), "none", 1),
         (few, "all", 2), (few, "skip", 2),
     ):  # fmt: skip
-        distil(student, teacher, encoded, Pad(), settings.but(distill=distil_from), tmp_path)
+        changed = settings.but(distill=distil_from)
+        distil(student, teacher, encoded, Pad(), changed, str(tmp_path / "new"))
         assert len(calls) == n
 
 
