@@ -14,7 +14,7 @@ from moebert_lib.verdicts import CONTRADICTED, MARGIN, REPRODUCED, UNDECIDED, ju
 PAGE = "found.md"
 NOTEBOOK = "06_results"  # draws the tables without which there is no page
 COMPARED, SWITCHED = "06_comparisons.csv", "08_switches.csv"
-METHODS, BESIDE = "06_methods.md", "06_beside_paper.csv"
+METHODS, BESIDE, PAIRS = "06_methods.md", "06_beside_paper.csv", "06_forest.csv"
 
 HEAD = """# What we found
 
@@ -37,6 +37,15 @@ holds zero; "equal" and "not worse" allow {margin:g} points ([the whole
 rule](../notebooks/06_results.ipynb)). Differences are in points of a task's headline metric, with
 the 95% interval that decides. Pairs are the seeds of one task, or where several tasks have the
 comparison the tasks.
+"""
+
+TASKS = """
+### Task by task
+
+Where the tasks are the pairs above, few and unlike ones make a wide interval. Within a task the
+pairs are its seeds, with one teacher: that says nothing about other tasks.
+
+{rows}
 """
 
 SWITCHES = """
@@ -82,6 +91,7 @@ def write(figures: Path) -> None:
                  for path in sorted(figures.glob(f"*/{COMPARED}"))}  # fmt: skip
     for where, table in compared.items():
         parts.append(claims(table) if not where else f"\n### The same{where}\n{lists(table)}")
+        parts += [TASKS.format(rows=by_task(_read(figures / PAIRS)))] if not where else []
     if (figures / SWITCHED).is_file():
         parts.append(SWITCHES.format(rows=switches(_read(figures / SWITCHED))))
     write_bytes(figures / PAGE, "".join([*parts, LIMITS]).encode())
@@ -141,6 +151,19 @@ def lists(compared: pd.DataFrame) -> str:
             head = "| claim | comparison | here | paper | pairs |\n|:--|:--|--:|--:|:--|"
             parts.append("\n".join([f"\n**{verdict.capitalize()}**\n", head, *lines, ""]))
     return "\n".join(parts)
+
+
+def by_task(pairs: pd.DataFrame) -> str:
+    """Comparisons that several tasks have: a row each, a column for each task."""
+    wide = pairs.groupby("comparison", sort=False).filter(lambda rows: rows["task"].nunique() > 1)
+    tasks = list(dict.fromkeys(wide["task"]))
+    lines = [f"| comparison | {' | '.join(tasks)} |", "|:--" + "|--:" * len(tasks) + "|"]
+    for name, rows in wide.groupby("comparison", sort=False):
+        gaps = {task: part["difference"] for task, part in rows.groupby("task")}
+        cells = [interval(gaps[t].mean(), *judge(gaps[t], "better")[1:]) if t in gaps else ""
+                 for t in tasks]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def switches(gaps: pd.DataFrame) -> str:

@@ -46,6 +46,17 @@ def test_a_switch_is_told_with_its_interval_and_every_seed():
     assert third == "| c | +0.0 | +0.0, +0.0, +0.0 | no difference at all |"
 
 
+def test_comparisons_of_several_tasks_are_told_task_by_task():
+    pairs = pd.DataFrame(
+        [("a > b", "rte", 1.0), ("a > b", "rte", 1.0), ("a > b", "cola", 1.0),
+         ("a > b", "cola", 3.0), ("c > d", "rte", 5.0)],
+        columns=["comparison", "task", "difference"],
+    )  # fmt: skip
+    head, _, row = findings.by_task(pairs).splitlines()
+    assert head == "| comparison | rte | cola |"
+    assert row == "| a > b | +1.0 | +2.0 (-10.7 to +14.7) |"
+
+
 def test_a_page_without_its_tables_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "provenance", lambda: "Rows.")
     (tmp_path / findings.METHODS).write_text("A caption.\n\n| method |\n|:--|\n| MoEBERT |\n")
@@ -56,6 +67,8 @@ def test_a_page_without_its_tables_is_refused(tmp_path, monkeypatch):
     beside.to_csv(tmp_path / findings.BESIDE, index=False)
     (tmp_path / "mrpc").mkdir()
     COMPARED.head(1).to_csv(tmp_path / "mrpc" / findings.COMPARED, index=False)
+    columns = ["comparison", "task", "difference"]
+    pd.DataFrame(columns=columns).to_csv(tmp_path / findings.PAIRS, index=False)
     findings.write(tmp_path)
     page = (tmp_path / findings.PAGE).read_text()
     assert "training set would score 52.7 on rte." in page
