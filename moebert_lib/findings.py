@@ -7,6 +7,7 @@ import pandas as pd
 
 from moebert_lib import archive
 from moebert_lib.claims import CLAIMS
+from moebert_lib.intervals import agreed
 from moebert_lib.settings import UserError
 from moebert_lib.store import write_bytes
 from moebert_lib.verdicts import CONTRADICTED, MARGIN, REPRODUCED, UNDECIDED, judge
@@ -173,6 +174,8 @@ def switches(gaps: pd.DataFrame) -> str:
         each = rows["difference"]
         _, low, high = judge(each, "better")
         said = "higher" if low > 0 else "lower" if high < 0 else "cannot tell"
+        if said == "cannot tell" and (same := {"<": "lower", ">": "higher"}.get(agreed(each))):
+            said = f"{same} with every seed, but the interval holds zero"
         said = "no difference at all" if not each.any() else said
         seeds = ", ".join(f"{value:+.1f}" for value in each)
         lines.append(f"| {name} | {interval(each.mean(), low, high)} | {seeds} | {said} |")

@@ -268,12 +268,11 @@ def task_overlap(
         chance: Value for two random choices; marked on the colour bar.
         halves: Value for two halves of one task's examples: the top of the colour bar.
         measure: What the values are: the label of the colour bar.
-        ax: Where to draw; none makes a new figure.
-        title: The finding.
+        ax, title: Where to draw, None for a new figure; the finding.
     """
     ax = axes(ax, (SINGLE[0] + 0.4, min(SINGLE[0] - 0.5, 1.7 + 0.6 * len(overlap))))
     values = overlap.to_numpy(dtype=float)[1:, :-1]
-    hidden = np.triu(np.ones_like(values, dtype=bool), k=1)
+    hidden = np.triu(np.ones(values.shape, dtype=bool), k=1)
     top = max(float(values[~hidden].max()), halves or 0.0)
     image = ax.imshow(np.where(hidden, np.nan, values), cmap=RAMP, vmin=0, vmax=top)
     for row, column in zip(*np.nonzero(~hidden), strict=True):
@@ -289,12 +288,13 @@ def task_overlap(
     bar.outline.set_visible(False)
     _mark(bar, chance, "chance")
     if halves is not None:
-        _mark(bar, halves, "same task,\nother examples")
+        _mark(bar, halves, "same task,\nother examples", below=halves == top)
     headline(ax, title)
     return ax
 
 
-def _mark(bar: Colorbar, value: float, label: str) -> None:
+def _mark(bar: Colorbar, value: float, label: str, *, below: bool = False) -> None:
     bar.ax.axhline(value, color=INK, lw=1.2)
-    bar.ax.annotate(label, (0, value), xycoords=("axes fraction", "data"), xytext=(-4, 0),
-                    textcoords="offset points", ha="right", va="center", fontsize=9)  # fmt: skip
+    place = {"xytext": (-4, 0), "ha": "right", "va": "top" if below else "center", "fontsize": 9}
+    by = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    bar.ax.annotate(label, (0, value), **by, **place)

@@ -37,13 +37,14 @@ def test_each_comparison_with_runs_stands_under_its_verdict():
 
 def test_a_switch_is_told_with_its_interval_and_every_seed():
     gaps = pd.DataFrame({
-        "switch": ["a"] * 3 + ["b"] * 3 + ["c"] * 3,
-        "difference": [-2.0, -2.2, -1.8, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0],
+        "switch": ["a"] * 3 + ["b"] * 3 + ["c"] * 3 + ["d"] * 3,
+        "difference": [-2.0, -2.2, -1.8, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 2.0],
     })  # fmt: skip
-    first, second, third = findings.switches(gaps).splitlines()
+    first, second, third, fourth = findings.switches(gaps).splitlines()
     assert first == "| a | -2.0 (-2.5 to -1.5) | -2.0, -2.2, -1.8 | lower |"
     assert second == "| b | +0.0 (-2.5 to +2.5) | +1.0, -1.0, +0.0 | cannot tell |"
     assert third == "| c | +0.0 | +0.0, +0.0, +0.0 | no difference at all |"
+    assert fourth.endswith("| higher with every seed, but the interval holds zero |")
 
 
 def test_comparisons_of_several_tasks_are_told_task_by_task():
