@@ -17,15 +17,12 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moebert_lib.provenance import digest, input_digest, to_json
 from moebert_lib.settings import UserError, nearest
 from moebert_lib.shared import RECORD, parse
 from moebert_lib.store import Entry, Store
-
-if TYPE_CHECKING:
-    pass
 
 FROM = "MOEBERT_FROM"  # the environment variable that names the folder
 ROWS, FILES = "rows.parquet", "files.parquet"
@@ -133,7 +130,7 @@ class Archive:
         return self.root / place(kind, key)[:32]
 
     def _entry(self, record: dict[str, Any]) -> Entry:
-        folder = self.root / place(record["kind"], record["key"])[:32]
+        folder = self.folder(record["kind"], record["key"])
         if not folder.is_dir():
             folder.mkdir()
             (folder / RECORD).write_text(to_json(record), "utf-8")

@@ -85,7 +85,10 @@ def write(figures: Path) -> None:
     Raises:
         UserError: a table that it needs was not drawn.
     """
-    methods, guesses = _table(figures / METHODS), guessing(_read(figures / BESIDE))
+    methods, guesses = (
+        _drawn(figures / METHODS).read_text("utf-8").strip(),
+        guessing(_read(figures / BESIDE)),
+    )
     parts = [HEAD.format(provenance=provenance(), methods=methods, guesses=guesses)]
     compared = {"": _read(figures / COMPARED)}
     compared |= {f", {path.parent.name} alone": _read(path)
@@ -199,15 +202,13 @@ def _unit(row: tuple) -> str:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise UserError(f"no {path.name} in {path.parent}; the results' workbook must draw it")
-    return pd.read_csv(path)
+    return pd.read_csv(_drawn(path))
 
 
-def _table(path: Path) -> str:
+def _drawn(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; the results' workbook must draw it")
-    return path.read_text("utf-8").strip()
+    return path
 
 
 def _leaf(key: dict, name: str) -> str:
