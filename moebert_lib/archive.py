@@ -11,6 +11,7 @@ comes from and not which one is meant: a stage is found by its settings alone.
 
 import atexit
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -134,15 +135,25 @@ class Archive:
         if not folder.is_dir():
             folder.mkdir()
             (folder / RECORD).write_text(to_json(record), "utf-8")
-            for name, content in self.files_of(record["digest"]):
+            for name, content in self.files_of(record):
                 (folder / name).write_bytes(content)
         names = ("kind", "digest", "key", "row", "seconds")
         return Entry(folder=folder, reused=True, **{name: record[name] for name in names})
 
-    def files_of(self, digest: str) -> Iterator[tuple[str, bytes]]:
-        """Names and bytes of a stage's small files."""
-        if digest in self.files.index.get_level_values("digest"):
-            yield from self.files.loc[digest].items()
+    def files_of(self, record: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+        """Names and bytes of a stage's small files.
+
+        Raises:
+            UserError: a file is not the one that the stage made.
+        """
+        digest = record["digest"]
+        if digest not in self.files.index.get_level_values("digest"):
+            return
+        for name, content in self.files.loc[digest].items():
+            if hashlib.sha256(content).hexdigest() != record["files"].get(name):
+                raise UserError(f"{self.source / FILES}: {name} of {record['kind']} {digest[:8]} "
+                                "has changed since it was made; restore the file")  # fmt: skip
+            yield name, content
 
     def _missing(self, kind: str, key: dict) -> str:
         there = [record["key"] for record in self.records.values() if record["kind"] == kind]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
 
+from moebert_lib.archive import flat
 from moebert_lib.inventory import UNSEEN
 from moebert_lib.provenance import to_json
 from moebert_lib.settings import Settings
@@ -67,11 +68,9 @@ def _choices(key: dict[str, Any]) -> tuple[dict, dict, Any]:
 
 def _leaves(key: dict[str, Any]) -> dict[str, Any]:
     """Names and values at any depth, lists too; the outer one where a name comes twice."""
-    inner: dict[str, Any] = {}
-    for name, value in key.items():
-        if isinstance(value, dict) and name not in UNSEEN:
-            inner |= _leaves(value)
-    return inner | {name: value for name, value in key.items() if not isinstance(value, dict)}
+    inner_first = sorted(flat(key).items(), key=lambda leaf: -leaf[0].count("."))
+    parts = ((name.split("."), value) for name, value in inner_first)
+    return {path[-1]: value for path, value in parts if not set(path[:-1]) & set(UNSEEN)}
 
 
 def _mapping(value: Any) -> dict[str, Any]:

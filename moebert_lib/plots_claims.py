@@ -7,7 +7,6 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from moebert_lib.intervals import FEWEST
 from moebert_lib.plots import COLORS, DIAMOND, INK, WIDE, axes, headline, legend_above
 from moebert_lib.verdicts import CLAIMED, CONTRADICTED, NO_RUNS, REPRODUCED, UNDECIDED
 
@@ -27,6 +26,7 @@ def forest(
 ) -> Axes:
     """Differences of every comparison in points: each pair, the mean, the interval, the paper.
 
+    The interval is the one that decides, of whatever pairs the comparison has (``verdicts.judge``).
     The horizontal axis is linear up to one point and logarithmic beyond, since the paper's
     steps are tenths and a short training's can be tens. Comparisons of one claim stand together.
 
@@ -40,7 +40,7 @@ def forest(
     places = np.arange(len(compared)) + 0.55 * groups.to_numpy()
     ax = axes(ax, (WIDE[0], 1.5 + 0.22 * (places[-1] + 1 if len(places) else 1)))
     ax.set_xscale("symlog", linthresh=1, linscale=0.9)
-    drawn = [*pairs["difference"].abs(), *compared["paper"].abs(), 1.0]
+    drawn = [*pairs["difference"].abs(), *compared[["paper", "low", "high"]].abs().max(), 1.0]
     reach = 1.35 * max(value for value in drawn if value == value)
     for place, row in zip(places, compared.itertuples(), strict=True):
         low, high = np.clip(CLAIMED[row.kind], -reach, reach)
@@ -66,7 +66,7 @@ def _row(ax: Axes, place: float, row: tuple, gaps: pd.Series) -> None:
     ax.annotate(row.verdict, (1.01, place), xycoords=("axes fraction", "data"), color=pale,
                 va="center", fontsize=9, annotation_clip=False)  # fmt: skip
     ax.plot(gaps, np.full(len(gaps), place), "o", color=color, ms=4, alpha=0.7, mew=0, zorder=2)
-    if len(gaps) >= FEWEST:
+    if np.isfinite(row.low):
         ax.plot([row.low, row.high], [place] * 2, color=color, lw=2, zorder=3)
     if len(gaps) > 1:
         ax.plot([row.mean] * 2, [place - 0.34, place + 0.34], color=color, lw=2, zorder=3)
@@ -81,13 +81,7 @@ def _handles() -> list:
     ink = dict(color=COLORS["moebert"])
     return [
         Line2D([], [], ls="", marker="o", ms=4, alpha=0.7, mew=0, label="a pair of runs", **ink),
-        Line2D(
-            [],
-            [],
-            lw=2,
-            **ink,
-            label=f"mean, and from {FEWEST} pairs on its 95% interval",
-        ),  # fmt: skip
+        Line2D([], [], lw=2, label="mean, and the 95% interval that decides", **ink),
         Line2D([], [], ls="", label="the paper", **{**DIAMOND, "ms": 5}),
         Patch(color=_SHADE, lw=0, label="as claimed (~: within half a point)"),
     ]

@@ -25,6 +25,8 @@ KEPT = {
     "about": (),
     "table": ("table.parquet",),
 }
+#: Columns without use here: ``of`` is what a table was measured of, whole, as its record has it.
+LEFT = ["store", "superseded", "notebook", "of"]
 PACKED = {"compression": "zstd", "compression_level": 19, "index": False}
 
 
@@ -64,7 +66,7 @@ def _there(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
     if (folder / ROWS).is_file():
         results = Archive(folder)
         for record in results.records.values():
-            yield record, dict(results.files_of(record["digest"]))
+            yield record, dict(results.files_of(record))
 
 
 def _new(stores: Sequence[str | Path]) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
@@ -83,7 +85,7 @@ def _rows(records: Sequence[dict[str, Any]]) -> "DataFrame":
     """One row a stage: its settings and metrics as columns, and its whole record as JSON."""
     table = columns.table([columns.row(record) for record in records])
     whole = {record["digest"]: to_json(record) for record in records}
-    table = table.drop(columns=["store", "superseded", "notebook"])
+    table = table.drop(columns=LEFT, errors="ignore")
     return table.assign(record=table["digest"].map(whole))
 
 

@@ -1,4 +1,4 @@
-"""The forest of claims draws every pair, the interval only where one is due, and the paper."""
+"""The forest of claims draws every pair, the interval that decides, and the paper."""
 
 import numpy as np
 import pandas as pd
@@ -31,13 +31,27 @@ def test_every_pair_is_a_point_and_every_comparison_has_the_papers_diamond():
     assert labels == compared["comparison"].tolist()
 
 
-@pytest.mark.parametrize("n, drawn", [(3, 0), (6, 1)])
-def test_an_interval_is_drawn_from_five_pairs_on(n, drawn):
+def bars(ax):
+    """Ends of the horizontal lines that are drawn."""
+    lines = [line for line in ax.get_lines() if line.get_marker() == "None"]
+    return [list(line.get_xdata()) for line in lines if len({*line.get_ydata()}) == 1]
+
+
+@pytest.mark.parametrize("n", [2, 3, 6])
+def test_the_interval_that_decides_is_drawn_whole(n):
     compared, pairs = made(importance=60 + np.arange(n) % 3, random=[59] * n)
     ax = forest(compared, pairs)
     (row,) = compared[compared["pairs"] > 0].itertuples()
-    intervals = [line for line in ax.get_lines() if list(line.get_xdata()) == [row.low, row.high]]
-    assert len(intervals) == drawn
+    assert bars(ax) == [[row.low, row.high]]
+    assert ax.get_xlim()[0] < row.low and row.high < ax.get_xlim()[1]
+    told = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert "mean, and the 95% interval that decides" in told
+
+
+def test_one_pair_and_equal_pairs_have_no_interval():
+    for scores in ([60], [60, 60, 60]):
+        compared, pairs = made(importance=scores, random=[59] * len(scores))
+        assert bars(forest(compared, pairs)) == []
 
 
 def test_verdicts_are_written_in_their_colours_and_all_data_is_inside():

@@ -104,6 +104,7 @@ def test_equal_results_give_equal_bytes_and_newer_ones_replace(stored, tmp_path,
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     frame = pd.read_parquet(folder / archive.ROWS)
     assert set(frame["kind"]) == {"about", "teacher", "importance", "converted", "table"}
+    assert "of" not in frame and frame["record"].str.contains('"of":').any()
 
 
 def test_a_row_that_was_edited_is_refused(stored, tmp_path):
@@ -113,6 +114,17 @@ def test_a_row_that_was_edited_is_refused(stored, tmp_path):
     frame.to_parquet(path, index=False)
     with pytest.raises(UserError, match="has changed since it was made"):
         archive.Archive(path.parent)
+
+
+def test_a_small_file_that_was_edited_is_refused(stored, tmp_path):
+    path = tmp_path / "results" / archive.FILES
+    frame = pd.read_parquet(path)
+    frame["content"] = [content + b" " for content in frame["content"]]
+    frame.to_parquet(path, index=False)
+    with pytest.raises(UserError, match=r"files\.parquet: \S+ of .* has changed since it was made"):
+        archive.Archive(path.parent).entries()
+    with pytest.raises(UserError, match="has changed since it was made"):
+        results.write(path.parent)
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
