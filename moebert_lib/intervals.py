@@ -223,6 +223,16 @@ def agreed(values: Iterable[float]) -> str:
     return ">" if (runs > 0).all() else "<" if (runs < 0).all() else "?"
 
 
+def rule(n: int) -> str:
+    """What gives ``n`` paired differences a sign in :func:`agreed`, for a title.
+
+    Example:
+        >>> rule(3), rule(5)
+        ('all 3 seeds agree', '95% interval excludes zero')
+    """
+    return f"all {n} seeds agree" if n < FEWEST else f"{LEVEL:.0%} interval excludes zero"
+
+
 def steps(frame: pd.DataFrame, metric: str, *, column: str, order: Sequence) -> pd.DataFrame:
     """Neighbours of a claimed order, compared seed by seed: one row per step.
 

@@ -18,6 +18,7 @@ from moebert_lib.plots import (
     spread,
 )
 from moebert_lib.plots_results import mean_beside
+from moebert_lib.settings import Settings
 
 #: The terms of the objective, as ``distill`` reports them, and how each line is drawn.
 TERM_STYLES = {
@@ -79,6 +80,30 @@ def learning_curve(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = 
     ax.margins(x=0.02)
     headline(ax, title, legend_rows=legend_above(ax, 5))
     return ax
+
+
+def rounds(curve: pd.DataFrame, settings: Settings, n_train: int) -> pd.DataFrame:
+    """Means of the loss terms over each whole round of lengths, one row a round.
+
+    Trainer's ``group_by_length`` takes the examples of 50 batches at a time (fewer of a small
+    set: a quarter of it) and deals them from the longest to the shortest. Means over anything
+    but whole rounds compare long sentences with short ones. Where batches are counted in tokens
+    they come in any order, and a round is a tenth of the steps.
+
+    Args:
+        curve: As :func:`learning_curve` takes it.
+        settings: What the student was trained with.
+        n_train: Rows that one epoch trains on.
+    """
+    terms = curve.drop(columns="step")
+    if settings.tokens_per_batch is not None:
+        size = epoch = max(1, len(curve) // 10)
+    else:
+        size = max(1, min(n_train // (4 * settings.batch_size), 50))
+        epoch = -(-n_train // settings.batch_size)
+    step = pd.Series(range(len(curve)), index=curve.index)
+    number = step // epoch * epoch + step % epoch // size  # the last round of an epoch is cut off
+    return terms.groupby(number).mean()[number.value_counts(sort=False) == size]
 
 
 def ladder(

@@ -2,8 +2,12 @@
 
 import numpy as np
 import pandas as pd
+import pytest
+import torch
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from moebert_lib import plots_learning as drawn
+from moebert_lib.settings import Settings
 
 
 def test_hidden_distance_joins_the_mean_of_each_stage_hollow_before_filled_after():
@@ -33,6 +37,28 @@ def test_the_strong_line_is_the_running_mean():
     frame = pd.DataFrame({"step": range(1, 41), "total": np.tile([1.0, 3.0], 20)})
     smooth = drawn.learning_curve(frame).get_lines()[1].get_ydata()
     assert (smooth[1:] == 2).all()  # 40 steps: windows of two
+
+
+@pytest.mark.parametrize(("n_train", "epochs", "whole"), [(8000, 1, 5), (2500, 2, 8)])
+def test_rounds_of_lengths_are_those_that_trainer_deals(n_train, epochs, whole):
+    """A loss that is the length alone: whole rounds are equal, tenths of the steps are not."""
+    lengths = np.random.default_rng(0).integers(5, 60, n_train)
+    loss = []
+    for seed in range(epochs):
+        random = torch.Generator().manual_seed(seed)
+        order = get_length_grouped_indices(lengths.tolist(), 32, generator=random)
+        loss += [lengths[order[n : n + 32]].mean() for n in range(0, n_train, 32)]
+    curve = pd.DataFrame({"step": range(1, len(loss) + 1), "total": loss})
+    means = drawn.rounds(curve, Settings(batch_size=32), n_train)["total"]
+    assert len(means) == whole and means.max() / means.min() < 1.1
+    tenth = len(loss) // 10
+    assert np.mean(loss[:tenth]) > 1.3 * np.mean(loss[-tenth:])
+
+
+def test_a_run_of_less_than_two_rounds_has_at_most_one():
+    curve = pd.DataFrame({"step": range(1, 9), "total": 1.0})
+    assert len(drawn.rounds(curve, Settings(batch_size=32), 4000)) == 0
+    assert len(drawn.rounds(curve, Settings(tokens_per_batch=512), 4000)) == 8
 
 
 def test_ladder_joins_the_runs_of_each_seed_in_the_order_of_stages():
