@@ -5,22 +5,26 @@ from pathlib import Path
 
 import pandas as pd
 
-from moebert_lib import archive
+from moebert_lib import found_rows, verdicts
 from moebert_lib.claims import CLAIMS
 from moebert_lib.intervals import agreed
 from moebert_lib.settings import UserError
 from moebert_lib.store import write_bytes
-from moebert_lib.verdicts import CONTRADICTED, MARGIN, REPRODUCED, UNDECIDED, judge
+from moebert_lib.tasks import TASKS as METRICS
+from moebert_lib.verdicts import CONTRADICTED, MARGIN, REPRODUCED, TOLD, UNDECIDED, judge
 
 PAGE = "found.md"
 NOTEBOOK = "06_results"  # draws the tables without which there is no page
 COMPARED, SWITCHED = "06_comparisons.csv", "08_switches.csv"
 METHODS, BESIDE, PAIRS = "06_methods.md", "06_beside_paper.csv", "06_forest.csv"
+ROUTERS = "figure3c.csv"
 
 HEAD = """# What we found
 
 {provenance}
+"""
 
+LEVELS = """
 ## The methods side by side
 
 {methods}
@@ -31,6 +35,18 @@ hardly better than that, its students can keep up with it without having learned
 
 CLAIMED = """
 ## Which of the paper's claims hold here
+
+A claim stands where all its comparisons do: {claims}.
+
+{table}
+
+Of {asked} comparisons that claim a direction and have runs, {decided} are decided one by one;
+corrected for their number (Holm), {after} {are}. If no arm differed from any other, about
+{luck:.1f} would be decided all the same.
+"""
+
+SIDES = """
+## Comparison by comparison
 
 {counts} A comparison is *{reproduced}* where the interval of the mean difference lies wholly on the
 claimed side of zero, *{contradicted}* where it lies wholly on the other, and *{undecided}* where it
@@ -44,7 +60,16 @@ TASKS = """
 ### Task by task
 
 Where the tasks are the pairs above, few and unlike ones make a wide interval. Within a task the
-pairs are its seeds, with one teacher: that says nothing about other tasks.
+pairs are its seeds, with one teacher: that says nothing about other tasks. The same rule gives each
+cell a verdict; where it is none, these runs cannot tell.
+
+{rows}
+"""
+
+ROUTED = """
+### Every pair of routers
+
+Row minus column in points, paired by seed, with the 95% t interval; in bold where it excludes zero.
 
 {rows}
 """
@@ -53,29 +78,13 @@ SWITCHES = """
 ## What the release's switches change
 
 The paper's choice against what the released code does, one switch at a time, paired by seed: mean
-difference in points with the 95% t interval, and each seed's. ([Notebook
-8](../notebooks/08_release.ipynb) explains the switches; these students were trained on an eighth
-of the data, since one that counts padding costs many times as much.)
+difference in points with the 95% t interval, and each seed's. {cost} ([Notebook
+8](../notebooks/08_release.ipynb) explains the switches. It names those where all seeds agree on a
+sign, which chance does more often than an interval excludes zero.)
 
 | switch | difference | seeds | what the runs say |
 |:--|--:|:--|:--|
 {rows}
-"""
-
-LIMITS = """
-## What these runs cannot say
-
-- **One teacher per task.** Its seed is fixed, so no interval holds what another teacher would
-  change; for RTE and MRPC that is often more than the differences above.
-- **Three seeds.** With three pairs the t interval is wide and takes differences for normal.
-  Undecided means that these runs cannot tell, not that there is no effect.
-- **Many comparisons.** Some verdicts would come by luck alone; notebook 6 counts how many, and
-  corrects by Holm.
-- **Not the paper's model.** MiniLM has half of BERT-base's layers and width, and was distilled
-  itself; the paper's ablations are on MNLI, and its students train four to ten epochs where ours
-  train one.
-- **The development set is small.** One example of RTE is 0.36 points, of MRPC's accuracy 0.25, of
-  SST-2 0.11. Nothing was tuned on it: all hyper-parameters are the scale's.
 """
 
 
@@ -85,44 +94,21 @@ def write(figures: Path) -> None:
     Raises:
         UserError: a table that it needs was not drawn.
     """
-    methods, guesses = (
-        _drawn(figures / METHODS).read_text("utf-8").strip(),
-        guessing(_read(figures / BESIDE)),
-    )
-    parts = [HEAD.format(provenance=provenance(), methods=methods, guesses=guesses)]
-    compared = {"": _read(figures / COMPARED)}
-    compared |= {f", {path.parent.name} alone": _read(path)
-                 for path in sorted(figures.glob(f"*/{COMPARED}"))}  # fmt: skip
-    for where, table in compared.items():
-        parts.append(claims(table) if not where else f"\n### The same{where}\n{lists(table)}")
-        parts += [TASKS.format(rows=by_task(_read(figures / PAIRS)))] if not where else []
+    methods = _drawn(figures / METHODS).read_text("utf-8").strip()
+    guesses = guessing(_read(figures / BESIDE))
+    compared = _read(figures / COMPARED)
+    parts = [HEAD.format(provenance=found_rows.provenance()), claims(compared)]
+    parts += [LEVELS.format(methods=methods, guesses=guesses), sides(compared)]
+    parts.append(TASKS.format(rows=by_task(_read(figures / PAIRS))))
+    if (figures / ROUTERS).is_file():
+        parts.append(ROUTED.format(rows=routers(_read(figures / ROUTERS))))
+    for path in sorted(figures.glob(f"*/{COMPARED}")):
+        parts.append(f"\n### The same, {path.parent.name} alone\n{lists(_read(path))}")
     if (figures / SWITCHED).is_file():
-        parts.append(SWITCHES.format(rows=switches(_read(figures / SWITCHED))))
-    write_bytes(figures / PAGE, "".join([*parts, LIMITS]).encode())
-
-
-def provenance() -> str:
-    """What was run, how long it took, and with what, from the rows that all is drawn from."""
-    records = list(archive.opened(archive.named()).records.values())
-    students = [record for record in records if record["kind"] == "student"]
-    if not students:
-        raise UserError("the results hold no student; expected those of a workbook")
-    hours = sum(record["seconds"] for record in records) / 3600
-    days = sorted(record["created"][:10] for record in records)
-    commits = sorted({str(record["commit"])[:8] for record in records})
-    machines = sorted({f"{r['machine']['cpu']}, {r['machine']['cores']} cores" for r in records})
-    versions = students[0]["versions"]
-    named = ", ".join(f"{name} {versions[name]}" for name in ("python", "torch", "transformers"))
-    tasks = {record["row"]["task"]: record["key"] for record in students}
-    data = ", ".join(f"{task} `{_leaf(key, 'data')[:8]}`" for task, key in sorted(tasks.items()))
-    return (
-        f"{len(students)} students and {sum(r['kind'] == 'teacher' for r in records)} teachers, "
-        f"{hours:.1f} hours of single-threaded work ({days[0]} to {days[-1]}; "
-        f"{'; '.join(machines)}; {named}; commits {', '.join(commits)}; data {data}). "
-        "Every figure, every table and this page are drawn from committed "
-        "[rows](runs/rows.parquet): `moebert report --from figures/runs` draws them again, and CI "
-        "compares each byte. Scores are of the development sets."
-    )
+        rows = switches(_read(figures / SWITCHED))
+        parts.append(SWITCHES.format(rows=rows, cost=found_rows.brief()))
+    parts.append(found_rows.limits())
+    write_bytes(figures / PAGE, "".join(parts).encode())
 
 
 def guessing(beside: pd.DataFrame) -> str:
@@ -132,20 +118,37 @@ def guessing(beside: pd.DataFrame) -> str:
 
 
 def claims(compared: pd.DataFrame) -> str:
-    """The claims and their comparisons, grouped by what the runs say."""
-    told = compared[compared["pairs"] > 0]["verdict"].value_counts()
-    counts = ", ".join(f"{told.get(name, 0)} {name}" for name in (REPRODUCED, CONTRADICTED,
-                                                                   UNDECIDED))  # fmt: skip
+    """A row for each claim; how many comparisons are decided, and would be by luck."""
+    table = verdicts.verdicts(compared)
+    lines = [f"| {row.claim.rstrip('.')} | {row[2]} | {row.tested} of {row.comparisons} | "
+             f"{row.verdict} |" for row in table.itertuples()]  # fmt: skip
+    head = "| claim | shown in | comparisons with runs | verdict |\n|:--|:--|:--|:--|"
+    asked = ((compared["kind"] == "better") & (compared["pairs"] > 0)).sum()
+    decided, after, luck = verdicts.by_chance(compared)
+    return CLAIMED.format(
+        claims=_counted(table["verdict"]), table="\n".join([head, *lines]), asked=asked,
+        decided=decided, after=after, are="is" if after == 1 else "are", luck=luck,
+    )  # fmt: skip
+
+
+def sides(compared: pd.DataFrame) -> str:
+    """The rule, and every comparison under its verdict."""
+    told = compared.loc[compared["pairs"] > 0, "verdict"]
     words = {"reproduced": REPRODUCED, "contradicted": CONTRADICTED, "undecided": UNDECIDED}
-    head = CLAIMED.format(counts=f"Of the comparisons with runs: {counts}.", margin=MARGIN, **words)
-    return head + lists(compared)
+    counts = f"Of the comparisons with runs: {_counted(told)}."
+    return SIDES.format(counts=counts, margin=MARGIN, **words) + lists(compared)
+
+
+def _counted(told: pd.Series) -> str:
+    """How many have each verdict that runs can give."""
+    return ", ".join(f"{(told == verdict).sum()} {verdict}" for verdict in TOLD)
 
 
 def lists(compared: pd.DataFrame) -> str:
-    """A table of comparisons for each verdict."""
+    """A table of comparisons for each verdict, and the names of those without runs."""
     said = {claim.key: claim for claim in CLAIMS}
     parts = []
-    for verdict in (REPRODUCED, CONTRADICTED, UNDECIDED):
+    for verdict in TOLD:
         rows = compared[(compared["verdict"] == verdict) & (compared["pairs"] > 0)]
         lines = [f"| {said[row.claim].statement.rstrip('.')} ({said[row.claim].shown_in}) | "
                  f"{row.comparison} | {interval(row.mean, row.low, row.high)} | "
@@ -154,20 +157,54 @@ def lists(compared: pd.DataFrame) -> str:
         if lines:
             head = "| claim | comparison | here | paper | pairs |\n|:--|:--|--:|--:|:--|"
             parts.append("\n".join([f"\n**{verdict.capitalize()}**\n", head, *lines, ""]))
+    without = compared.loc[compared["pairs"] == 0, "comparison"]
+    if len(without):
+        parts.append(f"\n**No runs:** {', '.join(without)}.\n")
     return "\n".join(parts)
 
 
 def by_task(pairs: pd.DataFrame) -> str:
-    """Comparisons that several tasks have: a row each, a column for each task."""
+    """Comparisons that several tasks have: a row each, a column for each task.
+
+    Comparisons that say the same of the same pairs share a row.
+    """
     wide = pairs.groupby("comparison", sort=False).filter(lambda rows: rows["task"].nunique() > 1)
     tasks = list(dict.fromkeys(wide["task"]))
-    lines = [f"| comparison | {' | '.join(tasks)} |", "|:--" + "|--:" * len(tasks) + "|"]
+    kinds = {str(one): one.kind for claim in CLAIMS for one in claim.comparisons}
+    named: dict[tuple[str, ...], list[str]] = {}
     for name, rows in wide.groupby("comparison", sort=False):
         gaps = {task: part["difference"] for task, part in rows.groupby("task")}
-        cells = [interval(gaps[t].mean(), *judge(gaps[t], "better")[1:]) if t in gaps else ""
-                 for t in tasks]  # fmt: skip
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        cells = [_cell(gaps[task], kinds[name]) if task in gaps else "" for task in tasks]
+        named.setdefault(tuple(cells), []).append(name)
+    lines = [f"| comparison | {' | '.join(tasks)} |", "|:--" + "|--:" * len(tasks) + "|"]
+    lines += [f"| {'; '.join(names)} | {' | '.join(cells)} |" for cells, names in named.items()]
     return "\n".join(lines)
+
+
+def _cell(gaps: pd.Series, kind: str) -> str:
+    """Mean and interval of one task's seeds, and their verdict where they have one."""
+    told, low, high = judge(gaps, kind)
+    return interval(gaps.mean(), low, high) + f" **{told}**" * (told != UNDECIDED)
+
+
+def routers(scores: pd.DataFrame) -> str:
+    """Each router against each other one: rows of Figure 3c's table, those from here."""
+    here = scores[scores["source"] == "here"].set_index(["routing", "seed"])
+    metric = next(name for name in here if name in {task.metric for task in METRICS.values()})
+    wide = 100 * here[metric].unstack("routing", sort=False)
+    lines = [f"| | {' | '.join(wide)} |", "|:--" + "|--:" * len(wide.columns) + "|"]
+    for one in wide:
+        gaps = {other: (wide[one] - wide[other]).dropna() for other in wide if other != one}
+        cells = [_bold(gaps[other]) if other in gaps else "" for other in wide]
+        lines.append(f"| {one} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _bold(gaps: pd.Series) -> str:
+    """A difference with its interval, in bold where that excludes zero."""
+    told, low, high = judge(gaps, "better")
+    text = interval(gaps.mean(), low, high)
+    return f"**{text}**" if told in (REPRODUCED, CONTRADICTED) else text
 
 
 def switches(gaps: pd.DataFrame) -> str:
@@ -209,11 +246,3 @@ def _drawn(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"no {path.name} in {path.parent}; the results' workbook must draw it")
     return path
-
-
-def _leaf(key: dict, name: str) -> str:
-    """The first value of that name in a nested key."""
-    if name in key:
-        return str(key[name])
-    inner = (value for value in key.values() if isinstance(value, dict))
-    return next((found for value in inner if (found := _leaf(value, name))), "")

@@ -65,7 +65,7 @@ BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
         ),
     },
     "small": {
-        "sst2": dict(max_length=64, max_train_examples=8000),  # of 67,349: what a CPU can do
+        "sst2": dict(max_length=64, max_train_examples=8000),  # of 67,349; null: all
         **{task: dict(max_length=384) for task in ("squad", "squad_v2")},
     },
     "paper": TABLE7,

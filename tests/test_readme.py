@@ -112,3 +112,10 @@ def test_figures_are_those_of_their_provenance_and_of_the_committed_rows():
         for results in (archive.ROWS, archive.FILES):
             file = ROOT / "figures" / "runs" / results
             assert about["inputs"][results] == hashlib.sha256(file.read_bytes()).hexdigest(), name
+
+
+def test_every_committed_row_was_made_by_a_clean_commit():
+    """A row of an edited checkout ("-dirty") could not be made again from any commit."""
+    rows = pd.read_parquet(ROOT / "figures" / "runs" / archive.ROWS)
+    named = rows["commit"].str.fullmatch("[0-9a-f]{40}").fillna(False)
+    assert rows.loc[~named, ["kind", "digest", "commit"]].values.tolist() == []
