@@ -26,7 +26,8 @@ from moebert_lib.modeling import (
 )
 from moebert_lib.moe_layer import MoEOutput, moe_layers
 from moebert_lib.routing import BalancedHash, HashRouter, RandomHash
-from moebert_lib.settings import check_sizes, nearest, proportions
+from moebert_lib.settings import nearest
+from moebert_lib.sizes import check_sizes, proportions
 
 #: What may follow the named arguments of :func:`to_moebert`.
 OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "router_aux_loss_coef",
@@ -61,6 +62,8 @@ def to_moebert(
         model: A fine-tuned ``BertForSequenceClassification`` or ``BertForQuestionAnswering``.
         importance: Scores of this model's neurons from :func:`ffn_importance`, or a ranking
             ``(L, F)`` of integers, most important neuron first: a tensor, an array or lists.
+            Or the neurons of each expert, ``(L, E, K)``, shared ones first, as
+            :func:`experts.deal_layers` or ``groups`` make them; the sizes must be theirs.
         n_experts: Experts per layer (the paper: 4).
         expert_size: Neurons in each; ``None`` is the FFN's width over ``n_experts``.
         n_shared: Neurons in all of them; ``None`` is two thirds of ``expert_size``
@@ -78,20 +81,23 @@ def to_moebert(
 
     Raises:
         TypeError: an unknown argument.
-        ValueError: an unsupported model, scores of another model, a ranking of another shape
-            or not of integers, sizes that do not fit, or ``hash-balance`` without a frequency
-            for each vocabulary entry.
+        ValueError: an unsupported model, scores of another model, a ranking or an assignment of
+            another shape or not of integers, sizes that do not fit, or ``hash-balance`` without
+            a frequency for each vocabulary entry.
     """
     head = _head(model)
     _check_names(config)
     if n_experts < 1:
         raise ValueError(f"n_experts={n_experts} must be at least 1")
-    ranking, width = _ranking(importance, model), model.config.intermediate_size
+    given, width = _integers(importance, model), model.config.intermediate_size
     check_sizes(width, n_experts, expert_size, n_shared)
     expert_size, n_shared = proportions(width, n_experts, expert_size, n_shared)
     allow_identical = bool(config.pop("allow_identical", False)) or n_experts == 1
     sizes = dict(n_experts=n_experts, expert_size=expert_size, n_shared=n_shared)
-    neurons = deal_layers(ranking, **sizes, allow_identical=allow_identical)  # (L, E, K)
+    if given.dim() == 3:
+        neurons = _assigned(given, model, **sizes)
+    else:
+        neurons = deal_layers(given, **sizes, allow_identical=allow_identical)  # (L, E, K)
 
     with init.no_init_weights():  # every weight is set below
         student = head(_config(model, routing=routing, **sizes, **config)).to(model.dtype)
@@ -105,8 +111,8 @@ def to_moebert(
     return student.to(model.device).train(model.training)
 
 
-def _ranking(importance: Any, model: PreTrainedModel) -> Tensor:
-    """The order that was passed, ``(L, F)``, int64; refused where it is not of this model."""
+def _integers(importance: Any, model: PreTrainedModel) -> Tensor:
+    """The ranking or assignment that was passed; scores of another model are refused."""
     scores = importance if isinstance(importance, Importance) else None
     try:
         ranking = torch.as_tensor(scores.ranking if scores else importance)
@@ -118,7 +124,7 @@ def _ranking(importance: Any, model: PreTrainedModel) -> Tensor:
             "important neuron first; of scores, pass scores.argsort(-1, descending=True)"
         )
     shape = (model.config.num_hidden_layers, model.config.intermediate_size)
-    if tuple(ranking.shape) != shape:
+    if ranking.dim() != 3 and tuple(ranking.shape) != shape:
         raise ValueError(
             f"importance ranks {tuple(ranking.shape)} (layers, neurons), the model has {shape}"
         )
@@ -128,6 +134,26 @@ def _ranking(importance: Any, model: PreTrainedModel) -> Tensor:
             "or pass importance.ranking if that is meant"
         )
     return ranking.long()
+
+
+def _assigned(
+    neurons: Tensor, model: PreTrainedModel, *, n_experts: int, expert_size: int, n_shared: int
+) -> Tensor:
+    """An assignment as it was passed; refused where its sizes are others than were asked for."""
+    shape = (model.config.num_hidden_layers, n_experts, expert_size)
+    if tuple(neurons.shape) != shape:
+        raise ValueError(f"the assignment has shape {tuple(neurons.shape)} (layers, experts, "
+                         f"neurons of each), expected {shape}")  # fmt: skip
+    width, held = model.config.intermediate_size, neurons.sort(-1).values
+    if held.min() < 0 or held.max() >= width:
+        raise ValueError(f"the assignment names neuron {int(held.max())} or {int(held.min())}; "
+                         f"expected 0..{width - 1}")  # fmt: skip
+    if (held[..., 1:] == held[..., :-1]).any():
+        raise ValueError("the assignment gives an expert the same neuron twice; once is expected")
+    if (neurons[..., :n_shared] != neurons[:, :1, :n_shared]).any():
+        raise ValueError(f"the first n_shared={n_shared} neurons differ between experts; expected "
+                         "the shared ones first")  # fmt: skip
+    return neurons
 
 
 def load_dense(name: str) -> PreTrainedModel:

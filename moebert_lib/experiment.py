@@ -16,10 +16,9 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from moebert_lib import archive, checkpoints, data
+from moebert_lib import archive, checkpoints, constructions, data
 from moebert_lib.convert import to_moebert
 from moebert_lib.evaluate import faster, state_distances
-from moebert_lib.experts import choose_ranking
 from moebert_lib.facts import About, about, describe, measured
 from moebert_lib.inputs import chosen, dataset, device, load, pretrained, token_frequencies
 from moebert_lib.moe_layer import parameter_counts
@@ -80,13 +79,11 @@ class Student:
 def conversion_key(settings: Settings) -> dict:
     """What the student depends on before it is trained."""
     sizes = settings.sizes(width(settings))
-    ranking = {"importance": importance_key(settings)}
-    if settings.ranking == "random":
-        ranking = {"teacher": teacher_key(settings), "split_seed": settings.split_seed}
     return {
-        **chosen(settings, CONVERSION), "expert_size": sizes[0], "n_shared": sizes[1], **ranking,
-        "code": code_digest("experts", "routing", "moe_layer", "modeling", "convert", "experiment",
-                            *FORWARD),
+        **chosen(settings, CONVERSION), "expert_size": sizes[0], "n_shared": sizes[1],
+        **constructions.order_key(settings), **constructions.grouping_key(settings),
+        "code": code_digest("experts", "constructions", "routing", "moe_layer", "modeling",
+                            "convert", "experiment", *FORWARD),
     }  # fmt: skip
 
 
@@ -100,12 +97,9 @@ def converted(settings: Settings) -> PreTrainedModel:
     """The teacher turned into a MoEBERT as the settings say, untrained; new on every call."""
     dense = teacher(settings).model
     expert_size, n_shared = settings.sizes(dense.config.intermediate_size)
-    shape = (dense.config.num_hidden_layers, dense.config.intermediate_size)
-    known = torch.arange(shape[1]).expand(shape)  # a random split asks for no scores
-    ranking = known if settings.ranking == "random" else importance(settings).ranking
     frequencies = token_frequencies(settings) if settings.routing == "hash-balance" else None
     return to_moebert(
-        dense, choose_ranking(ranking, settings.ranking, seed=settings.split_seed),
+        dense, constructions.neurons(settings),
         n_experts=settings.n_experts, expert_size=expert_size, n_shared=n_shared,
         routing=settings.routing, seed=settings.seed, token_frequencies=frequencies,
         expert_layer_norm=settings.expert_layer_norm, gate_scaling=settings.gate_scaling,

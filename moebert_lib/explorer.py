@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from moebert_lib.explorer_widget import COLUMNS, Explorer, views
 from moebert_lib.layer_view import fit
 from moebert_lib.plots_explorer import MOST, Picture
-from moebert_lib.settings import UserError, nearest, proportions
+from moebert_lib.settings import UserError, nearest
+from moebert_lib.sizes import proportions
 from moebert_lib.sources import EQ4, Source
 from moebert_lib.widgets import ready
 

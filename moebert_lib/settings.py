@@ -22,10 +22,12 @@ from pydantic import (
 )
 
 from moebert_lib.scales import FFN_WIDTHS, MINILM, RELEASE, SCALES, defaults
+from moebert_lib.sizes import check_sizes, proportions
 
 Scale = Literal["smoke", "quick", "small", "paper"]
 Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
 Ranking = Literal["importance", "random", "inverse"]
+Grouping = Literal["deal", "kmeans-weights", "kmeans-activations", "coactivation"]
 Distil = Literal["all", "skip", "last", "none"]
 
 MOST = 2**31 - 1  # of a seed; numpy's and torch's generators take this much and some runs more
@@ -96,7 +98,8 @@ class Settings(BaseModel):
     expert_size: int | None = Field(None, ge=1)  # None: FFN width // n_experts
     n_shared: int | None = Field(None, ge=0)  # None: two thirds of expert_size
     ranking: Ranking = "importance"  # Fig. 3a
-    split_seed: int = Field(0, ge=0, le=MOST)  # of ranking="random"
+    grouping: Grouping = "deal"  # of what is not shared; others than a deal: MoEfication
+    split_seed: int = Field(0, ge=0, le=MOST)  # of ranking="random", and of k-means' start
     routing: Routing = "hash-random"  # Fig. 3c
     balance_weight: float = Field(0.01, ge=0)  # load balance of the gates; not in the paper
 
@@ -231,61 +234,6 @@ class Settings(BaseModel):
         """
         sizes = (self.n_experts, self.expert_size, self.n_shared)
         check_sizes(width, *sizes, whose=self.model)
-
-
-def proportions(
-    width: int, n_experts: int, expert_size: int | None = None, n_shared: int | None = None
-) -> tuple[int, int]:
-    """``(expert_size, n_shared)`` in neurons, the paper's proportions where None.
-
-    Example:
-        >>> proportions(3072, 4)
-        (768, 512)
-    """
-    expert_size = max(width // n_experts, 1) if expert_size is None else expert_size
-    return expert_size, 2 * expert_size // 3 if n_shared is None else n_shared
-
-
-def check_sizes(
-    width: int,
-    n_experts: int,
-    expert_size: int | None = None,
-    n_shared: int | None = None,
-    *,
-    whose: str = "the model",
-) -> None:
-    """Refuse experts that a layer of ``width`` neurons cannot fill; None as in the paper.
-
-    Raises:
-        ValueError: naming the largest size that fits by the same rule.
-    """
-    size, shared = proportions(width, n_experts, expert_size, n_shared)
-    if shared > size:
-        raise ValueError(
-            f"n_shared={shared} exceeds expert_size={size}; "
-            f"the largest n_shared is {min(size, width)}"
-        )
-    needed = shared + n_experts * (size - shared)
-    if needed <= width:
-        return
-
-    def fits(n: int, k: int) -> bool:
-        s = proportions(width, n, k, n_shared)[1]
-        return s <= k and s + n * (k - s) <= width
-
-    largest = next((k for k in range(width, 0, -1) if fits(n_experts, k)), 0)
-    hint = f"the largest expert_size that fits is {largest}"
-    if not largest:
-        fewer = next((n for n in range(width, 0, -1) if fits(n, expert_size or 1)), 0)
-        hint = (
-            f"the largest n_experts that fits is {fewer}"
-            if fewer
-            else f"an expert holds at most {width}"
-        )
-    raise ValueError(
-        f"{n_experts} experts of {size} neurons with {shared} shared need {needed} neurons, "
-        f"{whose} has {width}; {hint}"
-    )
 
 
 def _one_line(error: ValidationError) -> str:

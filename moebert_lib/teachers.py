@@ -48,8 +48,8 @@ class Teacher:
         return load(self.entry.folder, data.TASKS[self.task]).eval()
 
 
-def _fixed(settings: Settings, *also: str) -> Settings:
-    """Settings with everything at its default but what the teacher (and ``also``) depends on."""
+def reduced(settings: Settings, *also: str) -> Settings:
+    """The settings with all at its default but what the teacher (and ``also``) depends on."""
     names = {*DATA, *TEACHER, *also, "scale", "data_dir", "model"}
     return Settings(**chosen(settings, tuple(names)), teacher_seed=settings.dense_seed)
 
@@ -77,7 +77,7 @@ def _origin(settings: Settings) -> dict:
 
 def teacher(settings: Settings) -> Teacher:
     """The dense model fine-tuned on the task, from the store or trained now."""
-    return _teacher(_fixed(settings), home())
+    return _teacher(reduced(settings), home())
 
 
 @functools.lru_cache(maxsize=2)  # read and verified once a process
@@ -106,7 +106,7 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
 
 def importance(settings: Settings) -> Importance:
     """Eq. 4's scores of the teacher's neurons, from the store or computed now."""
-    return _importance(_fixed(settings, *IMPORTANCE), home())
+    return _importance(reduced(settings, *IMPORTANCE), home())
 
 
 @functools.lru_cache(maxsize=4)

@@ -29,7 +29,7 @@ from moebert_lib.plots import WIDE
 from moebert_lib.plots_experts import deal, who_keeps_what
 from moebert_lib.plots_states import step
 from moebert_lib.routes import sentence_ways
-from moebert_lib.settings import proportions
+from moebert_lib.sizes import proportions
 from moebert_lib.token_table import token_table
 
 MISSING = "The slider needs ipywidgets (pip install ipywidgets); the figure below stands still."

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from moebert_lib.scales import MINILM, RELEASE, SCALES
-from moebert_lib.settings import Settings, UserError, check_sizes, nearest
+from moebert_lib.settings import Settings, UserError, nearest
+from moebert_lib.sizes import check_sizes
 
 
 @pytest.mark.parametrize("scale", SCALES)

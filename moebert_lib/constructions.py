@@ -1,0 +1,146 @@
+"""The neurons of each expert: dealt by a ranking, or grouped by likeness, which is kept."""
+
+import functools
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moebert_lib import archive, groups
+from moebert_lib.evaluate import without_targets
+from moebert_lib.experts import choose_ranking, deal_layers
+from moebert_lib.importance import dense_layers
+from moebert_lib.inputs import chosen, dataset
+from moebert_lib.settings import Settings, home
+from moebert_lib.stages import IMPORTANCE
+from moebert_lib.store import code_digest
+from moebert_lib.teachers import (
+    FORWARD,
+    importance,
+    importance_key,
+    reduced,
+    teacher,
+    teacher_key,
+)
+
+EXAMPLES = 200  # at most, of those that are scored
+TOKENS = 4096  # of their tokens at most: what neurons are compared on
+
+
+def order_key(settings: Settings) -> dict:
+    """What decides the order of neurons: the scores, or the seed of a random order."""
+    if settings.ranking == "random":
+        return {"teacher": teacher_key(settings), "split_seed": settings.split_seed}
+    return {"importance": importance_key(settings)}
+
+
+def grouping_key(settings: Settings) -> dict:
+    """What the grouping depends on beyond the order; nothing where neurons are dealt."""
+    if settings.grouping == "deal":
+        return {}
+    key = {"how": settings.grouping, "code": code_digest("groups", "constructions", *FORWARD)}
+    if settings.grouping != "coactivation":  # k-means has a start
+        key["split_seed"] = settings.split_seed
+    if settings.grouping != "kmeans-weights":
+        key |= {"examples": EXAMPLES, "tokens": TOKENS, **chosen(settings, IMPORTANCE)}
+    return {"grouping": key}
+
+
+def neurons(settings: Settings) -> Tensor:
+    """Neurons of each expert, shared ones first. Shape ``(L, E, K)``, int64."""
+    dealt = _dealt(settings)
+    if settings.grouping == "deal":
+        return dealt
+    n_shared = settings.sizes(teacher(settings).model.config.intermediate_size)[1]
+
+    def build(folder: Path) -> dict:
+        grouped = _grouped(settings, dealt, n_shared)
+        save_file({"neurons": grouped}, folder / "neurons.safetensors")
+        return {"layers": len(grouped)}
+
+    key = {
+        **order_key(settings), **grouping_key(settings), "ranking": settings.ranking,
+        "n_experts": settings.n_experts, "expert_size": dealt.shape[2], "n_shared": n_shared,
+    }  # fmt: skip
+    entry = archive.store().make("grouped", key, build)
+    return load_file(entry.folder / "neurons.safetensors")["neurons"]
+
+
+def _dealt(settings: Settings) -> Tensor:
+    config = teacher(settings).model.config
+    shape = (config.num_hidden_layers, config.intermediate_size)
+    known = torch.arange(shape[1]).expand(shape)  # a random order asks for no scores
+    ranking = known if settings.ranking == "random" else importance(settings).ranking
+    ranking = choose_ranking(ranking, settings.ranking, seed=settings.split_seed)
+    size, n_shared = settings.sizes(shape[1])
+    sizes = {"n_experts": settings.n_experts, "expert_size": size, "n_shared": n_shared}
+    return deal_layers(ranking, **sizes, allow_identical=True)
+
+
+def _grouped(settings: Settings, dealt: Tensor, n_shared: int) -> Tensor:
+    """The deal with the neurons that are not shared in other company. Shape ``(L, E, K)``."""
+    found = []
+    for index, layer in enumerate(dealt):
+        own = layer[:, n_shared:].T.flatten()  # by importance
+        labels = _labels(settings, index, own)
+        found.append(groups.group_neurons(layer, n_shared, labels))
+    return torch.stack(found)
+
+
+def _labels(settings: Settings, index: int, own: Tensor) -> Tensor:
+    """The group of each of a layer's own neurons, by weights or by what they are active on."""
+    k, seed = settings.n_experts, settings.split_seed
+    if settings.grouping == "kmeans-weights":
+        read = dense_layers(teacher(settings).model)[index].intermediate.dense.weight.cpu()
+        return groups.balanced_kmeans(groups.unit_rows(read[own]), k, seed=seed)
+    h = activations(settings)[index][:, own]  # (tokens, own)
+    if settings.grouping == "kmeans-activations":
+        return groups.balanced_kmeans(groups.unit_rows(h.T), k, seed=seed)
+    return groups.partition(groups.coactivation(h > 0), k)
+
+
+def activations(settings: Settings) -> Tensor:
+    """The teacher's activations ``h`` on :data:`TOKENS` real tokens, or all where there are fewer.
+
+    Drawn at random, with a fixed seed, from those of the first :data:`EXAMPLES` of the examples
+    that Eq. 4 is scored on.
+
+    Returns:
+        Shape ``(L, tokens, F)``, float32.
+    """
+    return _activations(reduced(settings, *IMPORTANCE), home())
+
+
+@functools.lru_cache(maxsize=1)
+def _activations(settings: Settings, _root: Path) -> Tensor:
+    model, bundle = teacher(settings).model, dataset(settings)
+    layers, n = dense_layers(model), min(EXAMPLES, settings.importance_examples or EXAMPLES)
+    split = settings.importance_split
+    total = sum(map(len, bundle.rows(split, n, shuffle=True)["input_ids"][:]))
+    kept = torch.zeros(total, dtype=torch.bool)
+    kept[torch.randperm(total, generator=torch.Generator().manual_seed(0))[:TOKENS]] = True
+    found, passed = [[] for _ in layers], 0
+    for batch in bundle.batches(split, limit=n, shuffle=True):
+        real = batch["attention_mask"].bool().cpu()
+        here = kept[passed : passed + int(real.sum())]
+        passed += len(here)
+        for index, h in enumerate(_flows(model, layers, batch)):
+            found[index].append(h.float().cpu()[real][here])
+    return torch.stack([torch.cat(parts) for parts in found])
+
+
+def _flows(model: nn.Module, layers: list[nn.Module], batch: dict[str, Tensor]) -> list[Tensor]:
+    """Activations of each layer, ``(B, T, F)``."""
+    flows: list[Tensor] = []
+    hooks = [
+        layer.intermediate.register_forward_hook(lambda _m, _i, h: flows.append(h))
+        for layer in layers
+    ]
+    try:
+        with torch.inference_mode():
+            model(**without_targets(batch))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return flows
