@@ -6,7 +6,7 @@ importance scores, and a grid runs only what is missing.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,9 +43,9 @@ from moebert_lib.teachers import (
 from moebert_lib.train import distil
 
 __all__ = [
-    "About", "Student", "Teacher", "about", "conversion", "converted", "dataset", "describe",
-    "device", "distances", "evaluate", "grid", "importance", "measured", "said", "states",
-    "student", "teacher", "truths", "width",
+    "About", "Student", "Teacher", "about", "compare", "conversion", "converted", "dataset",
+    "describe", "device", "distances", "evaluate", "grid", "importance", "measured", "said",
+    "states", "student", "teacher", "truths", "width",
 ]  # fmt: skip
 
 QUIET = 15  # seconds between two lines of a grid's progress
@@ -226,6 +226,13 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
         rows[number] = {**point.model_dump(), **entry.row}
     print(f"· grid: {len(points)} points, {done} run now, {len(points) - done} reused", flush=True)
     return pd.DataFrame([rows[number] for number in range(len(points))])
+
+
+def compare(named: Mapping[str, list[Settings]], *, run=student) -> pd.DataFrame:
+    """:func:`grid` of points that have names; the column ``name`` says whose a row is."""
+    names = [name for name, points in named.items() for _ in points]
+    points = [point for points in named.values() for point in points]
+    return grid(points, run=run).assign(name=names)
 
 
 def _in_turn(points: list[Settings]) -> Iterator[int]:

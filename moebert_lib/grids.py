@@ -4,7 +4,7 @@ Every point is a complete, validated experiment. Points that several notebooks a
 equal, so the store runs them once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
@@ -24,6 +24,14 @@ TABLE4_TASKS = ("rte", "mnli")
 
 #: At the offline scales the tasks beside the main one learn from so much, and no more.
 BRIEF = {"max_train_examples": 1000, "max_eval_examples": 200, "importance_examples": 400}
+
+#: Ways to build experts: the paper's deal, the others of Fig. 3a, and MoEfication's groups.
+CONSTRUCTIONS = {
+    "deal": {}, "random": {"ranking": "random"}, "inverse": {"ranking": "inverse"},
+    "k-means, weights": {"grouping": "kmeans-weights"},
+    "k-means, activations": {"grouping": "kmeans-activations"},
+    "co-activation": {"grouping": "coactivation"},
+}  # fmt: skip
 
 #: What a conversion does by default; the explorer's accuracies are of these.
 PLAIN = ("routing", "ranking", "shared_neurons", "expert_layer_norm", "gate_scaling")
@@ -110,6 +118,30 @@ def conversions(settings: Settings, width: int) -> list[Settings]:
         for n in (2, 4, 8) if n <= width for part in SHARED_PARTS
         for k in range(1 + (n == settings.n_experts))
     ]  # fmt: skip
+
+
+def constructions(settings: Settings, width: int) -> Grid:
+    """Notebooks 2 and 4: every way to build experts, with shared neurons and without.
+
+    The offline scales leave out those without, which take most of the time. Nor is there an
+    inverse one: with none shared it deals the same hands, to experts of other numbers.
+
+    Returns:
+        Runs by ``"<way>"`` and ``"<way>, none shared"``.
+    """
+    size, shared = settings.sizes(width)
+    grid = {}
+    for n in (shared, 0)[: 1 if settings.offline or not shared else 2]:
+        base = settings.but(expert_size=size, n_shared=n)
+        for name, changes in CONSTRUCTIONS.items():
+            if n or name != "inverse":
+                grid[name + (", none shared" if not n else "")] = over_seeds(base.but(**changes))
+    return grid
+
+
+def deals_beside(names: Iterable[str]) -> dict[str, str]:
+    """The deal that each of :func:`constructions` is held against: with as many shared."""
+    return {n: "deal, none shared" if n.endswith("none shared") else "deal" for n in names}
 
 
 def routers(settings: Settings) -> Grid:
@@ -245,6 +277,7 @@ def asked(
         grid = ladder(settings)
     elif notebook == "04_ablations":
         grid = ablations(settings, width, **sizes) | plain_training(settings)
+        grid |= constructions(settings, width)
     elif notebook == "05_routing":
         grid = routers(settings)
     elif notebook == "06_results":

@@ -7,7 +7,7 @@ permutation tests and Holm's correction.
 
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -252,6 +252,31 @@ def steps(frame: pd.DataFrame, metric: str, *, column: str, order: Sequence) -> 
         rows.append((better, worse, gap.mean(), gap.min(), gap.max(), len(gap), agreed(gap)))
     names = ["better", "worse", "mean", "lowest", "highest", "pairs", "sign"]
     return pd.DataFrame(rows, columns=names)
+
+
+def over(frame: pd.DataFrame, metric: str, *, column: str, base: Mapping) -> pd.DataFrame:
+    """Each value of a setting against another one, seed by seed, with t intervals.
+
+    Args:
+        frame: One row per run, with ``seed``.
+        metric: The column compared, 0 to 1.
+        column: The setting that differs.
+        base: Of each value, the one that it is held against; itself: no difference.
+
+    Returns:
+        Indexed by value, in points: ``mean`` (of the metric), ``difference``, and the ends
+        ``low`` and ``high`` of its 95% interval (:func:`student`; NaN for one pair).
+    """
+    rows = {}
+    for value, other in base.items():
+        level = 100 * frame.loc[frame[column] == value, metric].mean()
+        gap, ends = float("nan"), (float("nan"), float("nan"))
+        if value != other:
+            gaps = 100 * differences(frame, metric, column=column, better=value, worse=other)
+            gap, ends = gaps.mean(), student(gaps)
+        rows[value] = (level, gap, *ends)
+    names = ["mean", "difference", "low", "high"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis(column)
 
 
 def chain(compared: pd.DataFrame) -> str:

@@ -17,6 +17,7 @@ from moebert_lib.plots import (
     COLORS,
     DIAMOND,
     MARKERS,
+    WIDE,
     axes,
     dots,
     headline,
@@ -24,6 +25,7 @@ from moebert_lib.plots import (
     legend_above,
     panels,
     reference,
+    spread,
 )
 
 #: Colour of a way of splitting; other settings are drawn as MoEBERT.
@@ -70,6 +72,51 @@ def after_conversion(
     ax.set(xlim=(-0.5, len(order) - 0.3), ylabel=f"{metric}, %")
     ax.margins(y=0.12)
     headline(ax, title, legend_rows=legend_above(ax, 1, ax.get_legend_handles_labels()[0][:1]))
+    return ax
+
+
+def constructions(
+    frame: pd.DataFrame,
+    *,
+    dense: float,
+    metric: str = "accuracy",
+    before: str = "",
+    ax: Axes | None = None,
+    title: str = "",
+) -> Axes:
+    """Score of each way to build experts, a row each: every run, their mean, and where it began.
+
+    Args:
+        frame: Columns ``name`` and the metric (0 to 1), one row per run; names that end in
+            ", none shared" are drawn hollow.
+        dense: The metric before conversion, drawn as a line.
+        metric: Column to draw.
+        before: Column of the same metric before training, whose mean an arrow starts from.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    names = list(dict.fromkeys(frame["name"]))
+    ax = axes(ax, (WIDE[0], 1.1 + 0.3 * len(names)))
+    for place, name in enumerate(names):
+        rows = frame[frame["name"] == name]
+        color = _BY_NAME.get(name.partition(",")[0], COLORS["moebert"])
+        face = "white" if name.endswith("none shared") else color
+        points, y = 100 * rows[metric].to_numpy(), place + spread(len(rows))
+        ax.plot(points, y, "o", ms=5, mfc=face, mec=color, ls="", zorder=3)
+        ax.plot([points.mean()] * 2, [place - 0.32, place + 0.32], color=color, lw=2.2, zorder=4)
+        ax.annotate(f"{points.mean():.1f}", (points.max(), place), xytext=(7, 0), fontsize=9,
+                    textcoords="offset points", va="center")  # fmt: skip
+        if before:
+            start = 100 * rows[before].mean()
+            ax.plot(start, place, "|", color=COLORS["paper"], ms=9, mew=1.4, zorder=2)
+            ax.plot([start, points.mean()], [place] * 2, color=COLORS["dropped"], lw=1.6, zorder=1)
+    ax.axvline(100 * dense, color=COLORS["dense"], lw=1.0, ls=(0, (4, 3)), zorder=1)
+    ax.annotate("before conversion", (100 * dense, -0.75), xytext=(-4, 0), ha="right", fontsize=9,
+                textcoords="offset points", va="center", color=COLORS["dense"])  # fmt: skip
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 0.4, -1.1), xlabel=f"{metric}, %")
+    ax.margins(x=0.08)
+    headline(ax, title)
     return ax
 
 
