@@ -48,7 +48,7 @@ def after_conversion(
             (0 to 1), one row per split. Optional ``low`` and ``high`` hold an interval of
             the mean (95%), the same in every row of a ranking.
         dense: The metric before conversion, drawn as a line.
-        chance: The metric of guessing, drawn as a line.
+        chance: The metric of guessing, drawn as a line unless it is NaN.
         metric: Column to draw.
         ax: Where to draw; none makes a new figure.
         title: The finding.
@@ -65,7 +65,7 @@ def after_conversion(
         dots(ax, place, 100 * rows[metric], color=color, marker=MARKERS[name])
         mean_beside(ax, place + (0.25 if len(rows) > 1 else 0.06), 100 * rows[metric].mean())
     reference(ax, 100 * dense, "before conversion", color=COLORS["dense"])
-    if chance is not None:
+    if chance is not None and chance == chance:
         reference(ax, 100 * chance, "guessing", color=COLORS["random"])
     counts = frame["ranking"].value_counts()
     ax.set_xticks(range(len(order)), [_counted(name, counts[name]) for name in order])
@@ -80,18 +80,16 @@ def constructions(
     *,
     dense: float,
     metric: str = "accuracy",
-    before: str = "",
     ax: Axes | None = None,
     title: str = "",
 ) -> Axes:
     """Score of each way to build experts, a row each: every run, their mean, and where it began.
 
     Args:
-        frame: Columns ``name`` and the metric (0 to 1), one row per run; names that end in
-            ", none shared" are drawn hollow.
+        frame: Columns ``name`` and the metric (0 to 1), one row per run, and of trained models
+            ``converted_<metric>``; names that end in ", none shared" are drawn hollow.
         dense: The metric before conversion, drawn as a line.
         metric: Column to draw.
-        before: Column of the same metric before training, whose mean an arrow starts from.
         ax: Where to draw; none makes a new figure.
         title: The finding.
     """
@@ -106,7 +104,7 @@ def constructions(
         ax.plot([points.mean()] * 2, [place - 0.32, place + 0.32], color=color, lw=2.2, zorder=4)
         ax.annotate(f"{points.mean():.1f}", (points.max(), place), xytext=(7, 0), fontsize=9,
                     textcoords="offset points", va="center")  # fmt: skip
-        if before:
+        if (before := f"converted_{metric}") in rows:
             start = 100 * rows[before].mean()
             ax.plot(start, place, "|", color=COLORS["paper"], ms=9, mew=1.4, zorder=2)
             ax.plot([start, points.mean()], [place] * 2, color=COLORS["dropped"], lw=1.6, zorder=1)

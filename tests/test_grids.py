@@ -208,3 +208,20 @@ def test_the_explorers_conversions_are_plain_whatever_the_settings():
             "importance", "hash-random", "inside",
         )  # fmt: skip
         assert point.importance_split == "validation"
+
+
+def test_constructions_vary_one_thing_each_and_none_shared_has_no_inverse(moebert_home):
+    small = grids.constructions(Settings.at("small"), 1536)
+    assert [name for name in small if "inverse" in name] == ["inverse"]
+    assert len(small) == 2 * len(grids.CONSTRUCTIONS) - 1
+    beside = grids.deals_beside(small)
+    for name, points in small.items():
+        assert [point.split_seed for point in points] == [0, 1, 2]
+        for point, deal in zip(points, small[beside[name]], strict=True):
+            assert point.sizes(1536) == (384, 0 if name.endswith("none shared") else 256)
+            kind = {key for key, value in point if value != getattr(deal, key)}
+            assert kind <= {"ranking", "grouping"} and len(kind) == (name != beside[name])
+
+
+def test_quick_shares_in_every_construction(moebert_home):
+    assert list(grids.constructions(Settings.at("quick"), 1536)) == list(grids.CONSTRUCTIONS)

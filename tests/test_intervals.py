@@ -13,6 +13,7 @@ from moebert_lib.intervals import (
     chance,
     differences,
     holm,
+    over,
     paired,
     permutation_p,
     steps,
@@ -167,3 +168,21 @@ def test_holm_by_hand():
 def test_holm_leaves_tests_without_runs_out_of_its_count():
     assert holm([np.nan, 0.04, 0.01]) == pytest.approx([np.nan, 0.04, 0.02], nan_ok=True)
     assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+
+
+def test_over_holds_each_value_against_its_own_base_seed_by_seed():
+    rows = [
+        ("a", 0, 0.5),
+        ("a", 1, 0.7),
+        ("b", 1, 0.8),
+        ("b", 0, 0.5),
+        ("c", 0, 0.1),
+        ("c", 1, 0.4),
+    ]
+    frame = pd.DataFrame(rows, columns=["way", "seed", "accuracy"])
+    told = over(frame, "accuracy", column="way", base={"a": "a", "b": "a", "c": "b"})
+    assert told["mean"].tolist() == pytest.approx([60, 65, 25])
+    assert told["difference"].tolist()[1:] == pytest.approx([5, -40])
+    half = stats.t.ppf(0.975, 1) * np.std([0, 10], ddof=1) / np.sqrt(2)
+    assert told.loc["b", ["low", "high"]].tolist() == pytest.approx([5 - half, 5 + half])
+    assert told.loc["a"].isna().tolist() == [False, True, True, True]

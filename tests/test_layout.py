@@ -28,15 +28,15 @@ ROOMS = {
     "execution publish pages",
     "exercises": "exercises exercises_method exercises_learning exercises_results",
     "what runs say": "claims verdicts",
-    "experiments, each made once": "grids experiment teachers removal excitation inputs facts "
-    "records archive store shared leases disk",
+    "experiments, each made once": "grids experiment constructions teachers removal excitation inputs "
+    "facts records archive store shared leases disk",
     "learning": "train teacher_states checkpoints distill evaluate routes states",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
-    "the method: tensors in, tensors out": "importance release stability experts "
+    "the method: tensors in, tensors out": "importance release stability experts groups "
     "layer_view routing",
     "the same model, faster": "packed prepared kernels packing",
-    "ground": "data batching tasks corpus files spans weights settings scales stages paper checks "
-    "checks_model provenance intervals yamls",
+    "ground": "data batching tasks corpus files spans weights settings sizes scales stages paper "
+    "checks checks_model provenance intervals yamls",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}
 

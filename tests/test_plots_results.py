@@ -30,11 +30,37 @@ def test_after_conversion_draws_every_split_and_the_dense_line():
     assert words == ["importance", "random\n(2 runs)", "inverse"]
 
 
+def test_a_guess_that_is_no_number_is_not_drawn():
+    frame = runs("ranking", {"importance": [0.75]})
+    bare, blank = (drawn.after_conversion(frame, dense=0.875, chance=c) for c in (None, np.nan))
+    assert len(bare.get_lines()) == len(blank.get_lines())
+
+
 def test_after_conversion_shades_the_interval_it_is_given():
     frame = runs("ranking", {"random": [0.5, 0.25]}).assign(low=0.25, high=0.5)
     ax = drawn.after_conversion(frame, dense=0.75)
     edges = ax.collections[0].get_paths()[0].vertices[:, 1]
     assert (edges.min(), edges.max()) == (25, 50)
+
+
+def test_constructions_draw_every_run_its_mean_and_where_training_began():
+    scores = {"deal": [0.5, 0.75], "random": [0.25, 0.5], "deal, none shared": [0.25, 0.25]}
+    frame = runs("name", scores).assign(converted_accuracy=0.125)
+    ax = drawn.constructions(frame, dense=0.875)
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(scores)
+    dots = [line for line in ax.get_lines() if line.get_marker() == "o"]
+    assert [line.get_xdata().tolist() for line in dots] == [[50, 75], [25, 50], [25, 25]]
+    assert [line.get_markerfacecolor() == "white" for line in dots] == [False, False, True]
+    starts = [line.get_xdata() for line in ax.get_lines() if line.get_marker() == "|"]
+    assert np.ravel(starts).tolist() == [12.5] * 3
+    means = [text.get_text() for text in ax.texts]
+    assert means == ["62.5", "37.5", "25.0", "before conversion"]
+    assert ax.yaxis_inverted()  # the first on top
+
+
+def test_without_training_no_start_is_drawn():
+    ax = drawn.constructions(runs("name", {"deal": [0.5]}), dense=0.75)
+    assert not [line for line in ax.get_lines() if line.get_marker() == "|"]
 
 
 def test_by_shared_draws_every_run_and_joins_the_means():
