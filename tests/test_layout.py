@@ -28,8 +28,8 @@ ROOMS = {
     "execution publish pages",
     "exercises": "exercises exercises_method exercises_learning exercises_results",
     "what runs say": "claims verdicts",
-    "experiments, each made once": "grids experiment constructions teachers removal excitation inputs "
-    "facts records archive store shared leases disk",
+    "experiments, each made once": "grids experiment constructions teachers removal excitation "
+    "inputs facts records archive store shared leases disk",
     "learning": "train teacher_states checkpoints distill evaluate routes states",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance release stability experts groups "
