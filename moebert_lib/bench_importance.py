@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moebert_lib import bench
 from moebert_lib.bench_models import BASE, VOCAB, glue_like, zipf
-from moebert_lib.importance import batch_scores, dense_layers, ffn_importance, frozen
+from moebert_lib.importance import batch_flows, dense_layers, ffn_importance, frozen
 from moebert_lib.inputs import dataset
 from moebert_lib.packed import accelerate
 from moebert_lib.settings import Settings, UserError
@@ -122,7 +122,7 @@ def calls(model: nn.Module, batch: Inputs) -> dict[str, Callable[[], Tensor]]:
 
     def scored(model: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         with frozen(model):
-            return batch_scores(model, batch, dtype=dtype)
+            return sum(batch_flows(model, batch, dtype=dtype)).abs()
 
     @torch.inference_mode()
     def forward(model: nn.Module) -> Tensor:

@@ -18,6 +18,7 @@ from moebert_lib import archive
 from moebert_lib.evaluate import without_targets
 from moebert_lib.importance import dense_layers
 from moebert_lib.inputs import dataset
+from moebert_lib.scores import magnitudes
 from moebert_lib.settings import Settings
 from moebert_lib.store import code_digest
 from moebert_lib.teachers import importance_key, teacher
@@ -132,19 +133,10 @@ def _merge(best: tuple | None, h: Tensor, index: Tensor, top: int) -> tuple[Tens
     return value, new[1].gather(-1, order), new[2].gather(-1, order)
 
 
-def magnitudes(layers: list[nn.Module]) -> Tensor:
-    """``|w1_j| |w2_j|`` of every neuron, ``(L, F)``, float64."""
-    found = []
-    for layer in layers:
-        up, down = layer.intermediate.dense.weight, layer.output.dense.weight  # (F, D), (D, F)
-        found.append((up.detach().double().norm(dim=1) * down.detach().double().norm(dim=0)).cpu())
-    return torch.stack(found)
-
-
 def excitation_key(scored: dict) -> dict:
     """What the pass depends on, given what the importance scores depend on."""
     return {"importance": scored, "examples": EXAMPLES, "top": TOP,
-            "code": code_digest("excitation")}  # fmt: skip
+            "code": code_digest("excitation", "scores")}  # fmt: skip
 
 
 def excitation(settings: Settings) -> Excitation:

@@ -6,14 +6,14 @@ neuron: with pre-activation ``a`` and activation ``h``,
 
     w1_j . dL/dw1_j = sum_t (a_tj - b1_j) dL/da_tj        w2_j . dL/dw2_j = sum_t h_tj dL/dh_tj
 
-so a batch gives exact per-example scores in one backward through activations, with the
-parameters frozen. Biases are not scored (Sec. 3.1, footnotes). Nothing below the first layer's
-``a`` is differentiated, and padding is not computed, except a span head's, whose loss counts it.
+so one backward through activations gives exact per-example scores, with frozen parameters.
+Biases are not scored (Sec. 3.1, footnotes), nothing below the first layer's ``a`` is
+differentiated, and padding is not computed, except a span head's, whose loss counts it.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,10 +35,9 @@ class Importance:
     """Scores of every feed-forward neuron, with what is needed to doubt them.
 
     Attributes:
-        scores: Eq. 4, summed over examples. Shape ``(L, F)``, float64.
-        blocks: The same sum over disjoint sets of examples, ``(M, L, F)``; they add up to
-            ``scores`` and carry the sampling error. None (``M = 0``) where only the sums are
-            known, as in the release's files.
+        scores: Eq. 4, or another of :mod:`scores`, over all examples. Shape ``(L, F)``, float64.
+        blocks: The same over disjoint sets of examples, ``(M, L, F)``, adding up to ``scores``:
+            the sampling error. None (``M = 0``) where unknown, as in the release's files.
         counts: Examples in each block, ``(M,)``, int64.
         meta: Where it came from, as JSON values: task, split, model, digests; ``ffn`` is
             :func:`ffn_digest` of the model that was scored.
@@ -84,10 +83,7 @@ class Importance:
         return torch.einsum("nm,mlf->nlf", weights, self.blocks)
 
     def pairs(self, size: int, n: int, *, seed: int = 0) -> Tensor:
-        """Scores from two sets of ``size`` blocks without a common example, drawn ``n`` times.
-
-        Returns:
-            Shape ``(n, 2, L, F)``.
+        """Scores of two sets of ``size`` blocks without a common example, ``(n, 2, L, F)``.
 
         Raises:
             ValueError: two sets of that size are more blocks than there are.
@@ -108,13 +104,10 @@ class Importance:
     def save(self, path: str | Path) -> None:
         """Write safetensors with ``meta`` as JSON in the header; replaces atomically."""
         path = Path(path)
-        tensors = {"scores": self.scores, "blocks": self.blocks, "counts": self.counts}
         partial = path.with_name(path.name + ".part")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"moebert_importance": json.dumps(self.meta, sort_keys=True)},
-        )
+        parts = {name: getattr(self, name).contiguous() for name in ("scores", "blocks", "counts")}
+        meta = {"moebert_importance": json.dumps(self.meta, sort_keys=True)}
+        save_file(parts, partial, metadata=meta)
         partial.replace(path)
 
     @classmethod
@@ -127,9 +120,7 @@ class Importance:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads(file.metadata()["moebert_importance"])
-                return cls(
-                    *(file.get_tensor(name) for name in ("scores", "blocks", "counts")), meta
-                )
+                return cls(*map(file.get_tensor, ("scores", "blocks", "counts")), meta)
         except Exception as error:
             raise ValueError(f"{path} is not an importance file: {error}") from None
 
@@ -138,11 +129,10 @@ def ffn_importance(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], *,
     meta: dict | None = None, dtype: torch.dtype | None = None,
 ) -> Importance:  # fmt: skip
-    """Score every feed-forward neuron of a fine-tuned BERT by Eq. 4.
+    """Score every feed-forward neuron of a fine-tuned BERT by Eq. 4: ``(L, F)``, on the CPU.
 
-    Exact per example, though batches are processed whole. Memory does not grow with the number
-    of batches. The model is used in eval mode (no dropout) and returned to its former mode;
-    its parameters get no gradient.
+    Exact per example, though batches are processed whole; memory does not grow with their number.
+    The model is used in eval mode (no dropout) and given back as it was, without gradients.
 
     Args:
         model: A BERT with a head whose forward returns the mean ``loss`` of the batch.
@@ -153,9 +143,6 @@ def ffn_importance(
         dtype: ``torch.bfloat16`` is faster and moves ranks a little: ``moebert bench
             importance`` says how much. By default the model's own, which is exact.
 
-    Returns:
-        Scores ``(L, F)`` in float64, on the CPU.
-
     Raises:
         TypeError: one batch in place of a list of batches.
         ValueError: no batch, a batch without targets, a model without BERT layers, or another
@@ -163,32 +150,43 @@ def ffn_importance(
 
     Source: Eq. 4; derivation in this module's header.
     """
-    if isinstance(batches, Mapping):
-        raise TypeError("ffn_importance takes a list of batches, and this is one: pass [batch]")
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: expected None, the model's own, or torch.bfloat16")
-    layers = dense_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no BERT feed-forward layers to score")
-    shape = (N_BLOCKS, len(layers), layers[0].intermediate.dense.out_features)
-    blocks, counts = torch.zeros(shape).double(), torch.zeros(N_BLOCKS).long()
-    seen = 0
     with frozen(model):
-        faster = _faster(model)
-        for batch in batches:
-            if "labels" not in batch and not {"start_positions", "end_positions"} <= {*batch}:
-                raise ValueError("importance needs labels, or start_positions and end_positions: "
-                                 "Eq. 4 scores the task loss")  # fmt: skip
-            scores = batch_scores(faster, batch, dtype=dtype)  # (L, B, F)
-            block = (torch.arange(scores.shape[1]) + seen) % N_BLOCKS
-            blocks.index_add_(0, block, scores.transpose(0, 1).double().cpu())
-            counts += torch.bincount(block, minlength=N_BLOCKS)
-            seen += len(block)
-    if not seen:
+        fast = faster(model)
+        return summed(model, batches, lambda batch: {
+            "importance": sum(batch_flows(fast, batch, dtype=dtype)).abs()
+        }, meta=meta)["importance"]  # fmt: skip
+
+
+def summed(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]],
+    terms: Callable[[dict[str, Tensor]], dict[str, Tensor]], *, meta: dict | None = None,
+) -> dict[str, Importance]:  # fmt: skip
+    """Scores that are sums over examples, by name; errors as :func:`ffn_importance`.
+
+    Args:
+        model: As for :func:`ffn_importance`, and :func:`frozen`.
+        batches, meta: As there.
+        terms: From a batch to what its examples add to each score, ``(L, B, F)``.
+    """
+    if isinstance(batches, Mapping):
+        raise TypeError("scores take a list of batches, and this is one: pass [batch]")
+    if not dense_layers(model):
+        raise ValueError(f"{type(model).__name__} has no BERT feed-forward layers to score")
+    blocks, counts = {}, torch.zeros(N_BLOCKS).long()
+    for batch in batches:
+        for name, each in terms(batch).items():
+            block = (torch.arange(each.shape[1]) + counts.sum()) % N_BLOCKS
+            each = each.transpose(0, 1).double().cpu()  # (B, L, F)
+            blocks.setdefault(name, each.new_zeros(N_BLOCKS, *each.shape[1:]))
+            blocks[name].index_add_(0, block, each)
+        counts += torch.bincount(block, minlength=N_BLOCKS)
+    if not counts.sum():
         raise ValueError("no batches: importance needs at least one example")
-    used = counts > 0
-    meta = {**(meta or {}), "ffn": ffn_digest(model)}
-    return Importance(blocks.sum(0), blocks[used], counts[used], meta)
+    used, meta = counts > 0, {**(meta or {}), "ffn": ffn_digest(model)}
+    return {name: Importance(sums.sum(0), sums[used], counts[used], meta)
+            for name, sums in blocks.items()}  # fmt: skip
 
 
 def ffn_digest(model: nn.Module) -> str:
@@ -205,24 +203,30 @@ def ffn_digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def batch_scores(
+def batch_flows(
     model: nn.Module, batch: dict[str, Tensor], *, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Per-example scores of one batch, ``(L, B, F)``: what Eq. 4 sums over examples.
+) -> tuple[Tensor, Tensor]:
+    """The two terms of Eq. 4 for each example, of ``w1`` and of ``w2``: ``(L, B, F)`` each.
 
     Args:
         model: A BERT with a head and :func:`frozen` parameters, accelerated or not.
         batch: Inputs with targets.
         dtype: As :func:`ffn_importance`.
+
+    Raises:
+        ValueError: a batch without targets.
     """
+    if "labels" not in batch and not {"start_positions", "end_positions"} <= {*batch}:
+        raise ValueError("importance needs labels, or start_positions and end_positions: "
+                         "Eq. 4 scores the task loss")  # fmt: skip
     layers, start, hooks = dense_layers(model), [], []
-    sums: list = [0] * len(layers)
+    sums: tuple = [0] * len(layers), [0] * len(layers)  # through a, through h
     inputs = {name: value for name, value in batch.items() if name != "index"}
     B = len(inputs["labels" if "labels" in inputs else "start_positions"])
-    packing = _packing(model, inputs)
+    packing = packing_of(model, inputs)
 
-    def watch(index: int, module: nn.Module, _inputs: tuple, x: Tensor) -> None:
-        """Once the gradient of ``a`` or ``h`` is there, add their product to the sums."""
+    def watch(row: list, index: int, module: nn.Module, _inputs: tuple, x: Tensor) -> None:
+        """Once the gradient of ``a`` or ``h`` is there, sum their product."""
         if not x.requires_grad:
             start.append(x.requires_grad_())  # the first layer's a: nothing before it is kept
         value, bias = x.detach(), getattr(module, "bias", None)  # b1, where x is a
@@ -230,13 +234,13 @@ def batch_scores(
         def add(gradient: Tensor) -> None:
             wide = value.to(torch.promote_types(value.dtype, torch.float32))
             flow = (wide if bias is None else wide - bias) * gradient
-            sums[index] = sums[index] + _by_example(flow, B, packing)
+            row[index] = row[index] + by_example(flow, B, packing)
 
         x.register_hook(add)
 
     for index, layer in enumerate(layers):
-        for module in (layer.intermediate.dense, layer.intermediate):
-            hooks.append(module.register_forward_hook(partial(watch, index)))
+        for row, module in zip(sums, (layer.intermediate.dense, layer.intermediate), strict=True):
+            hooks.append(module.register_forward_hook(partial(watch, row, index)))
     try:
         with torch.enable_grad():
             device = layers[0].output.dense.weight.device.type
@@ -246,10 +250,10 @@ def batch_scores(
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(sums).abs()
+    return torch.stack(sums[0]), torch.stack(sums[1])
 
 
-def _packing(model: nn.Module, inputs: dict[str, Tensor]) -> Packing | None:
+def packing_of(model: nn.Module, inputs: dict[str, Tensor]) -> Packing | None:
     """How an accelerated model packs these inputs."""
     if not isinstance(getattr(model, "base_model", None), PackedBert) or "input_ids" not in inputs:
         return None
@@ -257,7 +261,7 @@ def _packing(model: nn.Module, inputs: dict[str, Tensor]) -> Packing | None:
     return Packing.of(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
 
 
-def _by_example(flow: Tensor, B: int, packing: Packing | None) -> Tensor:
+def by_example(flow: Tensor, B: int, packing: Packing | None) -> Tensor:
     """Sums over each example's tokens, ``(B, F)``."""
     if len(flow) == B:  # (B, T, F)
         return flow.sum(1)
@@ -265,7 +269,7 @@ def _by_example(flow: Tensor, B: int, packing: Packing | None) -> Tensor:
     return packing.sums(rows) if len(rows) == len(packing) else packing.to_batch_order(rows)
 
 
-def _faster(model: nn.Module) -> nn.Module:
+def faster(model: nn.Module) -> nn.Module:
     """The model accelerated, in eval mode; as it is where ``accelerate`` knows no way."""
     try:
         return accelerate(model).eval()
@@ -275,12 +279,8 @@ def _faster(model: nn.Module) -> nn.Module:
 
 def dense_layers(model: nn.Module) -> list[nn.Module]:
     """The layers of a BERT whose feed-forward network is dense, first to last."""
-    return [
-        module
-        for module in model.modules()
-        if hasattr(getattr(module, "intermediate", None), "dense")
-        and hasattr(getattr(module, "output", None), "dense")
-    ]
+    both = ("intermediate", "output")
+    return [m for m in model.modules() if all(hasattr(getattr(m, p, None), "dense") for p in both)]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """What a teacher loses when neurons are silenced: does importance (Eq. 4) predict harm?
 
-The same share of neurons is removed in every layer at once, in three orders, without any
-training. The scores come from the split that ``importance_split`` names, the losses from
-validation. Not in the paper, which tests importance through the experts it makes (Fig. 3a).
+The same share of neurons is removed in every layer at once, in three orders or by other scores
+(``scores``), without any training. The scores come from the split that ``importance_split``
+names, the losses from validation. Not in the paper, which tests importance through the experts
+it makes (Fig. 3a).
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moebert_lib import archive, experiment
+from moebert_lib import archive, experiment, scorings
 from moebert_lib.evaluate import faster, predict
 from moebert_lib.experts import random_ranking
+from moebert_lib.scores import SCORES
 from moebert_lib.settings import Settings
-from moebert_lib.store import code_digest
+from moebert_lib.store import Entry, code_digest
 from moebert_lib.teachers import FORWARD
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
+LEAST = "least important first"
+#: Scores whose removal is not among the three orders.
+OTHERS = [kind for kind in SCORES if kind not in ("importance", "random")]
 
 
 @contextmanager
@@ -60,7 +65,7 @@ def orders(ranking: Tensor, n_random: int) -> list[tuple[str, int, Tensor]]:
     drawn = [
         ("random", seed, random_ranking(*ranking.shape, seed=seed)) for seed in range(n_random)
     ]
-    least, most = ("least important first", 0), ("most important first", 0)
+    least, most = (LEAST, 0), ("most important first", 0)
     return [(*least, ranking.flip(-1)), *drawn, (*most, ranking)]
 
 
@@ -78,21 +83,68 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
     """
 
     def build(folder: Path) -> dict:
-        rows = _measure(settings, n_examples)
-        rows.to_csv(folder / "curves.csv", index=False)
-        return {"n_examples": n_examples, "points": len(rows)}
+        ranking = experiment.importance(settings).ranking
+        rows = _measure(settings, n_examples, orders(ranking, settings.n_random_splits))
+        return _keep(rows, n_examples, folder)
 
     key = {
         "importance": experiment.importance_key(settings), "fractions": FRACTIONS,
-        "n_examples": n_examples, "n_random": settings.n_random_splits,
-        "code": code_digest("removal", "experts", "evaluate", *FORWARD),
+        "n_examples": n_examples, "n_random": settings.n_random_splits, "code": _code(),
     }  # fmt: skip
-    entry = archive.store().make("removal", key, build)
-    print(f"· removal curves: {'reused' if entry.reused else f'made in {entry.seconds:.0f} s'}")
+    return _read("removal curves", archive.store().make("removal", key, build))
+
+
+def by_score(settings: Settings, *, n_examples: int) -> pd.DataFrame:
+    """:func:`curves` by each of :data:`scores.SCORES`, the neurons of the lowest score first.
+
+    Those of importance and the random draws are :func:`curves`' own; the others come from the
+    store or are computed now.
+
+    Args:
+        settings: The experiment.
+        n_examples: As for :func:`curves`.
+
+    Returns:
+        The columns of :func:`curves`; ``order`` is the score's name.
+    """
+
+    def build(folder: Path) -> dict:
+        found = scorings.scorings(settings)
+        tried = [(kind, 0, lowest_first(found[kind])) for kind in OTHERS]
+        return _keep(_measure(settings, n_examples, tried), n_examples, folder)
+
+    key = {
+        "scores": scorings.scorings_key(settings), "fractions": FRACTIONS,
+        "n_examples": n_examples, "code": _code(),
+    }  # fmt: skip
+    own = curves(settings, n_examples=n_examples).replace({"order": {LEAST: "importance"}})
+    others = _read("removal by score", archive.store().make("score_removal", key, build))
+    return pd.concat([own[own["order"].isin(SCORES)], others], ignore_index=True)
+
+
+def lowest_first(scores: Tensor) -> Tensor:
+    """Neurons of each layer by rising score, ``(L, F)`` to ``(L, F)``, int64."""
+    return scores.argsort(dim=-1, descending=True, stable=True).flip(-1)
+
+
+def _code() -> str:
+    return code_digest("removal", "experts", "evaluate", *FORWARD)
+
+
+def _keep(rows: pd.DataFrame, n_examples: int, folder: Path) -> dict:
+    rows.to_csv(folder / "curves.csv", index=False)
+    return {"n_examples": n_examples, "points": len(rows)}
+
+
+def _read(name: str, entry: Entry) -> pd.DataFrame:
+    print(f"· {name}: {'reused' if entry.reused else f'made in {entry.seconds:.0f} s'}")
     return pd.read_csv(entry.folder / "curves.csv")
 
 
-def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
+def _measure(
+    settings: Settings, n_examples: int, tried: Sequence[tuple[str, int, Tensor]]
+) -> pd.DataFrame:
+    """The rows of :func:`curves` for some of :func:`orders`."""
     bundle, model = experiment.dataset(settings), experiment.teacher(settings).model
     guess = bundle.guessing(n_examples)
 
@@ -107,7 +159,6 @@ def _measure(settings: Settings, n_examples: int) -> pd.DataFrame:
         about = {"order": name, "draw": draw, "fraction": fraction}
         return {**about, **metrics, "loss": loss, "guessing": guess}
 
-    tried = orders(experiment.importance(settings).ranking, settings.n_random_splits)
     n_layers, width = tried[0][2].shape
     whole = row("", 0, 0.0, torch.empty(n_layers, 0, dtype=torch.int64))
     rows = []

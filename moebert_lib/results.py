@@ -20,6 +20,8 @@ KEPT = {
     "importance": ("importance.safetensors",),
     "excitation": ("excitation.safetensors", "tokens.json"),
     "removal": ("curves.csv",),
+    "scores": ("scores.safetensors",),
+    "score_removal": ("curves.csv",),
     "converted": ("answers.csv",),
     "student": ("answers.csv", "curve.csv", "distances.csv"),
     "about": (),

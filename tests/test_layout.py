@@ -21,18 +21,18 @@ ROOMS = {
     "widgets": "widgets token_table explorer explorer_widget readout sources",
     "figures and tables": "plots plots_importance plots_experts plots_routing plots_states "
     "plots_learning plots_results plots_claims plots_release plots_speed plots_bench "
-    "plots_explorer saving tables",
-    "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export results "
-    "columns",
+    "plots_explorer plots_scores saving tables",
+    "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export "
+    "results columns",
     "one notebook, planned and run": "planning notebook_files knobs forecast estimate worker "
     "execution publish pages",
     "exercises": "exercises exercises_method exercises_learning exercises_results",
     "what runs say": "claims verdicts",
-    "experiments, each made once": "grids experiment constructions teachers removal excitation "
-    "inputs facts records archive store shared leases disk",
+    "experiments, each made once": "grids experiment constructions teachers removal scorings "
+    "excitation inputs facts records archive store shared leases disk",
     "learning": "train teacher_states checkpoints distill evaluate routes states",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
-    "the method: tensors in, tensors out": "importance release stability experts groups "
+    "the method: tensors in, tensors out": "importance scores release stability experts groups "
     "layer_view routing",
     "the same model, faster": "packed prepared kernels packing",
     "ground": "data batching tasks corpus files spans weights settings sizes scales stages paper "

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from moebert_lib import experiment, removal
+from moebert_lib import experiment, removal, scorings
 from moebert_lib.evaluate import faster
+from moebert_lib.scores import SCORES
 from moebert_lib.settings import Settings
 
 
@@ -65,3 +66,30 @@ def test_all_orders_meet_where_everything_is_gone(moebert_home, monkeypatch):
     monkeypatch.setattr(removal, "FRACTIONS", (1.0,))
     gone = removal.curves(Settings.at("smoke"), n_examples=20)
     assert gone[gone["fraction"] == 1]["loss"].nunique() == 1
+
+
+def test_every_score_is_removed_by_with_the_columns_of_the_three_orders(moebert_home, capsys):
+    settings = Settings.at("smoke")
+    curves = removal.curves(settings, n_examples=50)
+    found = removal.by_score(settings, n_examples=50)
+    assert list(found) == list(curves) and set(found["order"]) == set(SCORES)
+    own = found[found["order"] == "importance"].drop(columns="order").reset_index(drop=True)
+    least = curves[curves["order"] == "least important first"].drop(columns="order")
+    assert own.equals(least.reset_index(drop=True))
+    assert found[found["fraction"] == 0]["loss"].nunique() == 1
+    assert set(found["order"].value_counts()[removal.OTHERS]) == {1 + len(removal.FRACTIONS)}
+    assert removal.by_score(settings, n_examples=50).equals(found)
+    assert "removal by score: reused" in capsys.readouterr().out
+
+
+def test_a_score_removes_its_lowest_neurons_first(moebert_home, monkeypatch):
+    settings, gone = Settings.at("smoke"), []
+    without = removal.without
+    monkeypatch.setattr(removal, "FRACTIONS", (0.5,))
+    monkeypatch.setattr(removal, "without", lambda m, n: (gone.append(n), without(m, n))[1])
+    removal.by_score(settings, n_examples=20)
+    scored = scorings.scorings(settings)
+    for kind, neurons in zip(removal.OTHERS, gone[-len(removal.OTHERS) :], strict=True):
+        lost = torch.zeros(2, 64, dtype=torch.bool).scatter(1, neurons, True)
+        for values, out in zip(scored[kind], lost, strict=True):
+            assert out.sum() == 32 and values[out].max() <= values[~out].min()
