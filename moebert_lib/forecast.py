@@ -1,7 +1,7 @@
 """What a plan would run, each run once, with what it will cost: text before anything starts.
 
 Two notebooks that ask for one run share it, as the store does. Left out: untrained conversions,
-removal curves and what excites neurons, which are evaluated only.
+removal curves, what excites neurons, and other scores than importance, which train nothing.
 """
 
 import math

@@ -5,6 +5,7 @@ and the blocks say what they would have changed. The teacher is held fixed throu
 another fine-tuning would do to the ranking is not known here. Not in the paper.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -97,6 +98,26 @@ def top_again(importance: Importance, top: int, *, n: int = 200, seed: int = 0) 
     layers = np.arange(1, found.shape[1] + 1)
     mean = found.mean(0).numpy()
     return pd.DataFrame({"layer": layers, "overlap": mean, "low": low, "high": high})
+
+
+def score_pairs(scores: Mapping[str, Tensor], top: int) -> pd.DataFrame:
+    """How far ways to score the same neurons agree, for each pair of them.
+
+    Args:
+        scores: Name to ``(L, F)``.
+        top: How many neurons count as top.
+
+    Returns:
+        Columns ``score``, ``other``, and their mean over layers of :func:`rank_correlation`
+        (``rho``) and :func:`top_overlap` (``overlap``). Each pair once, in the order given.
+    """
+    rows = [
+        {"score": one, "other": other,
+         "rho": float(rank_correlation(scores[one], scores[other]).mean()),
+         "overlap": float(top_overlap(scores[one], scores[other], top).mean())}
+        for one, other in itertools.combinations(scores, 2)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def jaccard(left: Tensor, right: Tensor, top: int) -> float:

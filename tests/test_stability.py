@@ -29,6 +29,18 @@ def test_rank_correlation_is_scipys(generator):
     assert stability.rank_correlation(left, right).tolist() == pytest.approx(expected)
 
 
+def test_pairs_of_scores_come_once_with_their_means_over_layers(generator):
+    one, other, third = torch.rand(3, 2, 30, generator=generator)
+    pairs = stability.score_pairs({"a": one, "b": other, "c": -third}, 10)
+    assert list(zip(pairs["score"], pairs["other"], strict=True)) == [
+        ("a", "b"), ("a", "c"), ("b", "c"),
+    ]  # fmt: skip
+    expected = [spearmanr(a, b).statistic for a, b in zip(one, -third, strict=True)]
+    assert pairs["rho"][1] == pytest.approx(sum(expected) / 2)
+    best = [set(scores.argsort()[-10:].tolist()) for scores in (*one, *other)]
+    assert pairs["overlap"][0] == (len(best[0] & best[2]) + len(best[1] & best[3])) / 20
+
+
 def test_more_examples_agree_better(noisy):
     frame = stability.agreement(noisy, n=8)
     mean = frame.groupby("n_examples")["agreement"].mean()
