@@ -9,7 +9,7 @@ from typing import Any
 from moebert_lib.commands import given, say
 from moebert_lib.settings import Settings, UserError, nearest
 
-ROUTINGS = ("hash-random", "gate-token", "gate-sentence")
+ROUTINGS = ("hash-random", "hash-cluster", "gate-token", "gate-sentence")
 
 
 def importance(args: argparse.Namespace) -> int:

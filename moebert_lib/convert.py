@@ -25,13 +25,13 @@ from moebert_lib.modeling import (
     MoEBertForSequenceClassification,
 )
 from moebert_lib.moe_layer import MoEOutput, moe_layers
-from moebert_lib.routing import BalancedHash, HashRouter, RandomHash
+from moebert_lib.routing import BalancedHash, ClusteredHash, HashRouter, RandomHash
 from moebert_lib.settings import nearest
 from moebert_lib.sizes import check_sizes, proportions
 
 #: What may follow the named arguments of :func:`to_moebert`.
-OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "router_aux_loss_coef",
-           "padding_in_balance", "allow_identical")  # fmt: skip
+OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "num_experts_per_tok",
+           "router_aux_loss_coef", "padding_in_balance", "allow_identical")  # fmt: skip
 
 #: Dense class to the MoEBERT class with the same head.
 HEADS = {
@@ -68,8 +68,10 @@ def to_moebert(
         expert_size: Neurons in each; ``None`` is the FFN's width over ``n_experts``.
         n_shared: Neurons in all of them; ``None`` is two thirds of ``expert_size``
             (the paper: 512 of 768).
-        routing: ``hash-random``, ``hash-balance``, ``gate-token`` or ``gate-sentence``.
-        seed: Of the hash tables (one a layer) and the gates' initial weights.
+        routing: ``hash-random``, ``hash-balance``, ``hash-cluster`` (by the model's own
+            embeddings of words), ``gate-token`` or ``gate-sentence``.
+        seed: Of the hash tables (one a layer; clusters, which are of words, are one for all) and
+            the gates' initial weights.
         token_frequencies: Occurrences of each vocabulary entry in the training set,
             ``(vocab,)``; ``hash-balance`` needs them.
         config: ``shared_neurons``, ``expert_layer_norm``, ``gate_scaling``,
@@ -240,10 +242,14 @@ def _fill_layer(layer: MoEOutput, old: nn.Module, neurons: Tensor) -> None:
 def _set_routers(student: nn.Module, *, seed: int, token_frequencies: Tensor | None) -> None:
     config, layers = student.config, moe_layers(student)
     generator = torch.Generator().manual_seed(seed)
+    clusters = None
+    if config.routing == "hash-cluster":
+        words = student.get_input_embeddings().weight
+        clusters = ClusteredHash(words, config.n_experts, seed=seed)
     for index, layer in enumerate(layers):
         if isinstance(layer.router, HashRouter):
             own_seed = seed * len(layers) + index  # a table of its own for every layer
-            fresh = _hash_router(config, token_frequencies, seed=own_seed)
+            fresh = clusters or _hash_router(config, token_frequencies, seed=own_seed)
             layer.router.tid2eid.copy_(fresh.tid2eid)
         else:
             weight = layer.router.gate.weight

@@ -24,7 +24,7 @@ from moebert_lib.inputs import chosen, dataset, device, load, pretrained, token_
 from moebert_lib.moe_layer import parameter_counts
 from moebert_lib.scales import FFN_WIDTHS
 from moebert_lib.settings import Settings
-from moebert_lib.stages import CONVERSION, TRAINING
+from moebert_lib.stages import CONVERSION, TRAINING, told
 from moebert_lib.states import sentence_states
 from moebert_lib.store import Entry, code_digest
 from moebert_lib.teachers import (
@@ -80,7 +80,7 @@ def conversion_key(settings: Settings) -> dict:
     """What the student depends on before it is trained."""
     sizes = settings.sizes(width(settings))
     return {
-        **chosen(settings, CONVERSION), "expert_size": sizes[0], "n_shared": sizes[1],
+        **told(chosen(settings, CONVERSION)), "expert_size": sizes[0], "n_shared": sizes[1],
         **constructions.order_key(settings), **constructions.grouping_key(settings),
         "code": code_digest("experts", "constructions", "routing", "moe_layer", "modeling",
                             "convert", "experiment", *FORWARD),
@@ -102,6 +102,7 @@ def converted(settings: Settings) -> PreTrainedModel:
         dense, constructions.neurons(settings),
         n_experts=settings.n_experts, expert_size=expert_size, n_shared=n_shared,
         routing=settings.routing, seed=settings.seed, token_frequencies=frequencies,
+        num_experts_per_tok=settings.gate_top_k,
         expert_layer_norm=settings.expert_layer_norm, gate_scaling=settings.gate_scaling,
         shared_neurons=settings.shared_neurons, padding_in_balance=settings.padding_in_loss,
         router_aux_loss_coef=settings.balance_weight, allow_identical=True,

@@ -15,7 +15,7 @@ from moebert_lib import archive, data, weights
 from moebert_lib.inputs import chosen, dataset, device
 from moebert_lib.provenance import versions
 from moebert_lib.settings import Settings
-from moebert_lib.stages import DATA
+from moebert_lib.stages import DATA, told
 from moebert_lib.tasks import TASKS, Task
 
 TABLE = "table.parquet"
@@ -110,7 +110,7 @@ def measured(name: str, of: Any, build: Callable[[], pd.DataFrame]) -> pd.DataFr
 def _plain(of: Any) -> Any:
     """Settings as values, without where data lies."""
     if isinstance(of, Settings):
-        return of.model_dump(exclude={"data_dir"})
+        return told(of.model_dump(exclude={"data_dir"}))
     if isinstance(of, dict):
         return {name: _plain(value) for name, value in of.items()}
     return [_plain(value) for value in of] if isinstance(of, list | tuple) else of

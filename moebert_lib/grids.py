@@ -11,12 +11,12 @@ from typing import Any, get_args
 
 from moebert_lib.paper import TABLE7
 from moebert_lib.scales import LARGE
-from moebert_lib.settings import Routing, Settings
+from moebert_lib.settings import PaperRouting, Settings
 from moebert_lib.tasks import TASKS
 
 Grid = dict[str, list[Settings]]
 
-ROUTINGS: tuple[str, ...] = get_args(Routing)  # not routing.ROUTINGS: a plan needs no torch
+ROUTINGS: tuple[str, ...] = get_args(PaperRouting)  # not routing.ROUTINGS: a plan needs no torch
 
 #: Tasks of Table 3 (no distillation) and Table 4 (BERT-large).
 TABLE3_TASKS = ("rte", "mnli", "squad_v2")
@@ -149,6 +149,14 @@ def routers(settings: Settings) -> Grid:
     return {"figure3c": [run for r in ROUTINGS for run in over_seeds(settings.but(routing=r))]}
 
 
+def beyond_routers(settings: Settings) -> Grid:
+    """Notebook 5: a hash by clusters of words and two experts a token, beside their usual forms."""
+    hashes, gate = ("hash-random", "hash-cluster"), settings.but(routing="gate-token")
+    named = {routing: settings.but(routing=routing) for routing in hashes}
+    named |= {f"gate-token, k = {k}": gate.but(gate_top_k=min(k, gate.n_experts)) for k in (1, 2)}
+    return {name: over_seeds(point) for name, point in named.items()}
+
+
 def tasks(settings: Settings, asked: Sequence[str] = ()) -> list[str]:
     """Tasks of notebook 6: the main one, and those asked for, or all that scale and data have."""
     if settings.data_dir:
@@ -279,7 +287,7 @@ def asked(
         grid = ablations(settings, width, **sizes) | plain_training(settings)
         grid |= constructions(settings, width)
     elif notebook == "05_routing":
-        grid = routers(settings)
+        grid = routers(settings) | beyond_routers(settings)
     elif notebook == "06_results":
         names = tasks(settings, parameters.get("tasks", ()))
         grid = claims(settings, names, width, ablate=parameters.get("ablate", True))

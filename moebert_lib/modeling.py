@@ -32,7 +32,8 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.moe_layer import Experts, MoEOutput, RoutingContext
-from moebert_lib.routing import ROUTINGS, HashRouter, RandomHash
+from moebert_lib.routing import ALL_ROUTINGS, HashRouter, RandomHash
+from moebert_lib.sizes import check_top_k
 
 
 @strict
@@ -40,12 +41,14 @@ class MoEBertConfig(BertConfig):
     """BERT's configuration plus how its FFNs became experts.
 
     Attributes:
-        n_experts: Experts per layer ``E``; one is active for each token.
+        n_experts: Experts per layer ``E``.
+        num_experts_per_tok: Of these, how many serve each token; more than one behind a gate only.
         expert_size: Neurons in each expert ``K``.
         n_shared: Neurons that every expert of a layer started with.
         shared_neurons: ``copied``, a set for each expert that training moves apart (as the
             release), or ``tied``, one set for all.
-        routing: ``hash-random``, ``hash-balance``, ``gate-token`` or ``gate-sentence``.
+        routing: ``hash-random``, ``hash-balance``, ``hash-cluster``, ``gate-token`` or
+            ``gate-sentence``.
         expert_layer_norm: ``per-expert`` (as the release) or ``shared``.
         gate_scaling: where a gate's probability multiplies, ``inside`` the residual as in
             Eq. 2, or ``outside`` it after LayerNorm, as the release does.
@@ -57,6 +60,7 @@ class MoEBertConfig(BertConfig):
     keys_to_ignore_at_inference = ["aux_loss"]
 
     n_experts: int = 4
+    num_experts_per_tok: int = 1
     expert_size: int = 768
     n_shared: int = 512
     shared_neurons: str = "copied"
@@ -67,7 +71,8 @@ class MoEBertConfig(BertConfig):
     padding_in_balance: bool = False
 
     def __post_init__(self, **kwargs):
-        _one_of("routing", self.routing, ROUTINGS)
+        _one_of("routing", self.routing, ALL_ROUTINGS)
+        check_top_k("num_experts_per_tok", self.num_experts_per_tok, self)
         _one_of("shared_neurons", self.shared_neurons, ("copied", "tied"))
         _one_of("expert_layer_norm", self.expert_layer_norm, ("per-expert", "shared"))
         _one_of("gate_scaling", self.gate_scaling, ("inside", "outside"))

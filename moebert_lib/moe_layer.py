@@ -49,23 +49,26 @@ class Experts(nn.Module):
         self.down_proj.copy_(down)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``weight * E_i(a)`` for each token's expert ``i`` (Eq. 2).
+        """``weight * E_i(a)``, summed over each token's experts ``i`` (Eq. 2).
 
         Args:
             hidden_states: Shape ``(B*T, D)``.
-            top_k_index: Expert of each token, ``(B*T, 1)``, int64.
-            top_k_weights: Factor on its output, ``(B*T, 1)``.
+            top_k_index: Experts of each token, ``(B*T, k)``, int64.
+            top_k_weights: Factors on their outputs, ``(B*T, k)``.
 
         Returns:
             Shape ``(B*T, D)``, tokens in the order they came in.
         """
-        order, back, counts = by_expert(top_k_index, self.num_experts)
-        served, parts = [], hidden_states.index_select(0, order).split(counts)
+        k = top_k_index.shape[1]
+        order, back, counts = by_expert(top_k_index.reshape(-1, 1), self.num_experts)
+        rows = hidden_states[:, None].expand(-1, k, -1).flatten(0, 1)  # (B*T*k, D)
+        served, parts = [], rows.index_select(0, order).split(counts)
         for tokens, w1, b1, w2, b2 in zip(parts, *self.unbound(), strict=True):
             h = self.act_fn(F.linear(tokens, w1, b1))  # (n_e, K)
             served.append(F.linear(h, w2, b2))
         output = torch.cat(served).index_select(0, back)
-        return output.to(hidden_states.dtype) * top_k_weights
+        output = output.to(hidden_states.dtype) * top_k_weights.reshape(-1, 1)
+        return output if k == 1 else output.unflatten(0, (-1, k)).sum(1)
 
     def unbound(self) -> tuple[tuple[Tensor, ...], ...]:
         """W1, b1, W2 and b2 of Eq. 1, each a tuple of one tensor an expert."""
@@ -119,7 +122,10 @@ class TiedExperts(Experts):
 
 
 class ExpertLayerNorm(nn.Module):
-    """LayerNorm whose gain and bias belong to the expert that served the token."""
+    """LayerNorm whose gain and bias belong to the expert that served the token.
+
+    Of several experts it is the mean of theirs, each weighted by its share of the ``k`` factors.
+    """
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__()
@@ -127,11 +133,19 @@ class ExpertLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
         self.eps = config.layer_norm_eps
 
-    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
-        """``x`` has shape ``(B*T, D)``, ``experts`` ``(B*T, 1)``."""
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """``x`` has shape ``(B*T, D)``, ``experts`` and ``weights`` ``(B*T, k)``."""
         normal = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        own = experts[:, 0]  # looked up as embeddings: an index's gradient varies on two threads
-        return normal * F.embedding(own, self.weight) + F.embedding(own, self.bias)
+        gain, bias = (self._of(own, experts, weights) for own in (self.weight, self.bias))
+        return normal * gain + bias
+
+    @staticmethod
+    def _of(own: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Rows of ``(E, D)`` looked up as embeddings: an index's gradient varies on two threads."""
+        if experts.shape[1] == 1:
+            return F.embedding(experts[:, 0], own)  # (B*T, D)
+        share = weights / weights.sum(-1, keepdim=True)
+        return (F.embedding(experts, own) * share[..., None]).sum(1)
 
 
 @dataclass
@@ -159,6 +173,7 @@ class MoEOutput(nn.Module):
         tied = config.shared_neurons == "tied"
         self.experts = TiedExperts(config) if tied else Experts(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.top_k = config.num_experts_per_tok
         self.per_expert = config.expert_layer_norm == "per-expert"
         norm = ExpertLayerNorm if self.per_expert else _shared_layer_norm
         self.LayerNorm = norm(config)
@@ -171,11 +186,15 @@ class MoEOutput(nn.Module):
         """Both arguments are the attention output, ``(B, T, D)``, and so is the result."""
         route = self.router(hidden_states, self.context.input_ids, self.context.mask)
         self.note_balance(route, self.context.mask)
+        return self.serve(hidden_states, input_tensor, route)
+
+    def serve(self, hidden_states: Tensor, input_tensor: Tensor, route: Route) -> Tensor:
+        """:meth:`forward` along a given route."""
         tokens = hidden_states.flatten(0, 1)  # (B*T, D)
         weights = torch.ones_like(route.weights) if self.outside else route.weights
         served = self.dropout(self.experts(tokens, route.experts, weights))
         summed = served + input_tensor.flatten(0, 1)
-        args = (summed, route.experts) if self.per_expert else (summed,)
+        args = (summed, route.experts, route.weights) if self.per_expert else (summed,)
         output = self.LayerNorm(*args)
         if self.outside:
             output = output * route.weights
@@ -199,9 +218,9 @@ def _shared_layer_norm(config: PreTrainedConfig) -> nn.LayerNorm:
 
 def _router(config: PreTrainedConfig) -> nn.Module:
     if config.routing == "gate-token":
-        return TokenGate(config.hidden_size, config.n_experts)
+        return TokenGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
     if config.routing == "gate-sentence":
-        return SentenceGate(config.hidden_size, config.n_experts)
+        return SentenceGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
     return RandomHash(config.vocab_size, config.n_experts)  # the table is loaded or set later
 
 
@@ -252,5 +271,5 @@ def parameter_counts(model: nn.Module) -> ParameterCounts:
         if layer.per_expert:
             per_expert += [*layer.LayerNorm.parameters()]
         n_experts = layer.experts.num_experts
-        idle += sum(p.numel() for p in per_expert) * (n_experts - 1) // n_experts
+        idle += sum(p.numel() for p in per_expert) * (n_experts - layer.top_k) // n_experts
     return ParameterCounts(stored - idle, stored)

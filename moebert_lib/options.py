@@ -235,7 +235,8 @@ def _convert(kinds: Any) -> None:
     command.add_argument("--n-shared", type=int, default=None, metavar="S",
                          help="neurons in all of them; two thirds of K by default")  # fmt: skip
     command.add_argument("--routing", default="hash-random", metavar="R",
-                         help="hash-random (the default), gate-token or gate-sentence")  # fmt: skip
+                         help="hash-random (the default), hash-cluster, gate-token or "
+                         "gate-sentence")  # fmt: skip
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the routing tables")
     command.set_defaults(function=commands_model.convert)
 

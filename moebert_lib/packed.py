@@ -54,8 +54,9 @@ def accelerate(
     Args:
         model: A BERT or MoEBERT of transformers with any head, or without one.
         dtype: To compute in without gradient on a CPU, such as ``torch.bfloat16``; what comes out
-            keeps the model's dtype. On a GPU use ``model.to(torch.bfloat16)``, and for training
-            autocast, as ``Trainer(bf16=True)``.
+            keeps the model's dtype, and layers with several experts a token compute in it. On a
+            GPU use ``model.to(torch.bfloat16)``, and for training autocast, as
+            ``Trainer(bf16=True)``.
         prepack: Keep linear layers' weights a second time, rearranged for oneDNN. CPU only.
 
     Raises:
@@ -190,7 +191,10 @@ class PackedBert:
         for index, layer in enumerate(self.encoder.layer):
             last = index == len(self.encoder.layer) - 1
             first = last and self.reads == "first" and not all_rows
-            ready = self._prepared(index, layer) if fast else None
+            single = (
+                getattr(layer.output, "top_k", 1) == 1
+            )  # prepared layers know one expert a token
+            ready = self._prepared(index, layer) if fast and single else None
             if ready and not ready.watch.listened():
                 x = ready(x.to(self.kernels.dtype or dtype), ids, packing, first=first)
             else:

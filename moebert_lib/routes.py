@@ -31,9 +31,14 @@ def expert_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.n
 
 
 def mean_factor(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
-    """Eq. 3's ``p`` of the chosen expert, averaged over real tokens and layers; 1 for a hash."""
+    """Eq. 3's ``p`` of the chosen expert averaged over real tokens and layers; 1 for a hash.
+
+    Of several experts it is the sum.
+    """
     layers, mask = _routes(model, batches)
-    factors = [torch.cat([route.weights for route in layer])[mask].mean() for layer in layers]
+    factors = [
+        torch.cat([route.weights for route in layer])[mask].sum(1).mean() for layer in layers
+    ]
     return float(torch.stack(factors).mean())
 
 
@@ -87,7 +92,9 @@ def sentence_ways(
     for name, model in models.items():
         with record_routes(model) as layers:
             model.eval().base_model(**inputs.to(next(model.parameters()).device))
-        experts[name] = torch.cat([layer[0].experts for layer in layers], dim=1).cpu().numpy()
+        experts[name] = (
+            torch.cat([layer[0].experts[:, :1] for layer in layers], dim=1).cpu().numpy()
+        )
     return Ways(tokens, experts, cut)
 
 

@@ -1,6 +1,7 @@
 """Which expert each token goes to (Sec. 2, Eq. 2-3; Fig. 3c). One expert a token: K = 1.
 
-Four routers under the release's names. A hash router looks the token id up in a table
+Four routers under the release's names, and one beyond the paper: a hash by clusters of words.
+A gate may also ask for several experts a token. A hash router looks the token id up in a table
 drawn once and saved with the model; a gate is a small linear layer trained with it. All
 share one signature, so a layer does not know which it has: states ``(B, T, D)``, token ids and
 mask ``(B, T)``; or of a packed batch ``(1, N, D)``, ``(1, N)`` and its ``Packing``.
@@ -10,18 +11,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from moebert_lib.packing import Packing
 
+#: The paper's four, and with those that are not in it.
 ROUTINGS = ("hash-random", "hash-balance", "gate-token", "gate-sentence")
+ALL_ROUTINGS = (*ROUTINGS, "hash-cluster")
 
 
 class Route(NamedTuple):
     """Where ``B * T`` tokens go, in the order of the flattened batch."""
 
-    experts: Tensor  #: (B*T, 1) int64, the chosen expert
-    weights: Tensor  #: (B*T, 1), the factor on its output: Eq. 3's p, or 1 for a hash
+    experts: Tensor  #: (B*T, k) int64, the chosen experts, most probable first; k = 1 in the paper
+    weights: Tensor  #: (B*T, k), the factors on their outputs: Eq. 3's p, or 1 for a hash
     probabilities: Tensor | None  #: (B*T, E) the gate's distribution; None for a hash
 
 
@@ -66,15 +70,29 @@ class BalancedHash(HashRouter):
         super().__init__(balanced_table(frequencies, n_experts, seed=seed))
 
 
-class TokenGate(nn.Module):
-    """``gate-token``: Eq. 3 for each token, its most probable expert."""
+class ClusteredHash(HashRouter):
+    """``hash-cluster``: words of one cluster of embeddings share an expert; beyond the paper.
 
-    def __init__(self, hidden_size: int, n_experts: int):
+    Args:
+        embeddings: Of the vocabulary, ``(vocab, D)``.
+        n_experts: Number of experts.
+        seed: Of k-means.
+    """
+
+    def __init__(self, embeddings: Tensor, n_experts: int, *, seed: int = 0):
+        super().__init__(clustered_table(embeddings, n_experts, seed=seed))
+
+
+class TokenGate(nn.Module):
+    """``gate-token``: Eq. 3 for each token, its ``top_k`` most probable experts."""
+
+    def __init__(self, hidden_size: int, n_experts: int, top_k: int = 1):
         super().__init__()
+        self.top_k = top_k
         self.gate = nn.Linear(hidden_size, n_experts, bias=False)  # W_g
 
     def forward(self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Route:
-        return _top1(self.gate(hidden.flatten(0, 1)))
+        return _top(self.gate(hidden.flatten(0, 1)), self.top_k)
 
 
 class SentenceGate(nn.Module):
@@ -83,8 +101,9 @@ class SentenceGate(nn.Module):
     The mean leaves padding out, so a sentence's route does not depend on its batch.
     """
 
-    def __init__(self, hidden_size: int, n_experts: int):
+    def __init__(self, hidden_size: int, n_experts: int, top_k: int = 1):
         super().__init__()
+        self.top_k = top_k
         self.gate = nn.Linear(hidden_size, n_experts, bias=False)
 
     def forward(
@@ -92,17 +111,24 @@ class SentenceGate(nn.Module):
     ) -> Route:
         if isinstance(mask, Packing):
             logits = self.gate(mask.means(hidden[0]))  # (B, E)
-            return _top1(F.embedding(mask.sentence, logits))  # as an index it is not deterministic
+            rows = F.embedding(mask.sentence, logits)  # as an index it is not deterministic
+            return _top(rows, self.top_k)
         B, T, _ = hidden.shape
         real = hidden.new_ones(B, T) if mask is None else mask.to(hidden.dtype)
         total = (hidden * real[..., None]).sum(1)  # (B, D)
         mean = total / real.sum(1, keepdim=True).clamp(min=1)
-        return _top1(self.gate(mean).repeat_interleave(T, dim=0))  # (B*T, E)
+        return _top(self.gate(mean).repeat_interleave(T, dim=0), self.top_k)  # of (B*T, E)
 
 
-def _top1(logits: Tensor) -> Route:
+def _top(logits: Tensor, k: int) -> Route:
+    """Eq. 3's ``k`` largest p as they are: all N of them sum to 1, fewer to less.
+
+    To make the chosen ones sum to 1, as Mixtral does, would give p = 1 for the paper's one
+    expert, and the gate no gradient.
+    """
     probabilities = logits.softmax(-1)  # (B*T, E), Eq. 3
-    weights, experts = probabilities.max(-1, keepdim=True)
+    best = probabilities.max(-1, keepdim=True) if k == 1 else probabilities.topk(k)
+    weights, experts = best
     return Route(experts, weights, probabilities)
 
 
@@ -140,17 +166,35 @@ def balanced_table(frequencies: Tensor, n_experts: int, *, seed: int) -> Tensor:
     return table
 
 
+def clustered_table(embeddings: Tensor, n_experts: int, *, seed: int) -> Tensor:
+    """k-means over the words' embeddings; cluster ``e`` goes to expert ``e``.
+
+    Nothing makes the clusters even, neither in words nor in how often these occur.
+
+    Args:
+        embeddings: One row for each vocabulary entry, ``(vocab, D)``.
+        n_experts: Number of experts, and of clusters.
+        seed: Of the first centres; another seed may end in other clusters.
+
+    Returns:
+        Shape ``(vocab,)``, int64.
+    """
+    points = embeddings.detach().float().cpu().numpy()
+    found = KMeans(n_experts, n_init=1, random_state=seed).fit(points)
+    return torch.from_numpy(found.labels_).long()
+
+
 def loads(experts: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
     """Share of the tokens each expert serves, ``(E,)``, summing to 1.
 
     Args:
-        experts: Chosen experts, any shape, int64.
+        experts: Chosen experts, any shape, int64; of several a token, each counts alike.
         n_experts: Number of experts.
         mask: 1 for real tokens, 0 for padding; ``B*T`` elements.
     """
-    chosen = experts.reshape(-1)
     if mask is not None:
-        chosen = chosen[mask.reshape(-1).bool()]
+        experts = experts.reshape(mask.numel(), -1)[mask.reshape(-1).bool()]
+    chosen = experts.reshape(-1)
     return torch.bincount(chosen, minlength=n_experts).double() / max(len(chosen), 1)
 
 

@@ -22,10 +22,11 @@ from pydantic import (
 )
 
 from moebert_lib.scales import FFN_WIDTHS, MINILM, RELEASE, SCALES, defaults
-from moebert_lib.sizes import check_sizes, proportions
+from moebert_lib.sizes import check_sizes, check_top_k, proportions
 
 Scale = Literal["smoke", "quick", "small", "paper"]
-Routing = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
+PaperRouting = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
+Routing = Literal[PaperRouting, "hash-cluster"]
 Ranking = Literal["importance", "random", "inverse"]
 Grouping = Literal["deal", "kmeans-weights", "kmeans-activations", "coactivation"]
 Distil = Literal["all", "skip", "last", "none"]
@@ -100,7 +101,8 @@ class Settings(BaseModel):
     ranking: Ranking = "importance"  # Fig. 3a
     grouping: Grouping = "deal"  # of what is not shared; others than a deal: MoEfication
     split_seed: int = Field(0, ge=0, le=MOST)  # of ranking="random", and of k-means' start
-    routing: Routing = "hash-random"  # Fig. 3c
+    routing: Routing = "hash-random"  # Fig. 3c; hash-cluster is beyond the paper
+    gate_top_k: int = Field(1, ge=1)  # experts a token behind a gate; the paper: 1
     balance_weight: float = Field(0.01, ge=0)  # load balance of the gates; not in the paper
 
     # Distillation (Eq. 5-7) and training (Table 7)
@@ -159,12 +161,14 @@ class Settings(BaseModel):
     def but(self, **changes: Any) -> Self:
         """The same experiment with some settings changed, validated again.
 
-        A changed ``preset`` changes its switches with it.
+        A changed ``preset`` changes its switches with it, and a hash takes one expert a token.
         """
         values = self.model_dump()
         if "preset" in changes:
             own = {name: type(self).model_fields[name].default for name in RELEASE}
             values |= RELEASE if changes["preset"] == "release" else own
+        if str(changes.get("routing", "")).startswith("hash-"):
+            values["gate_top_k"] = 1
         for name in changes:
             if name not in values:
                 raise UserError(f"unknown setting '{name}'; {nearest(name, values)}")
@@ -221,6 +225,7 @@ class Settings(BaseModel):
         if self.cache_teacher and (self.teacher_dropout or self.padding_in_loss):
             raise ValueError("cache_teacher=True needs the same states every time; expected "
                              "teacher_dropout=False and padding_in_loss=False")  # fmt: skip
+        check_top_k("gate_top_k", self.gate_top_k, self)
         width = FFN_WIDTHS.get(self.model)
         if width is not None:  # else checked when the run is planned, or by deal_neurons
             self.fit(width)

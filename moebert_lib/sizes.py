@@ -1,5 +1,7 @@
 """How many neurons an expert has, in the paper's proportions, and what a layer can fill."""
 
+from typing import Any
+
 
 def proportions(
     width: int, n_experts: int, expert_size: int | None = None, n_shared: int | None = None
@@ -54,3 +56,26 @@ def check_sizes(
         f"{n_experts} experts of {size} neurons with {shared} shared need {needed} neurons, "
         f"{whose} has {width}; {hint}"
     )
+
+
+def check_top_k(name: str, k: int, of: Any) -> None:
+    """Refuse ``k`` experts a token that a router cannot name, or that nobody has defined.
+
+    Args:
+        name: Of the setting that says ``k``.
+        k: Experts that serve each token.
+        of: What has ``routing``, ``n_experts`` and ``gate_scaling``.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if k == 1:
+        return
+    if not 1 <= k <= of.n_experts:
+        raise ValueError(f"{name}={k}: expected 1 to n_experts={of.n_experts}")
+    if not of.routing.startswith("gate-"):
+        raise ValueError(f"{name}={k} needs a gate, and routing='{of.routing}' names one expert a "
+                         f"token; expected {name}=1, gate-token or gate-sentence")  # fmt: skip
+    if of.gate_scaling == "outside":
+        raise ValueError(f"{name}={k}: gate_scaling='outside' scales one expert's state; "
+                         f"expected {name}=1 or gate_scaling='inside'")  # fmt: skip

@@ -10,7 +10,20 @@ TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size",
            "teacher_weight_decay", "max_grad_norm", "dropout", "dtype")  # fmt: skip
 IMPORTANCE = ("importance_examples", "importance_split")
 CONVERSION = ("n_experts", "routing", "ranking", "seed", "shared_neurons", "expert_layer_norm",
-              "gate_scaling")  # fmt: skip
+              "gate_scaling", "gate_top_k")  # fmt: skip
 TRAINING = ("distill", "distill_weight", "epochs", "learning_rate", "batch_size", "weight_decay",
             "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight", "dtype",
             "tokens_per_batch", "cache_teacher")  # fmt: skip
+#: Settings younger than kept results, with the value that those had: no key holds that.
+LATER = {"grouping": "deal", "gate_top_k": 1}
+
+
+def told(values: dict) -> dict:
+    """Settings as a key holds them.
+
+    Example:
+        >>> told({"seed": 0, "gate_top_k": 1}), told({"seed": 0, "gate_top_k": 2})
+        ({'seed': 0}, {'seed': 0, 'gate_top_k': 2})
+    """
+    return {name: value for name, value in values.items()
+            if name not in LATER or value != LATER[name]}  # fmt: skip
