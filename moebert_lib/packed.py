@@ -191,9 +191,7 @@ class PackedBert:
         for index, layer in enumerate(self.encoder.layer):
             last = index == len(self.encoder.layer) - 1
             first = last and self.reads == "first" and not all_rows
-            single = (
-                getattr(layer.output, "top_k", 1) == 1
-            )  # prepared layers know one expert a token
+            single = getattr(layer.output, "top_k", 1) == 1  # all that a prepared layer knows
             ready = self._prepared(index, layer) if fast and single else None
             if ready and not ready.watch.listened():
                 x = ready(x.to(self.kernels.dtype or dtype), ids, packing, first=first)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
@@ -10,6 +11,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
 from moebert_lib.plots import (
+    COLORS,
     INK,
     RAMP,
     WIDE,
@@ -166,6 +168,73 @@ def token_maps(
     fig.supylabel("layer", fontsize=10)
     if n_drawn < len(tokens):
         title += f" (maps: the first {n_drawn} of {len(tokens)} tokens)"
+    headline(fig, title)
+    return fig
+
+
+def beyond(
+    runs: pd.DataFrame, metric: str, *, dense: float, ax: Axes | None = None, title: str = ""
+) -> Axes:
+    """A metric of several routers, in percent: a line for each seed, a bar at each mean.
+
+    Args:
+        runs: Columns ``name``, ``seed`` and the metric, a fraction; names keep their order.
+        metric: Column.
+        dense: The teacher's, a fraction.
+        ax: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    ax = axes(ax)
+    table = 100 * runs.pivot(index="seed", columns="name", values=metric)
+    table = table[runs["name"].unique()]  # (seeds, routers)
+    places = np.arange(table.shape[1])
+    for values in table.to_numpy():
+        ax.plot(places, values, "-o", color=COLORS["moebert"], lw=0.8, ms=4, alpha=0.6)
+    ax.hlines(table.mean(), places - 0.22, places + 0.22, color=INK, lw=2.2, zorder=3)
+    reference(ax, 100 * dense, "teacher")
+    ax.set_xticks(places, [name.replace("-", "-\n").replace(", ", "\n") for name in table])
+    ax.set(xlim=(-0.5, len(places) - 0.5), ylabel=f"{metric}, %")
+    ax.margins(y=0.15)
+    headline(ax, title)
+    return ax
+
+
+def hindsight(
+    frame: pd.DataFrame,
+    metric: str,
+    *,
+    dense: float,
+    fig: Figure | SubFigure | None = None,
+    title: str = "",
+) -> Figure | SubFigure:
+    """Models by their own router and by the oracle: distance by layer, and the metric.
+
+    Args:
+        frame: From ``oracle.compare``.
+        metric: Name of its ``score``, a fraction.
+        dense: The teacher's.
+        fig: Where to draw; none makes a new figure.
+        title: The finding.
+    """
+    fig, (left, right) = panels(fig, 2, per_row=2, height=2.9, width_ratios=(1.6, 1))
+    models = list(frame["model"].unique())
+    for (model, router), rows in frame.groupby(["model", "router"], sort=False):
+        own, first = router == "own", model == models[0]
+        style = dict(color=COLORS["moebert"] if own else INK, marker="o" if own else "D")
+        face = "white" if first else style["color"]
+        line = (0, (4, 2)) if first else "-"
+        named = f"{model}, {'own router' if own else 'oracle'}"
+        left.plot(rows["layer"], rows["distance"], ls=line, mfc=face, ms=5, label=named, **style)
+        place = models.index(model) + (-0.12 if own else 0.12)
+        right.plot([place], [100 * rows["score"].iloc[0]], ls="", mfc=face, ms=7, **style)
+    left.set(xlabel="after layer (0: embeddings)", ylabel="distance to the teacher (MSE)")
+    left.set_xticks(sorted(frame["layer"].unique()))
+    left.set_ylim(bottom=0)
+    left.legend(fontsize=8.5)
+    reference(right, 100 * dense, "teacher")
+    right.set_xticks(range(len(models)), models)
+    right.set(xlim=(-0.5, len(models) - 0.5), ylabel=f"{metric}, %")
+    right.margins(y=0.15)
     headline(fig, title)
     return fig
 

@@ -5,6 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebert_lib.convert import to_moebert
+from moebert_lib.experts import random_ranking
+from moebert_lib.moe_layer import moe_layers
 from moebert_lib.routing import (
     BalancedHash,
     RandomHash,
@@ -13,6 +16,7 @@ from moebert_lib.routing import (
     TokenGate,
     balance_loss,
     balanced_table,
+    clustered_table,
     loads,
     random_table,
 )
@@ -109,3 +113,30 @@ def test_balance_loss_leaves_padding_out():
 def test_a_hash_has_nothing_to_balance():
     with pytest.raises(ValueError, match="no probabilities"):
         balance_loss(Route(torch.zeros(2, 1).long(), torch.ones(2, 1), None))
+
+
+def test_every_word_is_nearest_to_the_mean_of_its_own_cluster():
+    noise = torch.Generator().manual_seed(0)
+    words = torch.randn(300, 6, generator=noise, dtype=torch.float64)
+    table = clustered_table(words, 4, seed=0)
+    means = torch.stack([words[table == e].mean(0) for e in range(4)])
+    slow = [min(range(4), key=lambda e: float((w - means[e]).square().sum())) for w in words]
+    assert table.tolist() == slow
+
+
+def test_clusters_are_those_of_the_words_the_same_for_a_seed_and_others_for_another():
+    words = torch.cat([torch.randn(20, 3) + 50 * e for e in range(3)])
+    parts = clustered_table(words, 3, seed=0).view(3, 20)
+    assert (
+        all(len(set(part.tolist())) == 1 for part in parts) and len(set(parts[:, 0].tolist())) == 3
+    )
+    blur = torch.randn(500, 8)
+    tables = [clustered_table(blur, 4, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(tables[0], tables[1]) and not torch.equal(tables[0], tables[2])
+
+
+def test_a_converted_model_has_one_table_of_its_own_words_for_all_layers(tiny_bert):
+    dense = tiny_bert()
+    model = to_moebert(dense, random_ranking(2, 64, seed=0), routing="hash-cluster", seed=3)
+    table = clustered_table(dense.get_input_embeddings().weight, 4, seed=3)
+    assert all(torch.equal(x.router.tid2eid[:, 0], table) for x in moe_layers(model))
