@@ -6,10 +6,10 @@ predicted, so it can be measured and never used. And it is greedy: the nearest s
 best one for the layers above, nor for the answer, so it is no strict bound on a metric.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -92,28 +92,32 @@ def _through(route: Route, experts: Tensor) -> Route:
     return Route(experts, weights, p)
 
 
-def compare(
-    models: Mapping[str, nn.Module],
-    teacher: nn.Module,
-    batches: Iterable[dict[str, Tensor]],
-    score: Callable[[np.ndarray], float],
-) -> pd.DataFrame:
+def compare(models: Mapping[str, nn.Module], bundle: Any, **which: Any) -> pd.DataFrame:
     """Each model by its own router and by the oracle.
 
     Args:
-        models: By name, such as "converted"; MoEBERTs of one teacher.
-        teacher: The dense model.
-        batches: From ``data.batches``.
-        score: Judges logits.
+        models: By name; ``teacher`` is the dense model that the others came from.
+        bundle: An ``inputs.Dataset``, whose task's metric is the score.
+        which: Of its examples, as for its ``batches``.
 
     Returns:
         A row for each ``model``, ``router`` (own or oracle) and ``layer``, from 0 for the
         embeddings: the ``distance`` to the teacher (Eq. 5's term), and the run's ``score``.
     """
-    batches, rows = list(batches), []
+    batches, rows = list(bundle.batches(**which)), []
+    teacher = models["teacher"]
     for name, model in models.items():
-        for router, way in {"own": model, "oracle": Oracle(model, teacher)}.items():
-            reached = score(predict(way, batches))
+        ways = {} if model is teacher else {"own": model, "oracle": Oracle(model, teacher)}
+        for router, way in ways.items():
+            logits = predict(way, batches)
+            reached = bundle.score(logits, which["split"], which.get("limit"))[bundle.task.metric]
             apart = state_distances(way, teacher, batches).tolist()
             rows += [(name, router, layer, x, reached) for layer, x in enumerate(apart)]
     return pd.DataFrame(rows, columns=["model", "router", "layer", "distance", "score"])
+
+
+def nearer(frame: pd.DataFrame) -> pd.Series:
+    """Of :func:`compare`'s rows, by model: the share of the last distance that the oracle saves."""
+    last = frame[frame["layer"] == frame["layer"].max()]
+    table = last.pivot(index="model", columns="router", values="distance")
+    return 1 - table["oracle"] / table["own"]

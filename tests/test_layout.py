@@ -30,7 +30,7 @@ ROOMS = {
     "what runs say": "claims verdicts",
     "experiments, each made once": "grids experiment constructions teachers removal scorings "
     "excitation inputs facts records archive store shared leases disk",
-    "learning": "train teacher_states checkpoints distill evaluate routes states",
+    "learning": "train teacher_states checkpoints distill evaluate routes states oracle",
     "MoEBERT as a transformers model": "modeling convert moe_layer",
     "the method: tensors in, tensors out": "importance scores release stability experts groups "
     "layer_view routing",

@@ -1,13 +1,14 @@
 """Routing in hindsight, against brute force over experts, in float64."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import batch, dense, moebert, perturbed
 
 from moebert_lib.moe_layer import moe_layers
-from moebert_lib.oracle import Oracle, compare, nearest
+from moebert_lib.oracle import Oracle, compare, nearer, nearest
 from moebert_lib.routing import Route
 
 ROUTERS = ["hash-random", "gate-token", "gate-sentence"]
@@ -73,11 +74,17 @@ def test_afterwards_the_model_is_what_it_was():
 
 def test_a_row_for_each_model_router_and_layer():
     inputs = {**batch([6, 4]), "index": torch.arange(2)}
-    models = {"converted": moebert(), "distilled": perturbed(moebert(), seed=3)}
-    frame = compare(models, dense(), [inputs], lambda logits: float(logits.sum()))
+    models = {"teacher": dense(), "converted": moebert(), "distilled": perturbed(moebert(), seed=3)}
+    bundle = SimpleNamespace(
+        task=SimpleNamespace(metric="sum"), batches=lambda split, limit: [inputs],
+        score=lambda logits, split, limit: {"sum": float(logits.sum())},
+    )  # fmt: skip
+    frame = compare(models, bundle, split="validation", limit=2)
     assert len(frame) == 2 * 2 * 3
     first = frame.query("layer == 1").pivot(index="model", columns="router", values="distance")
     assert (first["oracle"] < first["own"]).all()
+    own, best = frame.query("model == 'converted' and layer == 2")["distance"]
+    assert nearer(frame)["converted"] == pytest.approx(1 - best / own)
 
 
 def test_several_experts_a_token_or_none_are_refused():
