@@ -3,8 +3,8 @@
 Shapes are written in one alphabet: ``B`` batch, ``T`` tokens, ``D`` hidden size, ``F`` neurons
 of a dense FFN, ``E`` experts, ``K`` neurons of an expert, ``L`` layers.
 
-Importing this package registers MoEBERT with transformers' ``AutoConfig``, ``AutoModel``,
-``AutoModelForSequenceClassification`` and ``AutoModelForQuestionAnswering``.
+Importing this package registers MoEBERTs of all families with transformers' ``AutoConfig``,
+``AutoModel``, ``AutoModelForSequenceClassification`` and ``AutoModelForQuestionAnswering``.
 """
 
 import importlib
@@ -48,4 +48,4 @@ def _is_command() -> bool:
 
 
 if not _is_command():  # the command imports torch and transformers only where it needs them
-    importlib.import_module("moebert_lib.modeling")  # registers with AutoConfig and AutoModel
+    importlib.import_module("moebert_lib.encoders")  # registers with AutoConfig and AutoModel

@@ -19,8 +19,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from moebert_lib import bench
+from moebert_lib.adapters import ffns
 from moebert_lib.bench_models import BASE, VOCAB, glue_like, zipf
-from moebert_lib.importance import batch_flows, dense_layers, ffn_importance, frozen
+from moebert_lib.importance import batch_flows, ffn_importance, frozen
 from moebert_lib.inputs import dataset
 from moebert_lib.packed import accelerate
 from moebert_lib.settings import Settings, UserError
@@ -100,8 +101,7 @@ def _alone(batch: Inputs) -> Iterator[Inputs]:
 
 def _weights(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """W1 and W2 of each layer, as ``nn.Linear`` holds them: ``(F, D)`` and ``(D, F)``."""
-    layers = dense_layers(model)
-    return [(layer.intermediate.dense.weight, layer.output.dense.weight) for layer in layers]
+    return [(layer.up.weight, layer.down.weight) for layer in ffns(model)]
 
 
 def _eq4(w1: Tensor, g1: Tensor, w2: Tensor, g2: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ sides that a cell has computed; the others compute one of the sides, or both, by
 import copy
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -43,9 +44,8 @@ def equal(claim: str, left: Values, right: Values, *, tolerance: float = 1e-12) 
     """
     left = torch.as_tensor(left, dtype=torch.float64)
     right = torch.as_tensor(right, dtype=torch.float64, device=left.device)
-    if left.shape != right.shape:
-        difference = float("inf")
-    else:
+    difference = float("inf")
+    if left.shape == right.shape:
         gap = (left - right).abs()
         difference = float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
     check = Check(claim, difference, tolerance)
@@ -56,6 +56,13 @@ def equal(claim: str, left: Values, right: Values, *, tolerance: float = 1e-12) 
 
 def _double(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double().eval()
+
+
+def _feed_forward(model: nn.Module) -> list[tuple[nn.Linear, nn.Linear]]:
+    """Of each layer the two linear layers of which one widens and the next one narrows."""
+    linear = [module for module in model.base_model.modules() if isinstance(module, nn.Linear)]
+    shaped = [(one, tuple(one.weight.shape)) for one in linear]
+    return [(a, b) for (a, n), (b, m) in pairwise(shaped) if n == m[::-1] != m]
 
 
 _TARGETS = ("labels", "start_positions", "end_positions")
@@ -109,8 +116,7 @@ def permuting_neurons_changes_nothing(dense: nn.Module, batch: dict, *, seed: in
     """The order of a layer's neurons is a matter of bookkeeping: logits stay the same."""
     model, shuffled = _double(dense), _double(dense)
     generator = torch.Generator().manual_seed(seed)
-    for layer in shuffled.base_model.encoder.layer:
-        up, down = layer.intermediate.dense, layer.output.dense
+    for up, down in _feed_forward(shuffled):
         order = torch.randperm(up.out_features, generator=generator).to(up.weight.device)
         up.weight.data, up.bias.data = up.weight.data[order], up.bias.data[order]
         down.weight.data = down.weight.data[:, order]
@@ -149,10 +155,8 @@ def tokens_return_to_their_place(experts: nn.Module, hidden: Tensor, expert_of: 
     ones = torch.ones_like(hidden[:, :1])
     with torch.no_grad():
         together = experts(hidden, expert_of, ones)
-        alone = [
-            experts(hidden[i : i + 1], expert_of[i : i + 1], ones[i : i + 1])
-            for i in range(len(hidden))
-        ]
+        single = torch.arange(len(hidden))[:, None].to(hidden.device)
+        alone = [experts(hidden[i], expert_of[i], ones[i]) for i in single]
     return equal("every token returns to its place", together, torch.cat(alone), tolerance=1e-12)
 
 
@@ -162,7 +166,7 @@ def importance_equals_slow_loop(score, dense: nn.Module, batch: dict) -> Check:
     Args:
         score: Function of (model, list of batches) with ``.scores`` in its result, such as
             ``ffn_importance``.
-        dense: A fine-tuned BERT.
+        dense: A fine-tuned BERT, or another encoder.
         batch: Inputs with ``labels``; a few examples, since the loop is slow.
     """
     model = _double(dense)
@@ -172,8 +176,8 @@ def importance_equals_slow_loop(score, dense: nn.Module, batch: dict) -> Check:
         example = {name: value[i : i + 1] for name, value in batch.items() if name != "index"}
         model.zero_grad()
         model(**example).loss.backward()
-        for row, layer in zip(slow, model.base_model.encoder.layer, strict=True):
-            w1, w2 = layer.intermediate.dense.weight, layer.output.dense.weight
+        for row, (up, down) in zip(slow, _feed_forward(model), strict=True):
+            w1, w2 = up.weight, down.weight
             term = (w1.detach() * w1.grad).sum(1) + (w2.detach() * w2.grad).sum(0)
             row += term.abs().cpu()
     return equal("importance = the per-example loop over Eq. 4", fast, slow, tolerance=1e-10)

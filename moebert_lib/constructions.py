@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moebert_lib import archive, groups
+from moebert_lib.adapters import FFN, ffns, width
 from moebert_lib.evaluate import without_targets
 from moebert_lib.experts import choose_ranking, deal_layers
-from moebert_lib.importance import dense_layers
 from moebert_lib.inputs import chosen, dataset
 from moebert_lib.settings import Settings, home
 from moebert_lib.stages import IMPORTANCE
@@ -52,7 +52,7 @@ def neurons(settings: Settings) -> Tensor:
     dealt = _dealt(settings)
     if settings.grouping == "deal":
         return dealt
-    n_shared = settings.sizes(teacher(settings).model.config.intermediate_size)[1]
+    n_shared = settings.sizes(width(teacher(settings).model.config))[1]
 
     def build(folder: Path) -> dict:
         grouped = _grouped(settings, dealt, n_shared)
@@ -69,7 +69,7 @@ def neurons(settings: Settings) -> Tensor:
 
 def _dealt(settings: Settings) -> Tensor:
     config = teacher(settings).model.config
-    shape = (config.num_hidden_layers, config.intermediate_size)
+    shape = (config.num_hidden_layers, width(config))
     known = torch.arange(shape[1]).expand(shape)  # a random order asks for no scores
     ranking = known if settings.ranking == "random" else importance(settings).ranking
     ranking = choose_ranking(ranking, settings.ranking, seed=settings.split_seed)
@@ -92,7 +92,7 @@ def _labels(settings: Settings, index: int, own: Tensor) -> Tensor:
     """The group of each of a layer's own neurons, by weights or by what they are active on."""
     k, seed = settings.n_experts, settings.split_seed
     if settings.grouping == "kmeans-weights":
-        read = dense_layers(teacher(settings).model)[index].intermediate.dense.weight.cpu()
+        read = [*ffns(teacher(settings).model)][index].up.weight.cpu()
         return groups.balanced_kmeans(groups.unit_rows(read[own]), k, seed=seed)
     h = activations(settings)[index][:, own]  # (tokens, own)
     if settings.grouping == "kmeans-activations":
@@ -115,7 +115,7 @@ def activations(settings: Settings) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _activations(settings: Settings, _root: Path) -> Tensor:
     model, bundle = teacher(settings).model, dataset(settings)
-    layers, n = dense_layers(model), min(EXAMPLES, settings.importance_examples or EXAMPLES)
+    layers, n = [*ffns(model)], min(EXAMPLES, settings.importance_examples or EXAMPLES)
     split = settings.importance_split
     total = sum(map(len, bundle.rows(split, n, shuffle=True)["input_ids"][:]))
     kept = torch.zeros(total, dtype=torch.bool)
@@ -130,13 +130,10 @@ def _activations(settings: Settings, _root: Path) -> Tensor:
     return torch.stack([torch.cat(parts) for parts in found])
 
 
-def _flows(model: nn.Module, layers: list[nn.Module], batch: dict[str, Tensor]) -> list[Tensor]:
+def _flows(model: nn.Module, layers: list[FFN], batch: dict[str, Tensor]) -> list[Tensor]:
     """Activations of each layer, ``(B, T, F)``."""
     flows: list[Tensor] = []
-    hooks = [
-        layer.intermediate.register_forward_hook(lambda _m, _i, h: flows.append(h))
-        for layer in layers
-    ]
+    hooks = [layer.act.register_forward_hook(lambda _m, _i, h: flows.append(h)) for layer in layers]
     try:
         with torch.inference_mode():
             model(**without_targets(batch))

@@ -1,4 +1,4 @@
-"""From a fine-tuned BERT to a MoEBERT of the same head (Sec. 3.1)."""
+"""From a fine-tuned encoder to a MoEBERT of the same family and head (Sec. 3.1)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,20 +10,16 @@ from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
 from transformers.utils import logging as transformers_logging
 
+from moebert_lib import adapters
+from moebert_lib.encoders import HEADS
 from moebert_lib.experts import deal_layers
 from moebert_lib.importance import Importance, ffn_digest
-from moebert_lib.modeling import (
-    MoEBertConfig,
-    MoEBertForQuestionAnswering,
-    MoEBertForSequenceClassification,
-)
 from moebert_lib.moe_layer import MoEOutput, moe_layers
 from moebert_lib.routing import BalancedHash, ClusteredHash, HashRouter, RandomHash
 from moebert_lib.settings import nearest
@@ -32,12 +28,6 @@ from moebert_lib.sizes import check_sizes, proportions
 #: What may follow the named arguments of :func:`to_moebert`.
 OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "num_experts_per_tok",
            "router_aux_loss_coef", "padding_in_balance", "allow_identical")  # fmt: skip
-
-#: Dense class to the MoEBERT class with the same head.
-HEADS = {
-    BertForSequenceClassification: MoEBertForSequenceClassification,
-    BertForQuestionAnswering: MoEBertForQuestionAnswering,
-}
 
 
 def to_moebert(
@@ -59,7 +49,8 @@ def to_moebert(
     ``gate-sentence``, question and context are one sentence and go to one expert.
 
     Args:
-        model: A fine-tuned ``BertForSequenceClassification`` or ``BertForQuestionAnswering``.
+        model: Fine-tuned, of a family in ``adapters`` (BERT, RoBERTa, ELECTRA, DistilBERT), with
+            a head for sequence classification or question answering.
         importance: Scores of this model's neurons from :func:`ffn_importance`, or a ranking
             ``(L, F)`` of integers, most important neuron first: a tensor, an array or lists.
             Or the neurons of each expert, ``(L, E, K)``, shared ones first, as
@@ -75,7 +66,7 @@ def to_moebert(
         token_frequencies: Occurrences of each vocabulary entry in the training set,
             ``(vocab,)``; ``hash-balance`` needs them.
         config: ``shared_neurons``, ``expert_layer_norm``, ``gate_scaling``,
-            ``router_aux_loss_coef`` or ``padding_in_balance`` of :class:`MoEBertConfig`, or
+            ``router_aux_loss_coef`` or ``padding_in_balance`` of ``ExpertsConfig``, or
             ``allow_identical`` to permit experts that are all the same.
 
     Returns:
@@ -91,7 +82,7 @@ def to_moebert(
     _check_names(config)
     if n_experts < 1:
         raise ValueError(f"n_experts={n_experts} must be at least 1")
-    given, width = _integers(importance, model), model.config.intermediate_size
+    given, width = _integers(importance, model), adapters.width(model.config)
     check_sizes(width, n_experts, expert_size, n_shared)
     expert_size, n_shared = proportions(width, n_experts, expert_size, n_shared)
     allow_identical = bool(config.pop("allow_identical", False)) or n_experts == 1
@@ -107,8 +98,7 @@ def to_moebert(
     same = {k: v for k, v in model.state_dict().items() if k in own and own[k].shape == v.shape}
     student.load_state_dict(same, strict=False)  # everything but the FFNs, filled below
     _set_routers(student, seed=seed, token_frequencies=token_frequencies)
-    dense_layers = model.base_model.encoder.layer
-    for layer, old, kept in zip(moe_layers(student), dense_layers, neurons, strict=True):
+    for layer, old, kept in zip(moe_layers(student), adapters.ffns(model), neurons, strict=True):
         _fill_layer(layer, old, kept)
     return student.to(model.device).train(model.training)
 
@@ -125,7 +115,7 @@ def _integers(importance: Any, model: PreTrainedModel) -> Tensor:
             "importance must be an Importance, or a ranking: integers (layers, neurons), most "
             "important neuron first; of scores, pass scores.argsort(-1, descending=True)"
         )
-    shape = (model.config.num_hidden_layers, model.config.intermediate_size)
+    shape = (model.config.num_hidden_layers, adapters.width(model.config))
     if ranking.dim() != 3 and tuple(ranking.shape) != shape:
         raise ValueError(
             f"importance ranks {tuple(ranking.shape)} (layers, neurons), the model has {shape}"
@@ -146,7 +136,7 @@ def _assigned(
     if tuple(neurons.shape) != shape:
         raise ValueError(f"the assignment has shape {tuple(neurons.shape)} (layers, experts, "
                          f"neurons of each), expected {shape}")  # fmt: skip
-    width, held = model.config.intermediate_size, neurons.sort(-1).values
+    width, held = adapters.width(model.config), neurons.sort(-1).values
     if held.min() < 0 or held.max() >= width:
         raise ValueError(f"the assignment names neuron {int(held.max())} or {int(held.min())}; "
                          f"expected 0..{width - 1}")  # fmt: skip
@@ -159,7 +149,7 @@ def _assigned(
 
 
 def load_dense(name: str) -> PreTrainedModel:
-    """A fine-tuned BERT with the head it was saved with, to be converted.
+    """A fine-tuned model with the head it was saved with, to be converted.
 
     Args:
         name: A folder, or a name on the hub.
@@ -169,7 +159,7 @@ def load_dense(name: str) -> PreTrainedModel:
         OSError: there is no such model, or it cannot be read.
     """
     names = AutoConfig.from_pretrained(name).architectures or []
-    spans = BertForQuestionAnswering.__name__ in names
+    spans = any(name.endswith("ForQuestionAnswering") for name in names)
     auto = AutoModelForQuestionAnswering if spans else AutoModelForSequenceClassification
     with _quiet():  # what is missing is said below
         model, found = auto.from_pretrained(name, output_loading_info=True)
@@ -210,22 +200,24 @@ def _check_names(options: dict[str, object]) -> None:
 def _head(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The MoEBERT class with the model's head."""
     if type(model) not in HEADS:
+        reason = adapters.WHY_NOT.get(getattr(model.config, "model_type", None), "")
         known = ", ".join(cls.__name__ for cls in HEADS)
-        raise ValueError(f"cannot convert a {type(model).__name__}; supported: {known}")
+        kind = type(model).__name__ + (f" ({reason})" if reason else "")
+        raise ValueError(f"cannot convert a {kind}; supported: {known}")
     return HEADS[type(model)]
 
 
-def _config(model: PreTrainedModel, **changes: object) -> MoEBertConfig:
+def _config(model: PreTrainedModel, **changes: object) -> PreTrainedConfig:
     """The dense model's configuration, with the experts' values on top."""
     left_out = ("model_type", "architectures")
     kept = {k: v for k, v in model.config.to_dict().items() if k not in left_out}
-    return MoEBertConfig(**kept, **changes)
+    return HEADS[type(model)].config_class(**kept, **changes)
 
 
 @torch.no_grad()
-def _fill_layer(layer: MoEOutput, old: nn.Module, neurons: Tensor) -> None:
+def _fill_layer(layer: MoEOutput, old: adapters.FFN, neurons: Tensor) -> None:
     """Copy the dense layer's neurons, output bias and LayerNorm into each expert."""
-    up, down = old.intermediate.dense, old.output.dense
+    up, down = old.up, old.down
     neurons = neurons.to(up.weight.device)
     layer.neurons.copy_(neurons)
     layer.experts.set_neurons(
@@ -234,8 +226,8 @@ def _fill_layer(layer: MoEOutput, old: nn.Module, neurons: Tensor) -> None:
         down.weight.T[neurons].mT,  # (E, D, K)
     )
     layer.experts.down_proj_bias.copy_(down.bias.expand_as(layer.experts.down_proj_bias))
-    layer.LayerNorm.weight.copy_(old.output.LayerNorm.weight.expand_as(layer.LayerNorm.weight))
-    layer.LayerNorm.bias.copy_(old.output.LayerNorm.bias.expand_as(layer.LayerNorm.bias))
+    layer.LayerNorm.weight.copy_(old.norm.weight.expand_as(layer.LayerNorm.weight))
+    layer.LayerNorm.bias.copy_(old.norm.bias.expand_as(layer.LayerNorm.bias))
 
 
 @torch.no_grad()
@@ -257,7 +249,7 @@ def _set_routers(student: nn.Module, *, seed: int, token_frequencies: Tensor | N
             weight.copy_(drawn)
 
 
-def _hash_router(config: MoEBertConfig, frequencies: Tensor | None, *, seed: int) -> HashRouter:
+def _hash_router(config: PreTrainedConfig, frequencies: Tensor | None, *, seed: int) -> HashRouter:
     if config.routing == "hash-random":
         return RandomHash(config.vocab_size, config.n_experts, seed=seed)
     if frequencies is None or len(frequencies) != config.vocab_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moebert_lib import files
+from moebert_lib.adapters import family
 from moebert_lib.paper import TABLE5
 from moebert_lib.scales import BASE, LARGE, MINILM, TINY
 from moebert_lib.settings import Settings
@@ -76,13 +77,14 @@ class Cost(NamedTuple):
 
 
 def shape(model: str) -> Shape:
-    """Sizes of a model the scales name, or of a saved BERT; BERT-base's for any other name."""
+    """Sizes of a model the scales name, or of a saved encoder; BERT-base's for any other name."""
     names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
              "vocab_size", "max_position_embeddings")  # fmt: skip
     try:
         config = json.loads((Path(model).expanduser() / "config.json").read_text("utf-8"))
-        return Shape(*(config[name] for name in names))
-    except (OSError, ValueError, KeyError, TypeError):  # no folder, or no BERT in it
+        row = family(config["model_type"])
+        return Shape(*(config[row.key(name)] for name in names))
+    except (OSError, ValueError, KeyError, TypeError):  # no folder, or no such model
         return SHAPES.get(model, SHAPES[BASE])
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BertModel, PreTrainedModel
 
 from moebert_lib.batching import TARGETS
 from moebert_lib.distill import layer_distances
@@ -28,14 +28,16 @@ PADDING = -1e4  #: logit of a position that a shorter batch did not have
 
 
 def faster(model: PreTrainedModel) -> PreTrainedModel:
-    """The model accelerated, where padding changes no result.
+    """The model accelerated, where it can be and padding changes no result.
 
     It does where gates balance padding too, and in a span's logits, which are one distribution
-    over all places of a batch; such models come back as they are.
+    over all places of a batch; such models come back as they are, and so do those of families
+    that ``accelerate`` does not know.
     """
     spans = hasattr(model, "qa_outputs")
     padding_counts = spans or getattr(model.config, "padding_in_balance", False)
-    return model if padding_counts else accelerate(model)
+    other = not isinstance(model.base_model, BertModel)
+    return model if padding_counts or other else accelerate(model)
 
 
 @torch.inference_mode()

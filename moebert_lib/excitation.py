@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moebert_lib import archive
+from moebert_lib.adapters import ffns
 from moebert_lib.evaluate import without_targets
-from moebert_lib.importance import dense_layers
 from moebert_lib.inputs import dataset
 from moebert_lib.scores import magnitudes
 from moebert_lib.settings import Settings
@@ -91,14 +91,14 @@ def excite(model: nn.Module, batches, *, top: int = TOP) -> dict[str, Tensor]:
     """The tensors of an :class:`Excitation`, whose examples are numbered by ``index``.
 
     Args:
-        model: A BERT with dense feed-forward layers; used in eval mode.
+        model: An encoder with dense feed-forward layers; used in eval mode.
         batches: From ``data.batches``.
         top: Examples to keep for each neuron; fewer where there are fewer.
     """
-    layers, training = dense_layers(model), model.training
+    layers, training = [*ffns(model)], model.training
     flows: dict[int, Tensor] = {}
     hooks = [
-        layer.intermediate.register_forward_hook(lambda _m, _i, h, n=n: flows.update({n: h}))
+        layer.act.register_forward_hook(lambda _m, _i, h, n=n: flows.update({n: h}))
         for n, layer in enumerate(layers)
     ]
     totals, n_tokens, best = [0] * len(layers), 0, [None] * len(layers)

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from moebert_lib import archive, checkpoints, constructions, data
+from moebert_lib import adapters, archive, checkpoints, constructions, data
 from moebert_lib.convert import to_moebert
 from moebert_lib.evaluate import faster, state_distances
 from moebert_lib.facts import About, about, describe, measured
@@ -83,20 +83,20 @@ def conversion_key(settings: Settings) -> dict:
         **told(chosen(settings, CONVERSION)), "expert_size": sizes[0], "n_shared": sizes[1],
         **constructions.order_key(settings), **constructions.grouping_key(settings),
         "code": code_digest("experts", "constructions", "routing", "moe_layer", "modeling",
-                            "convert", "experiment", *FORWARD),
+                            "encoders", "adapters", "convert", "experiment", *FORWARD),
     }  # fmt: skip
 
 
 def width(settings: Settings) -> int:
     """Neurons of a dense feed-forward layer of the experiment's model; trains nothing."""
     known = FFN_WIDTHS.get(settings.model)
-    return known or AutoConfig.from_pretrained(pretrained(settings)).intermediate_size
+    return known or adapters.width(AutoConfig.from_pretrained(pretrained(settings)))
 
 
 def converted(settings: Settings) -> PreTrainedModel:
     """The teacher turned into a MoEBERT as the settings say, untrained; new on every call."""
     dense = teacher(settings).model
-    expert_size, n_shared = settings.sizes(dense.config.intermediate_size)
+    expert_size, n_shared = settings.sizes(adapters.width(dense.config))
     frequencies = token_frequencies(settings) if settings.routing == "hash-balance" else None
     return to_moebert(
         dense, constructions.neurons(settings),

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moebert_lib.adapters import FFN, ffns, supported
 from moebert_lib.packed import PackedBert, accelerate
 from moebert_lib.packing import Packing
 
@@ -129,13 +130,13 @@ def ffn_importance(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], *,
     meta: dict | None = None, dtype: torch.dtype | None = None,
 ) -> Importance:  # fmt: skip
-    """Score every feed-forward neuron of a fine-tuned BERT by Eq. 4: ``(L, F)``, on the CPU.
+    """Score every feed-forward neuron of a fine-tuned encoder by Eq. 4: ``(L, F)``, on the CPU.
 
     Exact per example, though batches are processed whole; memory does not grow with their number.
     The model is used in eval mode (no dropout) and given back as it was, without gradients.
 
     Args:
-        model: A BERT with a head whose forward returns the mean ``loss`` of the batch.
+        model: Of a family in ``adapters``, with a head whose forward returns the mean ``loss``.
         batches: Dictionaries of model inputs with ``labels``, or with ``start_positions`` and
             ``end_positions`` inside the input; each on the model's device. An entry ``index``
             is ignored.
@@ -145,7 +146,7 @@ def ffn_importance(
 
     Raises:
         TypeError: one batch in place of a list of batches.
-        ValueError: no batch, a batch without targets, a model without BERT layers, or another
+        ValueError: no batch, a batch without targets, a model of no known family, or another
             ``dtype``.
 
     Source: Eq. 4; derivation in this module's header.
@@ -172,8 +173,7 @@ def summed(
     """
     if isinstance(batches, Mapping):
         raise TypeError("scores take a list of batches, and this is one: pass [batch]")
-    if not dense_layers(model):
-        raise ValueError(f"{type(model).__name__} has no BERT feed-forward layers to score")
+    scored_ffns(model)
     blocks, counts = {}, torch.zeros(N_BLOCKS).long()
     for batch in batches:
         for name, each in terms(batch).items():
@@ -190,14 +190,14 @@ def summed(
 
 
 def ffn_digest(model: nn.Module) -> str:
-    """SHA-256 of all W1 and W2 of a BERT, layer by layer, as little-endian float32.
+    """SHA-256 of all W1 and W2 of a model, layer by layer, as little-endian float32.
 
     It tells models apart, not files: the same weights in another dtype that holds them, on
     another device or under another head have the same digest.
     """
     total = hashlib.sha256()
-    for layer in dense_layers(model):
-        for dense in (layer.intermediate.dense, layer.output.dense):
+    for layer in ffns(model):
+        for dense in (layer.up, layer.down):
             weight = dense.weight.detach().to("cpu", torch.float32).contiguous()
             total.update(weight.numpy().astype("<f4", copy=False))
     return total.hexdigest()
@@ -209,7 +209,7 @@ def batch_flows(
     """The two terms of Eq. 4 for each example, of ``w1`` and of ``w2``: ``(L, B, F)`` each.
 
     Args:
-        model: A BERT with a head and :func:`frozen` parameters, accelerated or not.
+        model: An encoder with a head and :func:`frozen` parameters, accelerated or not.
         batch: Inputs with targets.
         dtype: As :func:`ffn_importance`.
 
@@ -219,7 +219,7 @@ def batch_flows(
     if "labels" not in batch and not {"start_positions", "end_positions"} <= {*batch}:
         raise ValueError("importance needs labels, or start_positions and end_positions: "
                          "Eq. 4 scores the task loss")  # fmt: skip
-    layers, start, hooks = dense_layers(model), [], []
+    layers, start, hooks = [*ffns(model)], [], []
     sums: tuple = [0] * len(layers), [0] * len(layers)  # through a, through h
     inputs = {name: value for name, value in batch.items() if name != "index"}
     B = len(inputs["labels" if "labels" in inputs else "start_positions"])
@@ -239,11 +239,11 @@ def batch_flows(
         x.register_hook(add)
 
     for index, layer in enumerate(layers):
-        for row, module in zip(sums, (layer.intermediate.dense, layer.intermediate), strict=True):
+        for row, module in zip(sums, (layer.up, layer.act), strict=True):
             hooks.append(module.register_forward_hook(partial(watch, row, index)))
     try:
         with torch.enable_grad():
-            device = layers[0].output.dense.weight.device.type
+            device = layers[0].down.weight.device.type
             with torch.autocast(device, dtype, enabled=dtype is not None):
                 loss = model(**inputs).loss * B  # the sum over examples
             torch.autograd.grad(loss, start)
@@ -277,10 +277,12 @@ def faster(model: nn.Module) -> nn.Module:
         return model
 
 
-def dense_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a BERT whose feed-forward network is dense, first to last."""
-    both = ("intermediate", "output")
-    return [m for m in model.modules() if all(hasattr(getattr(m, p, None), "dense") for p in both)]
+def scored_ffns(model: nn.Module) -> list[FFN]:
+    """The dense feed-forward networks of a model; a ValueError where it has none."""
+    if layers := [*ffns(model)]:
+        return layers
+    raise ValueError(f"{type(model).__name__} has no dense feed-forward layers to score of "
+                     f"{supported()}")  # fmt: skip
 
 
 @contextmanager

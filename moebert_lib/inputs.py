@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from moebert_lib import data, spans, weights
+from moebert_lib.adapters import family
 from moebert_lib.evaluate import score
 from moebert_lib.scales import MINILM, TINY
 from moebert_lib.settings import Settings, home
@@ -166,14 +168,20 @@ def pretrained(settings: Settings) -> str:
 
 
 def new_model(settings: Settings, task: data.Task) -> PreTrainedModel:
-    """The settings' model with an untrained head for the task."""
+    """The settings' model with an untrained head for the task.
+
+    Raises:
+        ValueError: a model that cannot be converted.
+    """
     auto = HEADS.get(task.kind, AutoModelForSequenceClassification)
-    head = dict(hidden_dropout_prob=settings.dropout, attention_probs_dropout_prob=settings.dropout)
+    tiny = settings.model == TINY
+    kind = "bert" if tiny else AutoConfig.from_pretrained(pretrained(settings)).model_type
+    head = dict.fromkeys(family(kind).dropout, settings.dropout)
     if task.kind != "span":
         labels = dict(enumerate(task.labels)) or {0: "score"}
         names = {name: index for index, name in labels.items()}
         head |= dict(num_labels=len(labels), id2label=labels, label2id=names)
-    if settings.model == TINY:
+    if tiny:
         config = BertConfig(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
             max_position_embeddings=settings.max_length, **head,

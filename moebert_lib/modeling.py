@@ -1,10 +1,13 @@
-"""MoEBERT as a transformers model: BERT whose feed-forward layers are experts.
+"""MoEBERT as a transformers model: an encoder whose feed-forward layers are experts.
 
 ``BertLayer`` computes ``output(intermediate(x), x)``. With the identity at ``intermediate``
 and ``moe_layer.MoEOutput`` at ``output`` the FFN is replaced at one seam, and every other line
 that runs is transformers' own. Saving, loading, pipelines and ``Trainer`` therefore work
 unchanged, and ``AutoModel``, ``AutoModelForSequenceClassification`` and
 ``AutoModelForQuestionAnswering`` find the model once ``moebert_lib`` is imported.
+
+Here are BERT's classes, and what they share with other families' (``encoders``): everything
+but names.
 """
 
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertModel,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers import initialization as init
@@ -31,14 +35,15 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from moebert_lib.adapters import family
 from moebert_lib.moe_layer import Experts, MoEOutput, RoutingContext
 from moebert_lib.routing import ALL_ROUTINGS, HashRouter, RandomHash
 from moebert_lib.sizes import check_top_k
 
 
-@strict
-class MoEBertConfig(BertConfig):
-    """BERT's configuration plus how its FFNs became experts.
+@dataclass(repr=False, eq=False, kw_only=True)
+class ExpertsConfig:
+    """How FFNs became experts; mixed in before a family's own configuration.
 
     Attributes:
         n_experts: Experts per layer ``E``.
@@ -56,7 +61,6 @@ class MoEBertConfig(BertConfig):
         padding_in_balance: Count padding in that loss, as the release does.
     """
 
-    model_type = "moebert"
     keys_to_ignore_at_inference = ["aux_loss"]
 
     n_experts: int = 4
@@ -79,15 +83,20 @@ class MoEBertConfig(BertConfig):
         super().__post_init__(**kwargs)
 
 
+@strict
+class MoEBertConfig(ExpertsConfig, BertConfig):
+    """BERT's configuration plus that of the experts, :class:`ExpertsConfig`."""
+
+    model_type = "moebert"
+
+
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
-class MoEBertPreTrainedModel(PreTrainedModel):
-    """What all MoEBERT models have in common; mixed in before transformers' BERT classes."""
-
-    config_class = MoEBertConfig
+class MoEPreTrainedModel(PreTrainedModel):
+    """What all MoEBERT models have in common; mixed in before transformers' classes."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -125,25 +134,55 @@ class MoEBertPreTrainedModel(PreTrainedModel):
         return kind(**output, aux_loss=aux_loss)
 
 
-class MoEBertModel(MoEBertPreTrainedModel, BertModel):
-    """``BertModel`` with experts for feed-forward layers."""
+class MoEEncoder(MoEPreTrainedModel):
+    """An encoder with experts for feed-forward layers; mixed in before the dense one."""
 
-    def __init__(self, config: MoEBertConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         if config.chunk_size_feed_forward:
             raise ValueError("chunk_size_feed_forward must be 0: chunks would lose their token ids")
-        super().__init__(config, add_pooling_layer=add_pooling_layer)
-        self.context = RoutingContext()
-        for layer in self.encoder.layer:
-            layer.intermediate = nn.Identity()
-            layer.output = MoEOutput(config, self.context)
+        super().__init__(config, *args, **kwargs)
+        self.context, row = RoutingContext(), family(config.model_type.removeprefix("moe"))
+        after = row.seat == row.parts.norm  # the residual is added before the experts are called
+        for layer in row.layers_of(self):
+            setattr(layer, row.hollow, Zero() if after else nn.Identity())
+            setattr(layer, row.seat, (MoENorm if after else MoEOutput)(config, self.context))
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        """As ``BertModel.forward``; token ids and mask are handed to the routers."""
+        """As the dense encoder's; token ids and mask are handed to the routers."""
         self.context.input_ids = input_ids
         self.context.mask = attention_mask
         self.context.balance_losses.clear()
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Zero(nn.Module):
+    """Adds nothing to a residual: ``LN(ffn(a) + a)`` becomes ``LN(a)``, experts for ``LN``."""
+
+    def forward(self, hidden_states: Tensor) -> float:
+        """Whatever comes in, 0."""
+        return 0.0
+
+
+class MoENorm(MoEOutput):
+    """:class:`MoEOutput` where a LayerNorm stood, which is given the attention output once."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``(B, T, D)`` to the same shape."""
+        return super().forward(hidden_states, hidden_states)
+
+
+class MoEHead(MoEPreTrainedModel):
+    """A dense model's head around an encoder of class :attr:`encoder`; mixed in before it."""
+
+    encoder: type[MoEEncoder]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)  # head and dense encoder, as transformers builds them
+        unpooled = getattr(self.base_model, "pooler", ()) is None
+        options = {"add_pooling_layer": False} if unpooled else {}
+        setattr(self, self.base_model_prefix, self.encoder(config, **options))
+        self.post_init()
 
 
 @dataclass
@@ -157,28 +196,18 @@ class MoEBertSequenceClassifierOutput(SequenceClassifierOutput):
     aux_loss: Tensor | None = None
 
 
-class MoEBertForSequenceClassification(MoEBertPreTrainedModel, BertForSequenceClassification):
-    """``BertForSequenceClassification`` with experts for feed-forward layers."""
-
-    def __init__(self, config: MoEBertConfig):
-        # past BertForSequenceClassification's own constructor, which would build a dense BERT
-        super(BertForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.bert = MoEBertModel(config)
-        dropout = config.classifier_dropout
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if dropout is None else dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+class MoEClassifier(MoEHead):
+    """A head that classifies sentences."""
 
     @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
     ) -> MoEBertSequenceClassifierOutput:
-        """As ``BertForSequenceClassification.forward``; ``labels`` may be absent."""
+        """As the dense model's; ``labels`` may be absent."""
+        kwargs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
-            labels=labels, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+        )
         return self._with_aux_loss(output, MoEBertSequenceClassifierOutput)
 
 
@@ -189,30 +218,55 @@ class MoEBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
     aux_loss: Tensor | None = None
 
 
-class MoEBertForQuestionAnswering(MoEBertPreTrainedModel, BertForQuestionAnswering):
-    """``BertForQuestionAnswering`` with experts for feed-forward layers."""
-
-    def __init__(self, config: MoEBertConfig):
-        super(BertForQuestionAnswering, self).__init__(config)  # as above
-        self.num_labels = config.num_labels
-        self.bert = MoEBertModel(config, add_pooling_layer=False)
-        self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+class MoESpans(MoEHead):
+    """A head that answers with a span."""
 
     @can_return_tuple
     def forward(
         self, input_ids=None, attention_mask=None, token_type_ids=None, start_positions=None,
         end_positions=None, **kwargs,
     ) -> MoEBertQuestionAnsweringOutput:  # fmt: skip
-        """As ``BertForQuestionAnswering.forward``; the positions may be absent."""
+        """As the dense model's; the positions may be absent."""
+        kwargs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            input_ids=input_ids, attention_mask=attention_mask,
             start_positions=start_positions, end_positions=end_positions, **kwargs,
         )  # fmt: skip
         return self._with_aux_loss(output, MoEBertQuestionAnsweringOutput)
 
 
-AutoConfig.register("moebert", MoEBertConfig)
-AutoModel.register(MoEBertConfig, MoEBertModel)
-AutoModelForQuestionAnswering.register(MoEBertConfig, MoEBertForQuestionAnswering)
-AutoModelForSequenceClassification.register(MoEBertConfig, MoEBertForSequenceClassification)
+#: Dense class to the MoEBERT class with the same head.
+HEADS: dict[type[PreTrainedModel], type[MoEHead]] = {}
+
+
+def register(
+    config: type[PreTrainedConfig], encoder: type[MoEEncoder], classifier: type[MoEClassifier],
+    spans: type[MoESpans],
+) -> None:  # fmt: skip
+    """Make a family's classes known to transformers' ``Auto`` classes."""
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, encoder)
+    AutoModelForQuestionAnswering.register(config, spans)
+    AutoModelForSequenceClassification.register(config, classifier)
+    HEADS.update({head.__bases__[1]: head for head in (classifier, spans)})
+
+
+class MoEBertModel(MoEEncoder, BertModel):
+    """``BertModel`` with experts for feed-forward layers."""
+
+    config_class = MoEBertConfig
+
+
+class MoEBertForSequenceClassification(MoEClassifier, BertForSequenceClassification):
+    """``BertForSequenceClassification`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEBertConfig, MoEBertModel
+
+
+class MoEBertForQuestionAnswering(MoESpans, BertForQuestionAnswering):
+    """``BertForQuestionAnswering`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEBertConfig, MoEBertModel
+
+
+register(MoEBertConfig, MoEBertModel, MoEBertForSequenceClassification, MoEBertForQuestionAnswering)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moebert_lib import archive, estimate, grids, knobs
+from moebert_lib.adapters import family
 from moebert_lib.notebook_files import parameters_of
 from moebert_lib.provenance import checksums, code_digests, digest, input_digest, versions
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
@@ -230,7 +231,7 @@ def _what_is_read(settings: Settings) -> tuple:
 
 
 def _check_model(settings: Settings) -> None:
-    """Refuse a model that cannot be had, is no BERT, or is too narrow for the experts."""
+    """Refuse a model that cannot be had, is of no known family, or too narrow for experts."""
     folder = Path(settings.model).expanduser()
     if not folder.is_dir():
         if not settings.offline or settings.model in (MINILM, TINY):
@@ -244,13 +245,13 @@ def _check_model(settings: Settings) -> None:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{folder} holds no readable config.json; expected a saved BERT") from None
-    if config.get("model_type") != "bert":
-        kind = config.get("model_type")
-        raise UserError(f"{folder} is a model of type '{kind}'; only 'bert' can be converted")
     try:
-        settings.fit(config["intermediate_size"])
+        settings.fit(config[family(config.get("model_type")).key("intermediate_size")])
     except ValueError as error:
         raise UserError(str(error)) from None
+    if settings.cache_teacher and config["model_type"] != "bert":
+        raise UserError(f"cache_teacher=True is for BERTs, and {folder} is a model of type "
+                        f"'{config['model_type']}'; expected cache_teacher=False")  # fmt: skip
 
 
 def _records(name: str) -> dict[str, str]:

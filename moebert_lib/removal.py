@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moebert_lib import archive, experiment, scorings
+from moebert_lib.adapters import ffns
 from moebert_lib.evaluate import faster, predict
 from moebert_lib.experts import random_ranking
 from moebert_lib.scores import SCORES
@@ -32,16 +33,15 @@ OTHERS = [kind for kind in SCORES if kind not in ("importance", "random")]
 
 @contextmanager
 def without(model: nn.Module, neurons: Sequence[Tensor]) -> Iterator[None]:
-    """Run a dense BERT with neurons cut out of its layers; whole again after the block.
+    """Run a dense encoder with neurons cut out of its layers; whole again after the block.
 
     The same as zeros in their columns and rows, only faster: the matrices are smaller.
 
     Args:
-        model: A BERT with or without a head.
+        model: With or without a head.
         neurons: For each layer the indices to leave out: ``(L, n)``, int64, or ``L`` tensors.
     """
-    layers = model.base_model.encoder.layer
-    parts = [(layer.intermediate.dense, layer.output.dense) for layer in layers]
+    parts = [(layer.up, layer.down) for layer in ffns(model)]
     whole = [(up.weight.data, up.bias.data, down.weight.data) for up, down in parts]
     try:
         for (up, down), gone in zip(parts, neurons, strict=True):

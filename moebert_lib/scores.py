@@ -12,17 +12,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from moebert_lib.adapters import FFN, ffns
 from moebert_lib.batching import TARGETS
 from moebert_lib.experts import random_ranking
 from moebert_lib.importance import (
     Importance,
     batch_flows,
     by_example,
-    dense_layers,
     faster,
     ffn_digest,
     frozen,
     packing_of,
+    scored_ffns,
     summed,
 )
 from moebert_lib.settings import nearest
@@ -52,7 +53,7 @@ def ffn_scores(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], kind: str, *, seed: int = 0,
     meta: dict | None = None,
 ) -> Importance:  # fmt: skip
-    """Score every feed-forward neuron of a fine-tuned BERT in one of several ways.
+    """Score every feed-forward neuron of a fine-tuned encoder in one of several ways.
 
     The result serves wherever Eq. 4's does. The model is used in eval mode and given back as it
     was.
@@ -92,11 +93,11 @@ def every_score(
     return _scored(model, batches, list(SCORES), seed, meta)
 
 
-def magnitudes(layers: list[nn.Module]) -> Tensor:
+def magnitudes(layers: list[FFN]) -> Tensor:
     """``|w1_j| |w2_j|`` of every neuron, ``(L, F)``, float64."""
     found = []
     for layer in layers:
-        up, down = layer.intermediate.dense.weight, layer.output.dense.weight  # (F, D), (D, F)
+        up, down = layer.up.weight, layer.down.weight  # (F, D), (D, F)
         found.append((up.detach().double().norm(dim=1) * down.detach().double().norm(dim=0)).cpu())
     return torch.stack(found)
 
@@ -104,9 +105,7 @@ def magnitudes(layers: list[nn.Module]) -> Tensor:
 def _scored(
     model: nn.Module, batches: Iterable, kinds: list[str], seed: int, meta: dict | None
 ) -> dict[str, Importance]:
-    layers = dense_layers(model)
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no BERT feed-forward layers to score")
+    layers = scored_ffns(model)
     by_loss, by_activation = (
         {kind: term for kind, term in terms.items() if kind in kinds}
         for terms in (_BY_LOSS, _BY_ACTIVATION)
@@ -124,12 +123,12 @@ def _scored(
             found = summed(model, batches, terms)
     meta = {**(meta or {}), "ffn": ffn_digest(model)}
     if "wanda" in kinds:
-        leaving = [layer.output.dense.weight.detach().double().norm(1, dim=0) for layer in layers]
+        leaving = [layer.down.weight.detach().double().norm(1, dim=0) for layer in layers]
         found["wanda"] = _sums(torch.stack(leaving).cpu() * found["wanda"].scores.sqrt())
     if "weight" in kinds:
         found["weight"] = _sums(magnitudes(layers))
     if "random" in kinds:
-        width = layers[0].intermediate.dense.out_features
+        width = layers[0].up.out_features
         found["random"] = _sums(random_ranking(len(layers), width, seed=seed).double())
     return {kind: replace(found[kind], meta={**meta, "score": kind}) for kind in kinds}
 
@@ -152,7 +151,7 @@ def _over_tokens(encoder: nn.Module, batch: dict[str, Tensor], terms: Mapping) -
             each = term(h) * mask[..., None] if padded else term(h)
             found[kind].append(by_example(each, len(mask), packing))
 
-    hooks = [layer.intermediate.register_forward_hook(add) for layer in dense_layers(encoder)]
+    hooks = [layer.act.register_forward_hook(add) for layer in ffns(encoder)]
     try:
         with torch.inference_mode():
             encoder(**inputs)

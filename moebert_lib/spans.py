@@ -47,9 +47,10 @@ def encode(
         doc_stride: Tokens that neighbouring windows of a context share.
 
     Returns:
-        One row a window: ``input_ids``, ``attention_mask``, ``token_type_ids``, ``length``;
-        ``start_positions`` and ``end_positions``, the tokens of the first answer, both 0 (the
-        ``[CLS]``) where it is not whole in the window; ``example``, its row in ``examples``; and
+        One row a window: ``input_ids``, ``attention_mask``, ``length``, ``token_type_ids`` if the
+        tokenizer has them; ``start_positions`` and ``end_positions``, the tokens of the first
+        answer, both 0 (the ``[CLS]``) where it is not whole in the window; ``example``, its row in
+        ``examples``; and
         ``first``, ``last``: the characters of the context that each token covers, -1 outside it.
     """
     longest = min(LONGEST_QUESTION, max_length - doc_stride - 4)
@@ -73,7 +74,7 @@ def encode(
             made["start_positions"].append(start)
             made["end_positions"].append(end)
         kept = ("input_ids", "attention_mask", "token_type_ids")
-        made |= {name: encoded[name] for name in kept}
+        made |= {name: encoded[name] for name in kept if name in encoded}
         return {**made, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     return examples.map(

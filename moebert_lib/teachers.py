@@ -132,7 +132,7 @@ def _importance(settings: Settings, _root: Path) -> Importance:
 
 def importance_key(settings: Settings) -> dict:
     """What the scores depend on."""
-    code = code_digest("importance", *FORWARD)
+    code = code_digest("importance", "adapters", *FORWARD)
     return {"teacher": teacher_key(settings), **chosen(settings, IMPORTANCE), "code": code}
 
 

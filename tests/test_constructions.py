@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moebert_lib import archive, constructions, experiment, groups
+from moebert_lib.adapters import ffns
 from moebert_lib.convert import to_moebert
 from moebert_lib.experts import deal_layers, random_ranking
-from moebert_lib.importance import dense_layers
 from moebert_lib.moe_layer import moe_layers
 from moebert_lib.settings import Settings, UserError
 
@@ -44,7 +44,7 @@ def test_activations_are_those_of_real_tokens(settings):
     rows = bundle.rows("train", settings.importance_examples, shuffle=True)["input_ids"][:]
     assert found.shape[:2] == (2, sum(map(len, rows)))
     seen = []
-    first = dense_layers(model)[0].intermediate
+    first = next(ffns(model)).act
     hook = first.register_forward_hook(lambda _m, _i, h: seen.append(h[0].detach()))
     with torch.inference_mode():
         for row in sorted(rows, key=len):  # one by one, so there is no padding

@@ -8,7 +8,8 @@ from tiny_spans import span_batch, span_bert
 from torch import nn
 
 from moebert_lib import accelerate, checks
-from moebert_lib.importance import Importance, dense_layers, ffn_digest, ffn_importance
+from moebert_lib.adapters import ffns
+from moebert_lib.importance import Importance, ffn_digest, ffn_importance
 from moebert_lib.removal import without
 
 
@@ -88,8 +89,8 @@ def test_a_model_that_cannot_be_accelerated_is_scored_alike(tiny_bert, tiny_batc
 
 def test_padding_is_not_computed_and_the_last_layer_sees_first_tokens_alone(tiny_bert, tiny_batch):
     model, batch, seen = tiny_bert(), tiny_batch(n=6), []
-    for layer in dense_layers(model):
-        layer.intermediate.dense.register_forward_hook(lambda _m, _i, a: seen.append(a.shape))
+    for layer in ffns(model):
+        layer.up.register_forward_hook(lambda _m, _i, a: seen.append(a.shape))
     ffn_importance(model, [batch])
     real = int(batch["attention_mask"].sum())
     assert real < 6 * 12 and seen == [(1, real, 64), (1, 6, 64)]
@@ -282,5 +283,5 @@ def test_the_digest_by_hand_and_what_it_depends_on(tiny_bert):
 
 
 def test_a_model_without_ffn_layers_is_refused():
-    with pytest.raises(ValueError, match="no BERT feed-forward layers"):
+    with pytest.raises(ValueError, match="no dense feed-forward layers to score of BERT"):
         ffn_importance(torch.nn.Linear(2, 2), [])

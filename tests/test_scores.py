@@ -5,6 +5,7 @@ import torch
 from tiny_spans import span_batch, span_bert
 
 from moebert_lib import experiment, scores, scorings
+from moebert_lib.adapters import ffn
 from moebert_lib.experts import random_ranking
 from moebert_lib.importance import Importance, ffn_digest, ffn_importance
 from moebert_lib.scores import SCORES, every_score, ffn_scores
@@ -180,7 +181,7 @@ def test_magnitude_is_the_product_of_two_norms_and_looks_at_no_batch(tiny_bert):
     up, down = layer.intermediate.dense.weight, layer.output.dense.weight
     found = ffn_scores(model, (), "weight").scores
     assert torch.isclose(found[1, 5], up[5].norm() * down[:, 5].norm())
-    assert torch.equal(found[1:], scores.magnitudes([layer]))
+    assert torch.equal(found[1:], scores.magnitudes([ffn(layer)]))
 
 
 def test_random_is_seeded_and_has_every_rank_once(tiny_bert):
@@ -213,7 +214,7 @@ def test_what_cannot_be_scored_is_refused(kind, batches, message, tiny_bert):
 
 @pytest.mark.parametrize("kind", SCORES)
 def test_a_model_without_ffn_layers_and_a_single_batch_are_refused(kind, tiny_bert, tiny_batch):
-    with pytest.raises(ValueError, match="no BERT feed-forward layers"):
+    with pytest.raises(ValueError, match="no dense feed-forward layers"):
         ffn_scores(torch.nn.Linear(2, 2), [], kind)
     if kind in SEEN:
         with pytest.raises(TypeError, match=r"pass \[batch\]"):
