@@ -3,6 +3,7 @@
 import torch
 
 from moebert_lib import data, excitation
+from moebert_lib.adapters import ffn
 from moebert_lib.excitation import Excitation, excite
 from moebert_lib.settings import Settings
 

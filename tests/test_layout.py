@@ -31,12 +31,12 @@ ROOMS = {
     "experiments, each made once": "grids experiment constructions teachers removal scorings "
     "excitation inputs facts records archive store shared leases disk",
     "learning": "train teacher_states checkpoints distill evaluate routes states oracle",
-    "MoEBERT as a transformers model": "modeling convert moe_layer",
+    "MoEBERT as a transformers model": "modeling encoders encoder_checks convert moe_layer",
     "the method: tensors in, tensors out": "importance scores release stability experts groups "
     "layer_view routing",
     "the same model, faster": "packed prepared kernels packing",
-    "ground": "data batching tasks corpus files spans weights settings sizes scales stages paper "
-    "checks checks_model provenance intervals yamls",
+    "ground": "adapters data batching tasks corpus files spans weights settings sizes scales "
+    "stages paper checks checks_model provenance intervals yamls",
 }
 FLOOR = {name: floor for floor, room in enumerate(ROOMS.values()) for name in room.split()}
 

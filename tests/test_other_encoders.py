@@ -1,0 +1,104 @@
+"""The experiment on a folder of another family, with its own tokenizer, at scale smoke."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    DistilBertConfig,
+    DistilBertModel,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+    pipeline,
+)
+
+from moebert_lib import corpus, data, experiment, inputs, teachers
+from moebert_lib.evaluate import faster, predict
+from moebert_lib.inputs import new_model
+from moebert_lib.modeling import MoEHead
+from moebert_lib.planning import _check_model
+from moebert_lib.settings import Settings, UserError
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+
+
+def tokenizer(kind):
+    """Trained on the sentences of the built-in tasks: WordPiece, or BPE on bytes."""
+    pieces = kind == "distilbert"
+    model = models.WordPiece(unk_token="<unk>") if pieces else models.BPE()
+    made = Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Whitespace() if pieces else pre_tokenizers.ByteLevel()
+    options = dict(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
+    trainer = trainers.WordPieceTrainer if pieces else trainers.BpeTrainer
+    texts = [sentence.text for sentence in corpus.sentences(files_per_package=1)]
+    made.train_from_iterator(texts, trainer(**options))
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", cls_token="<s>", eos_token="</s>",
+        sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["roberta", "distilbert"])
+def folder(request, tmp_path, moebert_home):
+    """A random encoder and its tokenizer, saved; nothing of another test in memory."""
+    for cached in (teachers._teacher, teachers._importance, inputs._dataset):
+        cached.cache_clear()
+    own = tokenizer(request.param)
+    size = dict(vocab_size=len(own), pad_token_id=1, max_position_embeddings=24)
+    if request.param == "roberta":
+        model = RobertaModel(RobertaConfig(
+            **size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            intermediate_size=64, type_vocab_size=1,
+        ))  # fmt: skip
+    else:
+        sizes = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64)
+        model = DistilBertModel(DistilBertConfig(**size, **sizes))
+    model.save_pretrained(tmp_path / request.param)
+    own.save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def test_a_student_of_another_family_is_distilled_and_read_back(folder):
+    settings = Settings.at("smoke", model=str(folder), routing="hash-balance", n_experts=2)
+    _check_model(settings)
+    student = experiment.student(settings, keep_model=True)
+    teacher, model = experiment.teacher(settings).model, student.model()
+    assert teacher.config.model_type == folder.name and isinstance(model, MoEHead)
+    assert model.config.model_type == "moe" + folder.name and model.config.expert_size == 32
+    assert 0 < student.row["effective_parameters"] < student.row["stored_parameters"]
+    assert student.curve.notna().all(axis=None) and (student.curve["hidden"] > 0).all()
+    assert len(student.distances) == 3
+    bundle = experiment.dataset(settings)
+    one, many = (predict(model, bundle.batches("validation", batch_size=n)) for n in (1, 48))
+    assert abs(one - many).max() < 1e-5  # padding changes no logit
+    assert experiment.evaluate(settings, model)["accuracy"] == student.row["accuracy"]
+    said = pipeline("text-classification", model=model, tokenizer=bundle.tokenizer)("a sentence")
+    assert said[0]["label"] in bundle.task.labels
+
+
+def test_dropout_is_set_everywhere_and_training_falls_back(folder):
+    settings = Settings.at("smoke", model=str(folder), dropout=0.25)
+    model = new_model(settings, data.TASKS["library"])
+    rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    assert rates == {0.25} and faster(model) is model
+
+
+def test_a_model_that_cannot_be_converted_is_refused_before_anything_runs(folder, tmp_path):
+    with pytest.raises(UserError, match="cache_teacher=True is for BERTs"):
+        _check_model(Settings.at("smoke", model=str(folder), cache_teacher=True))
+    with pytest.raises(UserError, match="the largest expert_size that fits is"):
+        _check_model(Settings.at("smoke", model=str(folder), expert_size=65))
+    other = tmp_path / "gpt2"
+    GPT2Model(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9)).save_pretrained(other)
+    known = "type 'gpt2' cannot be converted; supported: BERT, MiniLM, RoBERTa, ELECTRA, Distil"
+    with pytest.raises(UserError, match=known):
+        _check_model(Settings.at("smoke", model=str(other)))
+    with pytest.raises(ValueError, match=known):
+        new_model(Settings.at("smoke", model=str(other)), data.TASKS["library"])
