@@ -61,8 +61,7 @@ def _double(model: nn.Module) -> nn.Module:
 def _feed_forward(model: nn.Module) -> list[tuple[nn.Linear, nn.Linear]]:
     """Of each layer the two linear layers of which one widens and the next one narrows."""
     linear = [module for module in model.base_model.modules() if isinstance(module, nn.Linear)]
-    shaped = [(one, tuple(one.weight.shape)) for one in linear]
-    return [(a, b) for (a, n), (b, m) in pairwise(shaped) if n == m[::-1] != m]
+    return [(a, b) for a, b in pairwise(linear) if a.in_features == b.out_features < a.out_features]
 
 
 _TARGETS = ("labels", "start_positions", "end_positions")
@@ -155,8 +154,7 @@ def tokens_return_to_their_place(experts: nn.Module, hidden: Tensor, expert_of: 
     ones = torch.ones_like(hidden[:, :1])
     with torch.no_grad():
         together = experts(hidden, expert_of, ones)
-        single = torch.arange(len(hidden))[:, None].to(hidden.device)
-        alone = [experts(hidden[i], expert_of[i], ones[i]) for i in single]
+        alone = [experts(hidden[[i]], expert_of[[i]], ones[[i]]) for i in range(len(ones))]
     return equal("every token returns to its place", together, torch.cat(alone), tolerance=1e-12)
 
 
