@@ -50,7 +50,7 @@ def equal(claim: str, left: Values, right: Values, *, tolerance: float = 1e-12) 
         difference = float(gap.nan_to_num(nan=float("inf")).max()) if gap.numel() else 0.0
     check = Check(claim, difference, tolerance)
     if difference > tolerance:
-        raise AssertionError(str(check))
+        raise AssertionError(check)  # prints as its line
     return check
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from moebert_lib.checks import Check, equal
+from moebert_lib.checks import Check, _logits, equal
 
 
 def same_token_same_expert(model: nn.Module, batch: dict[str, Tensor]) -> Check:
@@ -97,6 +97,34 @@ def conversion_leaves_embeddings(moebert: nn.Module, dense: nn.Module, batch: di
     with torch.no_grad():
         apart = (own(ids) - other(ids)).abs().max()
     return _holds("conversion leaves the embeddings as they are", apart, 0.0)
+
+
+@torch.no_grad()
+def experts_hold_the_dense_neurons(moebert: nn.Module, dense: nn.Module) -> Check:
+    """Before training each expert holds rows of W1 and b1 and columns of W2, bit for bit (Eq. 1).
+
+    Args:
+        moebert: As converted; its layers remember which neurons each expert was dealt.
+        dense: The model that was converted.
+    """
+    layers = [module for module in moebert.modules() if hasattr(module, "neurons")]
+    gaps = []
+    for layer, old in zip(layers, dense.base_model.encoder.layer, strict=True):
+        up, down, experts = old.intermediate.dense, old.output.dense, layer.experts
+        for e, dealt in enumerate(layer.neurons):
+            gaps += [(experts.up_proj[e] - up.weight[dealt]).abs().max(),
+                     (experts.up_proj_bias[e] - up.bias[dealt]).abs().max(),
+                     (experts.down_proj[e] - down.weight[:, dealt]).abs().max()]  # fmt: skip
+    claim = "before training every expert's neurons are the dense layer's own"
+    return _holds(claim, torch.stack(gaps).max(), 0.0)
+
+
+def same_logits(
+    claim: str, left: nn.Module, right: nn.Module, batch: dict[str, Tensor], *, tolerance: float
+) -> Check:
+    """Two models answer a batch alike, in their own dtype; at real tokens where spans are found."""
+    return equal(claim, *(_logits(model.eval(), batch) for model in (left, right)),
+                 tolerance=tolerance)  # fmt: skip
 
 
 def swapping_changes_nothing(

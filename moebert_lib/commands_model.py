@@ -16,10 +16,7 @@ def importance(args: argparse.Namespace) -> int:
     """``moebert importance``: Eq. 4's scores of a task's teacher, or of the release, as a file."""
     if args.release:
         return _import(args)
-    scale, values = given(args)
-    values |= {"task": args.task} if args.task else {}
-    values |= {"data_dir": str(Path(args.data_dir).expanduser().resolve())} if args.data_dir else {}
-    settings = Settings.at(scale, **values)
+    settings = _settings(args)
     _check_out(args.out)
     from moebert_lib import data
 
@@ -63,37 +60,100 @@ def _check_out(out: Path) -> None:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """``moebert convert``: a saved BERT becomes a saved MoEBERT, untrained."""
-    if args.routing not in ROUTINGS:
+    """``moebert convert``: a fine-tuned BERT becomes a MoEBERT; status 1 where a check fails."""
+    _check_convert(args)
+    from moebert_lib import ship
+
+    made = _by_task(args) if args.task else _by_scores(args)
+    scratch = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
+    try:
+        proof = ship.write(made, scratch, name=args.out.name, onnx=args.onnx)
+        os.rename(scratch, args.out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    used, stored = (f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
+                    for n in (made.told["used"], made.told["stored"]))  # fmt: skip
+    for row in made.told["metrics"]:
+        say(f"{row['metric']} {100 * row['moebert'][0]:.1f}, dense {100 * row['dense'][0]:.1f}, on "
+             f"{made.told['n']:,} validation examples")  # fmt: skip
+    failed = [row["claim"] for row in proof["checks"] if not row["holds"]]
+    say(f"receipt: {len(proof['checks']) - len(failed)} of {len(proof['checks'])} checks hold"
+        + "".join(f"; FAILS: {claim}" for claim in failed))  # fmt: skip
+    todo = "; train it with distillation before use" if made.told["steps"] is None else ""
+    say(f"{made.told['config']['n_experts']} experts a layer, {used} of {stored} parameters per "
+         f"token: {args.out}{todo}")  # fmt: skip
+    if args.push_to_hub:
+        say(f"sent: {ship.push(args.out, args.push_to_hub)}")
+    return 1 if failed else 0
+
+
+def _check_convert(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, before anything is loaded."""
+    if args.routing and args.routing not in (*ROUTINGS, *(("hash-balance",) if args.task else ())):
         hint = nearest(args.routing, ROUTINGS)
         if args.routing == "hash-balance":
-            hint = "it needs a training set's token counts: call moebert_lib.to_moebert in Python"
+            hint = "it needs a training set's token counts: give --task in place of --importance"
         raise UserError(f"routing '{args.routing}' is not for this command; {hint}")
     for name in ("n_experts", "expert_size"):
         size = getattr(args, name)
         if size is not None and size < 1:
             raise UserError(f"--{name.replace('_', '-')} {size}: expected at least 1")
+    if bool(args.task) == bool(args.importance):
+        raise UserError("give --task T, to score and distil, or --importance FILE, to convert only")
+    if args.importance:
+        _check_scores(args)
+    if args.onnx:
+        from moebert_lib import onnx_file
+
+        onnx_file.check()
+    _check_new(args.out)
+
+
+def _check_scores(args: argparse.Namespace) -> None:
+    given = {"--scale": args.scale, "-p": args.values, "--data-dir": args.data_dir,
+             "--untrained": args.untrained}  # fmt: skip
+    for option, value in given.items():
+        if value:
+            raise UserError(f"--importance converts and trains nothing; leave {option} out")
+    if not args.model:
+        raise UserError("--importance FILE needs the MODEL that was scored")
     if not args.importance.is_file():
         raise UserError(f"no file {args.importance}; make one with moebert importance")
     if args.importance.suffix == ".pkl":
         raise UserError(f"{args.importance} is a pickle; read it with moebert importance --import "
                         f"{args.importance} --out FILE first")  # fmt: skip
-    _check_new(args.out)
-    from moebert_lib import weights
+
+
+def _by_scores(args: argparse.Namespace) -> Any:
+    from moebert_lib import ship
     from moebert_lib.importance import Importance
 
-    found = weights.find(args.model)
-    scratch = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
     try:
-        kept = _convert(found, Importance.load(args.importance), args, scratch)
-        os.rename(scratch, args.out)
+        scores = Importance.load(args.importance)
     except ValueError as error:
         raise UserError(str(error)) from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    say(f"{args.n_experts} experts a layer, {kept}: {args.out}; train it with distillation "
-         "before use")  # fmt: skip
-    return 0
+    return ship.from_scores(args.model, scores, **{"n_experts": 4, "seed": 0, **_sizes(args)})
+
+
+def _by_task(args: argparse.Namespace) -> Any:
+    settings = _settings(args, **_sizes(args))
+    from moebert_lib import data, ship
+
+    data.check(settings)
+    return ship.from_task(args.model, settings, train=not args.untrained)
+
+
+def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("n_experts", "expert_size", "n_shared", "routing", "seed")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _settings(args: argparse.Namespace, **chosen: Any) -> Settings:
+    """The settings that --scale, --task, --data-dir and -p name."""
+    scale, values = given(args)
+    values |= {"task": args.task} if args.task else {}
+    values |= {"data_dir": str(Path(args.data_dir).expanduser().resolve())} if args.data_dir else {}
+    return Settings.at(scale, **{**values, **chosen})
 
 
 def _check_new(out: Path) -> None:
@@ -103,31 +163,6 @@ def _check_new(out: Path) -> None:
     above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{above} is no folder that can be written to; name another --out")
-
-
-def _convert(found: str, scores: Any, args: argparse.Namespace, folder: Path) -> str:
-    if not Path(found).is_dir():
-        say(f"no folder {found} here; asking the hub")
-    from transformers import AutoTokenizer
-
-    from moebert_lib.convert import load_dense, to_moebert
-    from moebert_lib.moe_layer import parameter_counts
-
-    try:
-        dense, tokenizer = load_dense(found), AutoTokenizer.from_pretrained(found)
-    except OSError as error:
-        why = str(error).strip().partition("\n")[0]
-        raise UserError(f"no model '{found}' could be read: {why}") from None
-    model = to_moebert(
-        dense, scores, n_experts=args.n_experts, expert_size=args.expert_size,
-        n_shared=args.n_shared, routing=args.routing, seed=args.seed,
-    )  # fmt: skip
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    counts = parameter_counts(model)
-    used, stored = (f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
-                    for n in (counts.effective, counts.stored))  # fmt: skip
-    return f"{used} of {stored} parameters per token"
 
 
 def doctor(args: argparse.Namespace) -> int:

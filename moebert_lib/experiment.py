@@ -45,7 +45,7 @@ from moebert_lib.train import distil
 __all__ = [
     "About", "Student", "Teacher", "about", "compare", "conversion", "converted", "dataset",
     "describe", "device", "distances", "evaluate", "grid", "importance", "measured", "said",
-    "states", "student", "teacher", "truths", "width",
+    "states", "student", "teacher", "truths", "turned", "width",
 ]  # fmt: skip
 
 QUIET = 15  # seconds between two lines of a grid's progress
@@ -95,11 +95,15 @@ def width(settings: Settings) -> int:
 
 def converted(settings: Settings) -> PreTrainedModel:
     """The teacher turned into a MoEBERT as the settings say, untrained; new on every call."""
-    dense = teacher(settings).model
+    return turned(settings, teacher(settings).model, constructions.neurons(settings))
+
+
+def turned(settings: Settings, dense: PreTrainedModel, neurons: object) -> PreTrainedModel:
+    """A dense model converted as the settings say; ``neurons`` as ``to_moebert`` takes them."""
     expert_size, n_shared = settings.sizes(adapters.width(dense.config))
     frequencies = token_frequencies(settings) if settings.routing == "hash-balance" else None
     return to_moebert(
-        dense, constructions.neurons(settings),
+        dense, neurons,
         n_experts=settings.n_experts, expert_size=expert_size, n_shared=n_shared,
         routing=settings.routing, seed=settings.seed, token_frequencies=frequencies,
         num_experts_per_tok=settings.gate_top_k,

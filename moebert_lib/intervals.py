@@ -7,7 +7,8 @@ permutation tests and Holm's correction.
 
 import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -102,6 +103,22 @@ def _bca(samples: np.ndarray, n_resamples: int) -> tuple[np.ndarray, np.ndarray]
         (samples,), np.mean, axis=-1, confidence_level=LEVEL, method="BCa",
         n_resamples=n_resamples, rng=np.random.default_rng(0),
     ).confidence_interval  # fmt: skip
+
+
+def resampled(measure: Callable[[np.ndarray], float], n: int) -> tuple[float, float]:
+    """Ends of a metric's 95% percentile bootstrap interval over ``n`` examples of one run.
+
+    ``measure`` takes row numbers ``(n,)``, repeats included. The same ``n`` draws the same rows,
+    so a difference of two models is paired. Fewer than five examples get NaN.
+    """
+    if n < FEWEST:
+        return float("nan"), float("nan")
+    draw = np.random.default_rng(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a draw of one class alone has no correlation
+        values = [measure(draw.integers(n, size=n)) for _ in range(1000)]
+    low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
 
 
 @functools.cache

@@ -206,8 +206,8 @@ class MoEOutput(nn.Module):
         return not isinstance(self.router, HashRouter)
 
     def note_balance(self, route: Route, mask: Tensor | Packing | None) -> None:
-        """Keep a gate's load-balance loss for the model's output; a hash has none."""
-        if route.probabilities is not None:
+        """Keep a gate's load-balance loss for the model's output; a hash and a graph have none."""
+        if route.probabilities is not None and not torch.compiler.is_exporting():
             real = None if self.padding_in_balance or isinstance(mask, Packing) else mask
             self.context.balance_losses.append(balance_loss(route, real))
 

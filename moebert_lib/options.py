@@ -221,23 +221,37 @@ def _importance(kinds: Any) -> None:
 
 def _convert(kinds: Any) -> None:
     command = kinds.add_parser(
-        "convert", help="turn a fine-tuned BERT into a MoEBERT, untrained",
-        description="Split a fine-tuned BERT's feed-forward layers into experts.",
-        example="moebert convert DIR/my-bert --importance importance.safetensors --out moe",
+        "convert", help="turn a fine-tuned BERT into a MoEBERT to ship, with card and receipt",
+        description="Split a fine-tuned BERT's feed-forward layers into experts. With --task its "
+        "neurons are scored on the task's training data, the experts distilled from it, and both "
+        "judged; with --importance it is converted by a file of scores, untrained.",
+        example="moebert convert DIR/my-bert --task sst2 --data-dir DIR --scale small --out moe\n"
+        "  moebert convert --task library --out moe --onnx\n"
+        "  moebert convert DIR/my-bert --importance importance.safetensors --out moe",
     )  # fmt: skip
-    command.add_argument("model", metavar="MODEL", help="a folder with config.json, or a hub name")
-    command.add_argument("--importance", type=Path, required=True, metavar="FILE",
+    command.add_argument("model", nargs="?", default="", metavar="MODEL",
+                         help="a folder with config.json, or a hub name; with --task the scale's "
+                         "own teacher by default")  # fmt: skip
+    command.add_argument("--task", default=None, metavar="T", help="what MODEL was fine-tuned on")
+    command.add_argument("--importance", type=Path, default=None, metavar="FILE",
                          help="from moebert importance, for the same model")  # fmt: skip
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    command.add_argument("--n-experts", type=int, default=4, metavar="N", help="4 by default")
+    command.add_argument("--n-experts", type=int, default=None, metavar="N", help="4 by default")
     command.add_argument("--expert-size", type=int, default=None, metavar="K",
                          help="neurons each; the layer's width / N by default")  # fmt: skip
     command.add_argument("--n-shared", type=int, default=None, metavar="S",
                          help="neurons in all of them; two thirds of K by default")  # fmt: skip
-    command.add_argument("--routing", default="hash-random", metavar="R",
+    command.add_argument("--routing", default=None, metavar="R",
                          help="hash-random (the default), hash-cluster, gate-token or "
-                         "gate-sentence")  # fmt: skip
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the routing tables")
+                         "gate-sentence; with --task also hash-balance")  # fmt: skip
+    command.add_argument("--seed", type=int, default=None, metavar="N",
+                         help="of the routing tables, and of training; 0 by default")  # fmt: skip
+    _values(command)
+    command.add_argument("--untrained", action="store_true", help="with --task: do not distil")
+    command.add_argument("--onnx", action="store_true",
+                         help="also model.onnx; needs moebert[onnx]")  # fmt: skip
+    command.add_argument("--push-to-hub", default="", metavar="REPO",
+                         help="OWNER/NAME to send the folder to, when it is written")  # fmt: skip
     command.set_defaults(function=commands_model.convert)
 
 

@@ -117,7 +117,8 @@ class SentenceGate(nn.Module):
         real = hidden.new_ones(B, T) if mask is None else mask.to(hidden.dtype)
         total = (hidden * real[..., None]).sum(1)  # (B, D)
         mean = total / real.sum(1, keepdim=True).clamp(min=1)
-        return _top(self.gate(mean).repeat_interleave(T, dim=0), self.top_k)  # of (B*T, E)
+        logits = self.gate(mean)[:, None].expand(B, T, -1)
+        return _top(logits.flatten(0, 1), self.top_k)  # of (B*T, E)
 
 
 def _top(logits: Tensor, k: int) -> Route:

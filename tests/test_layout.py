@@ -22,6 +22,7 @@ ROOMS = {
     "figures and tables": "plots plots_importance plots_experts plots_routing plots_states "
     "plots_learning plots_results plots_claims plots_release plots_speed plots_bench "
     "plots_explorer plots_scores saving tables",
+    "a model to ship": "ship card receipt onnx_file",
     "many runs": "sweeps sweep_tables batch engines cluster nodes inventory reasons export "
     "results columns",
     "one notebook, planned and run": "planning notebook_files knobs forecast estimate worker "

@@ -1,0 +1,139 @@
+"""The model card of a shipped model: ``README.md`` with the metadata that the hub reads.
+
+Everything in it comes from the run: settings, data, digests, metrics with their intervals and
+the receipt's table. What it cannot know, such as a licence, it leaves out.
+"""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from moebert_lib import receipt
+from moebert_lib.onnx_file import FILE as ONNX
+from moebert_lib.tasks import TASKS
+
+FILE = "README.md"
+HEADS = {True: ("question-answering", "AutoModelForQuestionAnswering"),
+         False: ("text-classification", "AutoModelForSequenceClassification")}  # fmt: skip
+
+
+def write(folder: Path, told: dict, proof: dict) -> None:
+    """Write the card of a folder.
+
+    Args:
+        folder: Where model and receipt lie.
+        told: ``ship.Made.told``.
+        proof: The receipt.
+    """
+    sections = [
+        _title(told), "## Load it", _load(folder, told), "## How good it is", _metrics(told),
+        "## How it was made", _made(told, proof), "## Equivalence receipt",
+        f"Run on this very model and {told['sentences']} sentences; `{receipt.FILE}` has the "
+        "SHA-256 of every file too.", receipt.table(proof), "## Limits", _limits(told),
+    ]  # fmt: skip
+    text = "\n\n".join(sections)
+    ModelCard(f"---\n{_metadata(told).to_yaml()}\n---\n\n{text}\n").save(folder / FILE)
+
+
+def _metadata(told: dict) -> ModelCardData:
+    """Nothing but what is known: a base model only where it has a name on the hub."""
+    task, kind = TASKS.get(told["task"]), HEADS[told["spans"]][0]
+    known = {"base_model": told["base"]} if told["base"] else {}
+    hub = {"glue": "nyu-mll/glue", "squad": f"rajpurkar/{told['task']}"}.get(task and task.source)
+    if task and task.source != "built-in":
+        known["datasets"] = [hub]
+    if told["metrics"]:
+        known |= {"model_name": told["name"], "metrics": [row["metric"] for row in told["metrics"]]}
+        known["eval_results"] = [
+            EvalResult(
+                task_type=kind, dataset_type=hub or told["task"], dataset_name=told["task"],
+                dataset_split="validation", metric_type=row["metric"],
+                metric_value=round(row["moebert"][0], 4),
+            )
+            for row in told["metrics"]
+        ]  # fmt: skip
+    return ModelCardData(library_name="transformers", pipeline_tag=kind,
+                         tags=["moebert", "mixture-of-experts"], **known)  # fmt: skip
+
+
+def _title(told: dict) -> str:
+    config, trained = told["config"], told["steps"] is not None
+    n_experts, size, shared = (config[name] for name in ("n_experts", "expert_size", "n_shared"))
+    how = "then distilled from it" if trained else "**untrained: distil it before use**"
+    return (
+        f"# {told['name']}\n\n"
+        f"{told['source']}, its feed-forward layers split into {n_experts} experts of {size:,} "
+        f"neurons, {shared:,} of them in every expert, by importance (MoEBERT, NAACL 2022), {how}. "
+        f"One expert serves a token (`{config['routing']}`): {told['used']:,} of {told['stored']:,} "
+        "parameters per token."
+    )
+
+
+def _load(folder: Path, told: dict) -> str:
+    kind, auto = HEADS[told["spans"]]
+    pair = f"from transformers import AutoTokenizer, {auto}\n\nmodel = {auto}.from_pretrained(NAME)"
+    one = 'from transformers import pipeline\n\nclassify = pipeline("{}", model=NAME)'
+    lines = pair + "\ntokenizer = AutoTokenizer.from_pretrained(NAME)"
+    code = lines if told["spans"] else one.format(kind)
+    also = f" `{ONNX}` needs ONNX Runtime alone." if (folder / ONNX).is_file() else ""
+    return (
+        "The architecture is in the library `moebert`, which registers it with transformers; no "
+        "code comes with the model, so `trust_remote_code` is neither needed nor of use. NAME is "
+        f"this repository, or a folder with its files.{also}\n\n"
+        f"```python\nimport moebert_lib  # registers MoEBERT\n{code}\n```"
+    )
+
+
+def _metrics(told: dict) -> str:
+    if not told["metrics"]:
+        return "Not measured: it was converted from a file of scores, without data."
+    lines = ["| metric | dense | MoEBERT | difference |", "|---|---|---|---|"]
+    for row in told["metrics"]:
+        cells = [_between(*row[name], sign=sign) for name, sign in
+                 (("dense", ""), ("moebert", ""), ("difference", "+"))]  # fmt: skip
+        lines.append(f"| {row['metric']} | {' | '.join(cells)} |")
+    guess = told["guessing"]
+    base = "" if guess is None else f" Always giving the most frequent class: {100 * guess:.1f}."
+    return "\n".join(lines) + (
+        f"\n\nOn {told['n']:,} validation examples of `{told['task']}`, %. In brackets the 95% "
+        "percentile bootstrap interval over these examples, of the difference paired by example; "
+        f"it leaves out what another seed would change.{base}"
+    )
+
+
+def _between(value: float, low: float, high: float, *, sign: str) -> str:
+    middle, low, high = (f"{100 * number:{sign}.1f}" for number in (value, low, high))
+    return middle if low == "nan" else f"{middle} ({low} to {high})"
+
+
+def _made(told: dict, proof: dict) -> str:
+    trained = told["steps"] is not None
+    learned = "nothing since conversion"
+    if trained:
+        learned = (f"{told['n_train']:,} training examples of `{told['task']}`, "
+                   f"{told['steps']:,} steps")  # fmt: skip
+    lines = [
+        f"- Trained on: {learned}",
+        f"- Importance (Eq. 4): {told['scored']}, `importance.safetensors`, SHA-256 "
+        f"`{proof['files']['importance.safetensors']}`",
+        f"- Dense model: `{proof['dense']}`",
+    ]
+    if told["data"]:
+        lines.append(f"- Data: SHA-256 `{told['data']}`")
+    lines.append(f"- Code: commit {proof['commit'] or 'unknown'}; " + ", ".join(
+        f"{name} {proof['versions'][name]}" for name in ("moebert", "torch", "transformers")
+        if name in proof["versions"]))  # fmt: skip
+    rows = [f"| {name} | {value} |" for name, value in told["settings"].items()]
+    return "\n".join([*lines, "", "| setting | value |", "|---|---|", *rows])
+
+
+def _limits(told: dict) -> str:
+    lines = ["- It answers what its dense model was trained for, and keeps that model's biases."]
+    if told["steps"] is None:
+        lines.append("- Untrained: experts hold a part of the neurons; expect worse answers.")
+    if told["metrics"]:
+        lines.append("- One seed, and its metrics are on the split that its makers could look at.")
+    if told["config"]["routing"].startswith("hash"):
+        lines.append("- A token's expert follows from its id alone: `inputs_embeds` is refused.")
+    lines.append("- All experts are in memory; only the work of a token is that of one.")
+    return "\n".join(lines)
