@@ -64,8 +64,8 @@ def _title(told: dict) -> str:
         f"# {told['name']}\n\n"
         f"{told['source']}, its feed-forward layers split into {n_experts} experts of {size:,} "
         f"neurons, {shared:,} of them in every expert, by importance (MoEBERT, NAACL 2022), {how}. "
-        f"One expert serves a token (`{config['routing']}`): {told['used']:,} of {told['stored']:,} "
-        "parameters per token."
+        f"One expert serves a token (`{config['routing']}`): {told['used']:,} of "
+        f"{told['stored']:,} parameters per token."
     )
 
 

@@ -52,11 +52,11 @@ def export(model: PreTrainedModel, batch: dict[str, Tensor], path: Path) -> None
     check()
     own = copy.deepcopy(model).cpu().float().eval()
     own.set_experts_implementation(DISPATCH)
-    names = _outputs(model)
+    names, values = _outputs(model), tuple(values.cpu() for values in batch.values())
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with _quiet():
         program = torch.onnx.export(
-            _Graph(own, list(batch), names).eval(), tuple(values.cpu() for values in batch.values()),
+            _Graph(own, list(batch), names).eval(), values,
             dynamo=True, dynamic_shapes=((free,) * len(batch),), input_names=list(batch),
             output_names=names, verbose=False,
         )  # fmt: skip

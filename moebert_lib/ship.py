@@ -26,7 +26,7 @@ from moebert_lib.scales import TINY
 from moebert_lib.settings import Settings, UserError
 from moebert_lib.stages import CONVERSION, DATA, IMPORTANCE, TRAINING
 from moebert_lib.store import Entry, code_digest, versions
-from moebert_lib.tasks import Task
+from moebert_lib.tasks import TASKS, Task
 from moebert_lib.teachers import judge, place, teacher
 from moebert_lib.train import distil
 
@@ -67,8 +67,15 @@ def from_scores(model: str, scores: Importance, **sizes: object) -> Made:
     except ValueError as error:
         raise UserError(str(error)) from None
     sentences = (SENTENCES, SENTENCES[::-1]) if hasattr(dense, "qa_outputs") else (SENTENCES,)
-    batch = dict(tokenizer(*map(list, sentences), padding=True, truncation=True,
-                           max_length=dense.config.max_position_embeddings, return_tensors="pt"))
+    batch = dict(
+        tokenizer(
+            *map(list, sentences),
+            padding=True,
+            truncation=True,
+            max_length=dense.config.max_position_embeddings,
+            return_tensors="pt",
+        )
+    )
     told = {"settings": sizes, "task": "", "steps": None, "metrics": [], "data": ""}
     return _made(model, dense, tokenizer, scores, untrained, untrained, batch, told)
 
@@ -88,8 +95,8 @@ def from_task(model: str, settings: Settings, *, train: bool = True) -> Made:
     base, model = ("", model) if model else (settings.model, str(teacher(settings).entry.folder))
     settings = settings.but(model=model)
     dense, tokenizer = _read(weights.find(model, hub=not settings.offline))
+    _check_fit(dense, TASKS[settings.task], settings)
     bundle = dataset(settings)
-    _check_fit(dense, bundle.task, settings)
     try:
         entry = _stage(dense.to(device()).eval(), settings, train=train)
         scores = Importance.load(entry.folder / SCORES)
@@ -101,7 +108,10 @@ def from_task(model: str, settings: Settings, *, train: bool = True) -> Made:
     told = {**entry.row, "settings": {"scale": settings.scale, **chosen(settings, names)},
             "task": settings.task, "data": bundle.digest}  # fmt: skip
     if base:
-        told |= {"base": "" if base == TINY else base, "source": f"`{base}` fine-tuned on this task"}
+        told |= {
+            "base": "" if base == TINY else base,
+            "source": f"`{base}` fine-tuned on this task",
+        }
     moebert = load(entry.folder, bundle.task).eval()
     return _made(model, dense, tokenizer, scores, untrained, moebert, batch, told)
 

@@ -92,3 +92,27 @@ def test_outputs_that_are_the_same_do_not_differ():
     checks.outputs_differ(torch.zeros(2, 3), torch.full((2, 3), 0.1))
     with pytest.raises(AssertionError, match="FAILS: outputs differ, by up to 1e-05"):
         checks.outputs_differ(torch.zeros(2, 3), torch.full((2, 3), 1e-5))
+
+
+@pytest.mark.parametrize("tied", ["copied", "tied"])
+@pytest.mark.parametrize("name", ["up.weight", "up.bias", "down.weight"])
+def test_a_neuron_that_is_not_the_dense_layers_is_found(moebert, tiny_bert, tied, name):
+    dense, model = tiny_bert(), moebert(shared_neurons=tied)
+    checks.experts_hold_the_dense_neurons(model, dense)
+    layer = dense.bert.encoder.layer[1]
+    part, kind = name.split(".")
+    values = getattr({"up": layer.intermediate, "down": layer.output}[part].dense, kind).data
+    kept = int(model.bert.encoder.layer[1].output.neurons[2, -1])
+    (values.T if part == "down" else values)[kept] += 1e-9
+    with pytest.raises(AssertionError, match="FAILS: before training every expert's"):
+        checks.experts_hold_the_dense_neurons(model, dense)
+
+
+def test_models_that_answer_otherwise_are_told_apart(moebert, tiny_batch):
+    model, batch = moebert(), tiny_batch()
+    other = copy.deepcopy(model)
+    assert checks.same_logits("the same", model, other, batch, tolerance=0).difference == 0
+    other.classifier.bias.data += 1e-3
+    with pytest.raises(AssertionError, match="FAILS: the same") as failure:
+        checks.same_logits("the same", model, other, batch, tolerance=1e-4)
+    assert failure.value.args[0].difference == pytest.approx(1e-3)

@@ -16,6 +16,7 @@ from moebert_lib.intervals import (
     over,
     paired,
     permutation_p,
+    resampled,
     steps,
     student,
     t_interval,
@@ -186,3 +187,17 @@ def test_over_holds_each_value_against_its_own_base_seed_by_seed():
     half = stats.t.ppf(0.975, 1) * np.std([0, 10], ddof=1) / np.sqrt(2)
     assert told.loc["b", ["low", "high"]].tolist() == pytest.approx([5 - half, 5 + half])
     assert told.loc["a"].isna().tolist() == [False, True, True, True]
+
+
+def test_examples_drawn_again_spread_as_a_binomial_count():
+    right = np.arange(500) < 400  # 80 of 100
+    low, high = resampled(lambda rows: right[rows].mean(), 500)
+    expected = stats.binom(500, 0.8).ppf([0.025, 0.975]) / 500
+    assert [low, high] == pytest.approx(expected, abs=0.006)
+
+
+def test_two_models_are_resampled_on_the_same_examples():
+    right = np.random.default_rng(1).random(300) < 0.7
+    apart = resampled(lambda rows: right[rows].mean() - right[rows].mean(), 300)
+    assert apart == (0.0, 0.0)
+    assert np.isnan(resampled(lambda rows: 1.0, 4)).all()

@@ -26,10 +26,25 @@ def test_the_ten_lines_of_python_run(tiny_bert, tmp_path, monkeypatch, capsys):
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     tiny_bert(dtype=torch.float32).save_pretrained(tmp_path / "bert")
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     exec(code.replace("path/to/your-fine-tuned-bert", str(tmp_path / "bert")), {})
     assert "effective=" in capsys.readouterr().out
     assert (tmp_path / "my-moebert" / "model.safetensors").is_file()
+
+
+def test_a_model_is_shipped_as_it_shows(moebert_home, tmp_path, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **how: sent.append(how))
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(blocks("bash")).splitlines()
+    (line,) = [line for line in lines if "convert --task library" in line]
+    words = shlex.split(line, comments=True)[1:]
+    assert cli.main([*words, "--scale", "smoke"]) == 0
+    capsys.readouterr()
+    exec(blocks("python")[1], {})
+    assert "one full-width expert = the dense model" in capsys.readouterr().out
+    assert [(how["repo_id"], how["folder_path"]) for how in sent] == [("OWNER/NAME", "moe")]
 
 
 def test_the_commands_it_shows_are_accepted(moebert_home, data_dir, capsys):

@@ -1,0 +1,54 @@
+"""The ONNX graph says what the model says, for every router, head, batch size and length."""
+
+import importlib.util
+import json
+
+import pytest
+import tiny_models
+import torch
+from shipping import made, saved_bert
+
+from moebert_lib import onnx_file, receipt, ship
+from moebert_lib.moe_layer import moe_layers
+from moebert_lib.settings import UserError
+
+SHAPES = ([7, 12, 3, 5], [1], [9], [1, 1], [4, 4, 4, 2, 8, 60])
+
+
+@pytest.mark.parametrize("spans", [False, True])
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
+def test_it_agrees_whatever_the_batch(routing, spans, tmp_path):
+    tied = "tied" if routing == "gate-token" else "copied"
+    model = tiny_models.moebert(spans=spans, dtype=torch.float32, routing=routing,
+                                shared_neurons=tied)  # fmt: skip
+    onnx_file.export(model, tiny_models.batch([5, 3, 8]), tmp_path / "model.onnx")
+    assert model.config._experts_implementation == "eager"  # its own stays as it was
+    for lengths in SHAPES:
+        batch = tiny_models.batch(lengths, seed=len(lengths))
+        with torch.no_grad():
+            output = model(**batch)
+        ours = torch.stack([output.start_logits, output.end_logits], -1) if spans else output.logits
+        real = tiny_models.real(batch) if spans else ...
+        theirs = onnx_file.answers(tmp_path / "model.onnx", batch)
+        torch.testing.assert_close(theirs[real], ours[real], atol=1e-4, rtol=0)
+
+
+def test_a_graph_of_another_model_fails_the_receipt(tmp_path, tiny_bert, tiny_batch):
+    one = made(saved_bert(tmp_path, tiny_bert), tiny_batch, routing="gate-token")
+    proof = ship.write(one, tmp_path / "moe", name="moe", onnx=True)
+    assert proof["checks"][-1]["claim"].startswith("the ONNX graph")
+    assert proof["checks"][-1]["holds"] and "model.onnx" in proof["files"]
+    with torch.no_grad():
+        moe_layers(one.model)[0].experts.down_proj_bias += 0.5
+    args = (one.dense, one.scores, one.untrained, one.model, tmp_path / "moe", one.batch)
+    assert not receipt.checked(*args)[-1]["holds"]
+    assert json.loads((tmp_path / "moe" / "receipt.json").read_text()) == proof
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch):
+    usual = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else usual(name)
+    )
+    with pytest.raises(UserError, match="ONNX needs onnxruntime; pip install 'moebert"):
+        onnx_file.check()

@@ -1,0 +1,198 @@
+"""``moebert convert --task``: scored, distilled, judged and shipped; and what it refuses."""
+
+import json
+import re
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+from conftest import make_home
+from shipping import made, saved_bert
+from sklearn.metrics import accuracy_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from moebert_lib import cli, experiment, receipt, ship
+from moebert_lib.provenance import checksums
+from moebert_lib.settings import Settings, UserError
+
+SMOKE = ["--task", "library", "--scale", "smoke"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("ship") / "home")
+
+
+@pytest.fixture(autouse=True)
+def here(home, tmp_path, monkeypatch):
+    """Commands are typed in a folder of their own, beside one store."""
+    monkeypatch.setenv("MOEBERT_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def teacher():
+    """The scale's own fine-tuned model, saved with its tokenizer."""
+    return experiment.teacher(Settings.at("smoke"))
+
+
+def convert(*words):
+    return cli.main(["convert", *map(str, words)])
+
+
+def test_a_bert_becomes_a_folder_that_holds_all_and_says_what_it_is(teacher, tmp_path, capsys):
+    assert convert(teacher.entry.folder, *SMOKE, "--out", "moe") == 0
+    out = capsys.readouterr().out
+    assert "student: step" in out and "receipt: 8 of 8 checks hold" in out
+    names = {path.name for path in (tmp_path / "moe").iterdir()}
+    assert names == {"README.md", "config.json", "importance.safetensors", "model.safetensors",
+                     "receipt.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert not [path for path in tmp_path.iterdir() if path.name != "moe"]
+
+
+def test_its_metrics_are_those_of_a_plain_loop(teacher):
+    settings = Settings.at("smoke")
+    one = ship.from_task(str(teacher.entry.folder), settings)
+    (row,), bundle = one.told["metrics"], experiment.dataset(settings)
+    for name, model in (("dense", one.dense), ("moebert", one.model)):
+        said = [int(model(torch.tensor([ids])).logits.argmax())
+                for ids in bundle.validation["input_ids"]]  # fmt: skip
+        assert row[name][0] == accuracy_score(bundle.truths(), said)
+        assert row[name][1] <= row[name][0] <= row[name][2]
+    assert row["difference"][0] == row["moebert"][0] - row["dense"][0]
+    assert one.told["n"] == len(bundle.validation) and one.told["steps"] == 4
+    assert one.dense_digest != "" and one.scores.meta["data"] == bundle.digest
+
+
+def test_training_moves_the_experts_and_untrained_leaves_them(teacher):
+    folder, settings = str(teacher.entry.folder), Settings.at("smoke", n_experts=2)
+    trained, plain = (ship.from_task(folder, settings, train=train) for train in (True, False))
+    same = [torch.equal(a, b) for a, b in
+            zip(plain.model.parameters(), plain.untrained.parameters(), strict=True)]  # fmt: skip
+    assert all(same) and plain.told["steps"] is None
+    moved = zip(trained.model.parameters(), trained.untrained.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in moved if a.shape[0] == 2)
+
+
+def test_the_scales_own_teacher_needs_no_name_and_what_is_stored_is_not_made_again(
+    tmp_path, monkeypatch, capsys
+):
+    assert convert(*SMOKE, "--out", "one") == 0
+    monkeypatch.setattr(ship, "distil", None)  # would be called
+    assert convert(*SMOKE, "--out", "two") == 0
+    one, two = (checksums(tmp_path / name) for name in ("one", "two"))
+    assert one.pop("README.md") != two.pop("README.md")  # its title
+    assert one == two
+    assert "`tiny` fine-tuned on this task" in (tmp_path / "one" / "README.md").read_text()
+
+
+def test_pipeline_finds_it_in_a_new_process_as_its_card_says(tmp_path):
+    assert convert(*SMOKE, "--out", "moe") == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "moe/README.md").read_text(), re.S)
+    code = f"NAME = 'moe'\n{code}\nimport json\nprint(json.dumps(classify('A tensor of ones.')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (answer,) = json.loads(done.stdout.splitlines()[-1])
+    model = AutoModelForSequenceClassification.from_pretrained("moe")
+    batch = AutoTokenizer.from_pretrained("moe")("A tensor of ones.", return_tensors="pt")
+    best = model(**batch).logits.softmax(-1).max(-1)
+    assert answer["label"] == model.config.id2label[int(best.indices)]
+    assert answer["score"] == pytest.approx(best.values.item(), abs=1e-6)
+
+
+def test_stopped_in_training_it_leaves_no_folder(teacher, tmp_path, monkeypatch, capsys):
+    def stop(*_args, **_named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ship, "distil", stop)
+    assert convert(teacher.entry.folder, *SMOKE, "-p", "seed=3", "--out", "moe") == 130
+    assert "stopped" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+class Hub:
+    """Stands in for the hub: keeps what it is sent."""
+
+    sent: dict = {}
+
+    def create_repo(self, repo, exist_ok):
+        assert exist_ok
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        Hub.sent[repo_id] = checksums(ship.Path(folder_path))
+        return f"hub/{repo_id}"
+
+
+def test_card_receipt_and_tokenizer_go_to_the_hub_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    assert convert(*SMOKE, "--out", "moe", "--push-to-hub", "me/moe") == 0
+    assert Hub.sent.pop("me/moe") == checksums(tmp_path / "moe")
+    assert "sent: hub/me/moe" in capsys.readouterr().out
+
+
+def test_a_folder_that_was_changed_is_not_sent(tmp_path, tiny_bert, tiny_batch, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    ship.write(made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe")
+    (tmp_path / "moe" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="config.json is not the file of its receipt"):
+        ship.push(tmp_path / "moe", "me/moe")
+    assert Hub.sent == {}
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(tmp_path, capsys):
+    assert convert(*SMOKE, "--out", "moe", "--push-to-hub", "me/moe") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moebert: moe is written and could not be sent to me/moe: ")
+    assert receipt.verify(tmp_path / "moe")
+
+
+def test_a_check_that_fails_is_said_with_status_1(monkeypatch, capsys):
+    usual = receipt.checked
+    monkeypatch.setattr(receipt, "checked", lambda *args: [
+        {**row, "holds": row["claim"][:3] != "one"} for row in usual(*args)])  # fmt: skip
+    assert convert(*SMOKE, "--out", "moe") == 1
+    assert "7 of 8 checks hold; FAILS: one full-width expert" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "give --task T, to score and distil, or --importance FILE"),
+        (["--task", "library", "--importance", "x"], "give --task T"),
+        (["m", "--importance", "x", "--untrained"], "leave --untrained out"),
+        (["--importance", "x"], "needs the MODEL that was scored"),
+        (["--task", "libary"], "did you mean 'library'?"),
+        ([*SMOKE, "-p", "seeds=1"], "did you mean 'seed'?"),
+        (["nowhere/", *SMOKE], "no model 'nowhere/'"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(words, said, tmp_path, capsys):
+    assert convert(*words, "--out", "moe") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "spans, words, said",
+    [
+        (False, SMOKE, "the model has 2 outputs, task 'library' needs 6"),
+        (True, SMOKE, "task 'library' is a classification task, the model is a Bert"),
+        (False, ["--task", "follows", "--scale", "quick", "-p", "max_length=100"], "at most 64"),
+        (False, ["--task", "follows", "--scale", "smoke", "-p", "ranking=random"], "leave them"),
+    ],
+)
+def test_a_model_of_another_task_is_refused(spans, words, said, tmp_path, tiny_bert, capsys):
+    saved_bert(tmp_path, tiny_bert, spans=spans)
+    capsys.readouterr()
+    assert convert("bert", *words, "--out", "moe") == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "moe").exists()
+
+
+def test_classes_in_another_order_are_refused(tmp_path, tiny_bert, capsys):
+    folder = saved_bert(tmp_path, tiny_bert)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"id2label": {"0": "follows", "1": "elsewhere"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert convert("bert", "--task", "follows", "--scale", "smoke", "--out", "moe") == 2
+    assert "classes are follows, elsewhere" in capsys.readouterr().err
