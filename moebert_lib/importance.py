@@ -138,16 +138,14 @@ def ffn_importance(
     Args:
         model: Of a family in ``adapters``, with a head whose forward returns the mean ``loss``.
         batches: Dictionaries of model inputs with ``labels``, or with ``start_positions`` and
-            ``end_positions`` inside the input; each on the model's device. An entry ``index``
-            is ignored.
+            ``end_positions`` inside the input; on the model's device. ``index`` is ignored.
         meta: Stored with the result, beside the digest of the scored weights.
         dtype: ``torch.bfloat16`` is faster and moves ranks a little: ``moebert bench
             importance`` says how much. By default the model's own, which is exact.
 
     Raises:
         TypeError: one batch in place of a list of batches.
-        ValueError: no batch, a batch without targets, a model of no known family, or another
-            ``dtype``.
+        ValueError: no batch, a batch without targets, a model of no known family, another ``dtype``.
 
     Source: Eq. 4; derivation in this module's header.
     """

@@ -136,14 +136,9 @@ def chance(n: int, *, n_samples: int = 1000) -> float:
 
 
 def differences(
-    frame: pd.DataFrame,
-    metric: str,
-    *,
-    column: str,
-    better: object,
-    worse: object,
-    by: str = "seed",
-) -> pd.Series:
+    frame: pd.DataFrame, metric: str, *,
+    column: str, better: object, worse: object, by: str = "seed",
+) -> pd.Series:  # fmt: skip
     """``better`` minus ``worse``, run by run: what a pair shares cancels out.
 
     Args:

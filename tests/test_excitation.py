@@ -3,7 +3,6 @@
 import torch
 
 from moebert_lib import data, excitation
-from moebert_lib.adapters import ffn
 from moebert_lib.excitation import Excitation, excite
 from moebert_lib.settings import Settings
 
