@@ -145,7 +145,7 @@ def ffn_importance(
 
     Raises:
         TypeError: one batch in place of a list of batches.
-        ValueError: no batch, a batch without targets, a model of no known family, another ``dtype``.
+        ValueError: no batch, a batch without targets, an unknown family, another ``dtype``.
 
     Source: Eq. 4; derivation in this module's header.
     """
