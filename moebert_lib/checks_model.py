@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from moebert_lib import adapters
 from moebert_lib.checks import Check, _logits, equal
 
 
@@ -109,8 +110,8 @@ def experts_hold_the_dense_neurons(moebert: nn.Module, dense: nn.Module) -> Chec
     """
     layers = [module for module in moebert.modules() if hasattr(module, "neurons")]
     gaps = []
-    for layer, old in zip(layers, dense.base_model.encoder.layer, strict=True):
-        up, down, experts = old.intermediate.dense, old.output.dense, layer.experts
+    for layer, old in zip(layers, adapters.ffns(dense), strict=True):
+        up, down, experts = old.up, old.down, layer.experts
         for e, dealt in enumerate(layer.neurons):
             gaps += [(experts.up_proj[e] - up.weight[dealt]).abs().max(),
                      (experts.up_proj_bias[e] - up.bias[dealt]).abs().max(),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from moebert_lib import archive, card, checkpoints, onnx_file, receipt, spans, weights
+from moebert_lib import adapters, archive, card, checkpoints, onnx_file, receipt, spans, weights
 from moebert_lib.convert import load_dense, to_moebert
 from moebert_lib.evaluate import score, without_targets
 from moebert_lib.experiment import LEARNING, turned
@@ -208,7 +208,7 @@ def _check_fit(dense: PreTrainedModel, task: Task, settings: Settings) -> None:
 def _stage(dense: PreTrainedModel, settings: Settings, *, train: bool) -> Entry:
     """Scored, converted, distilled, judged and saved: an entry of the store."""
     store, bundle = archive.store(), dataset(settings)
-    expert_size, n_shared = settings.sizes(dense.config.intermediate_size)
+    expert_size, n_shared = settings.sizes(adapters.width(dense.config))
     names = (*DATA, *IMPORTANCE, *CONVERSION, *TRAINING)
     key = {
         **chosen(settings, names), "expert_size": expert_size, "n_shared": n_shared,

@@ -14,7 +14,7 @@ from transformers import (
     pipeline,
 )
 
-from moebert_lib import corpus, data, experiment, inputs, teachers
+from moebert_lib import corpus, data, experiment, inputs, receipt, ship, teachers
 from moebert_lib.evaluate import faster, predict
 from moebert_lib.inputs import new_model
 from moebert_lib.modeling import MoEHead
@@ -63,6 +63,14 @@ def folder(request, tmp_path, moebert_home):
     model.save_pretrained(tmp_path / request.param)
     own.save_pretrained(tmp_path / request.param)
     return tmp_path / request.param
+
+
+def test_it_is_shipped_with_a_receipt_whose_checks_hold(folder, tmp_path):
+    made = ship.from_task("", Settings.at("smoke", model=str(folder)), train=False)
+    (tmp_path / "moe").mkdir()
+    proof = ship.write(made, tmp_path / "moe", name="moe")
+    assert len(proof["checks"]) >= 6 and all(row["holds"] for row in proof["checks"])
+    assert receipt.verify(tmp_path / "moe")["files"].keys() >= {"model.safetensors"}
 
 
 def test_a_student_of_another_family_is_distilled_and_read_back(folder):
