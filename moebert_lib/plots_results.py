@@ -103,7 +103,8 @@ def constructions(
         ax.plot(points, y, "o", ms=5, mfc=face, mec=color, ls="", zorder=3)
         ax.plot([points.mean()] * 2, [place - 0.32, place + 0.32], color=color, lw=2.2, zorder=4)
         ax.annotate(f"{points.mean():.1f}", (points.max(), place), xytext=(7, 0), fontsize=9,
-                    textcoords="offset points", va="center")  # fmt: skip
+                    textcoords="offset points", va="center", zorder=5,
+                    bbox=dict(fc="white", ec="none", pad=0.4, alpha=0.85))  # fmt: skip
         if (before := f"converted_{metric}") in rows:
             start = 100 * rows[before].mean()
             ax.plot(start, place, "|", color=COLORS["paper"], ms=9, mew=1.4, zorder=2)
