@@ -175,12 +175,17 @@ def _read(found: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not Path(found).is_dir():
         print(f"no folder {found} here; asking the hub", flush=True)
     try:
-        return load_dense(found), AutoTokenizer.from_pretrained(found)
+        dense, tokenizer = load_dense(found), AutoTokenizer.from_pretrained(found)
     except OSError as error:
         why = str(error).strip().partition("\n")[0]
         raise UserError(f"no model '{found}' could be read: {why}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
+    known = dense.get_input_embeddings().num_embeddings
+    if len(tokenizer) > known:
+        raise UserError(f"the tokenizer of {found} knows {len(tokenizer):,} tokens, the model "
+                        f"{known:,}; expected the tokenizer it was trained with")  # fmt: skip
+    return dense, tokenizer
 
 
 def _check_fit(dense: PreTrainedModel, task: Task, settings: Settings) -> None:

@@ -6,6 +6,7 @@ kernel, and under each picture the finding that ``plots.save`` wrote into it.
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -50,21 +51,40 @@ def prepare(node: Any, findings: Mapping[str, str]) -> Any:
     Raises:
         UserError: a cell shows a picture and names no figure of ``findings``.
     """
+    cells = []
     for number, cell in enumerate(node.cells):
         cell.metadata = type(cell.metadata)(tags=cell.metadata.get("tags", []))
+        cells.append(cell)
         if cell.cell_type == "markdown":
             cell.source = markdown(cell.source)
             continue
         cell.outputs = pages.without_widgets(cell.outputs)
-        if any("image/png" in output.get("data", {}) for output in cell.outputs):
-            shown = [name for name in quoted(cell.source) if name in findings]
-            if not shown:
-                title = pages.title(node)
-                raise UserError(f"cell {number} of '{title}' shows a figure it does not save")
-            cell.metadata["mystnb"] = {"image": {"alt": findings[shown[-1]]}}
+        drawn = [one for one in cell.outputs if "image/png" in one.get("data", {})]
+        shown = [name for name in dict.fromkeys(quoted(cell.source)) if name in findings]
+        if len(shown) < len(drawn):
+            title = pages.title(node)
+            raise UserError(f"cell {number} of '{title}' shows a figure it does not save")
+        if drawn:
+            said = [findings[name] for name in shown[-len(drawn) :]]
+            cells[-1:] = _by_picture(cell, drawn, said)
+    node.cells = cells
     node.metadata.pop("widgets", None)
     node.metadata.pop("papermill", None)
     return node
+
+
+def _by_picture(cell: Any, drawn: list[Any], said: list[str]) -> list[Any]:
+    """The cell, and one without input for each further picture: Sphinx has one text a cell."""
+    outputs = [[one for one in cell.outputs if one not in drawn[1:]], *([one] for one in drawn[1:])]
+    parts = []
+    for number, words in enumerate(said):
+        part = deepcopy(cell)
+        part.outputs, part.metadata["mystnb"] = outputs[number], {"image": {"alt": words}}
+        if number:
+            part.id = f"{cell.id}-{number}"
+            part.metadata["tags"] = [*cell.metadata["tags"], "remove-input"]
+        parts.append(part)
+    return parts
 
 
 def markdown(source: str) -> str:

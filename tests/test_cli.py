@@ -173,14 +173,19 @@ def test_convert_makes_a_model_that_transformers_loads(tmp_path, tiny_bert, monk
     from moebert_lib.settings import MINILM
 
     dense, out = tmp_path / "dense", tmp_path / "moe"
-    tiny_bert(dtype=torch.float32).save_pretrained(dense)
-    AutoTokenizer.from_pretrained(weights.find(MINILM)).save_pretrained(dense)
+    tokenizer = AutoTokenizer.from_pretrained(weights.find(MINILM))
+    tokenizer.save_pretrained(dense)
+    tiny_bert(dtype=torch.float32).save_pretrained(dense)  # of 99 tokens
     scores = importance.Importance(
         torch.rand(2, 64, dtype=torch.float64), torch.rand(1, 2, 64, dtype=torch.float64),
         torch.ones(1, dtype=torch.int64), {},
     )  # fmt: skip
     scores.save(tmp_path / "scores.safetensors")
     given = ["--importance", str(tmp_path / "scores.safetensors"), "--out", str(out)]
+    assert cli.main(["convert", str(dense), *given, "--n-shared", "8"]) == 2
+    assert "knows 30,522 tokens, the model 99" in capsys.readouterr().err and not out.exists()
+
+    tiny_bert(dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(dense)
     assert cli.main(["convert", str(dense), *given, "--n-shared", "8"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert type(model).__name__ == "MoEBertForSequenceClassification"
