@@ -4,12 +4,10 @@ import argparse
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from moebert_lib.commands import given, say
-from moebert_lib.settings import Settings, UserError, nearest
-
-ROUTINGS = ("hash-random", "hash-cluster", "gate-token", "gate-sentence")
+from moebert_lib.settings import Routing, Settings, UserError, nearest
 
 
 def importance(args: argparse.Namespace) -> int:
@@ -89,11 +87,11 @@ def convert(args: argparse.Namespace) -> int:
 
 def _check_convert(args: argparse.Namespace) -> None:
     """Refuse what does not go together, before anything is loaded."""
-    if args.routing and args.routing not in (*ROUTINGS, *(("hash-balance",) if args.task else ())):
-        hint = nearest(args.routing, ROUTINGS)
-        if args.routing == "hash-balance":
-            hint = "it needs a training set's token counts: give --task in place of --importance"
-        raise UserError(f"routing '{args.routing}' is not for this command; {hint}")
+    if args.routing == "hash-balance" and not args.task:
+        raise UserError("routing 'hash-balance' needs a training set's token counts; give --task "
+                        "in place of --importance")  # fmt: skip
+    if args.routing and args.routing not in get_args(Routing):
+        raise UserError(f"no routing '{args.routing}'; {nearest(args.routing, get_args(Routing))}")
     for name in ("n_experts", "expert_size"):
         size = getattr(args, name)
         if size is not None and size < 1:

@@ -97,7 +97,7 @@ def forward_flops(of: Shape, tokens: int, neurons: int) -> int:
     Args:
         of: The model's sizes.
         tokens: ``T``.
-        neurons: ``F`` if dense, ``K`` for experts of which a token visits one.
+        neurons: ``F`` if dense, ``K`` for each expert that a token visits.
     """
     products = 4 * of.hidden**2 + 2 * tokens * of.hidden + 2 * of.hidden * neurons
     return 2 * tokens * of.layers * products
@@ -169,7 +169,8 @@ def student(settings: Settings) -> Cost:
     train, validation = examples(settings)
     of = shape(settings.model)
     size, _ = settings.sizes(of.neurons)
-    dense, moe = (forward_flops(of, _tokens(settings), n) for n in (of.neurons, size))
+    met = size * settings.gate_top_k
+    dense, moe = (forward_flops(of, _tokens(settings), n) for n in (of.neurons, met))
     follows = settings.distill != "none"
     seen = train * settings.epochs
     flops = seen * (3 * moe + follows * dense) + 2 * validation * moe
@@ -177,7 +178,7 @@ def student(settings: Settings) -> Cost:
     passes += 2 * math.ceil(validation / settings.eval_batch_size)
     stored = parameters(of, n_experts=settings.n_experts, expert_size=size)[1]
     weights = ADAM * stored + FP32 * parameters(of)[1]
-    return Cost(flops, passes, *_memory(settings, settings.batch_size, size, weights))
+    return Cost(flops, passes, *_memory(settings, settings.batch_size, met, weights))
 
 
 @functools.cache

@@ -220,8 +220,7 @@ def holm(p_values: Iterable[float]) -> np.ndarray:
 def agreed(values: Iterable[float]) -> str:
     """``>`` or ``<`` where paired differences agree on a sign, else ``?``: they cannot tell.
 
-    Five or more agree where their interval excludes zero; two to four where all have the same
-    sign, which ``n`` runs without any effect do with probability ``2 ** (1 - n)``.
+    Five or more agree where their interval excludes zero; two to four where all have one sign.
 
     Example:
         >>> agreed([0.01, 0.04, 0.02]), agreed([0.01, -0.04]), agreed([0.01])
@@ -233,6 +232,11 @@ def agreed(values: Iterable[float]) -> str:
     if len(runs) < 2:
         return "?"
     return ">" if (runs > 0).all() else "<" if (runs < 0).all() else "?"
+
+
+def luck(n: int) -> float:
+    """How often :func:`agreed` gives ``n`` differences without any effect a sign."""
+    return chance(n) if n >= FEWEST else (n > 1) * 2.0 ** (1 - n)
 
 
 def rule(n: int) -> str:
@@ -255,8 +259,7 @@ def steps(frame: pd.DataFrame, metric: str, *, column: str, order: Sequence) -> 
         order: Its values, the one claimed to be best first.
 
     Returns:
-        Columns ``better``, ``worse``, then in points ``mean``, ``lowest`` and ``highest``, then
-        ``pairs`` and ``sign`` (see :func:`agreed`).
+        ``better``, ``worse``, in points ``mean``, ``lowest``, ``highest``, ``pairs``, ``sign``.
     """
     rows = []
     for better, worse in itertools.pairwise(order):

@@ -19,10 +19,10 @@ LIBRARIES = (
 #: Modules that no notebook's result can depend on, so that changing them reruns nothing.
 OUTSIDE = (
     "__main__ batch bench_batch bench_cuda bench_importance bench_scaling bench_training "
-    "bench_widgets card cli cluster columns commands commands_bench commands_model commands_pages "
-    "doctor engines explore_page export forecast inventory nodes onnx_file options publish "
-    "reasons receipt redraw report report_tables results findings found_rows ship site "
-    "site_notebooks site_pages site_reference site_theme sweep_tables sweeps yamls"
+    "bench_widgets cli cluster columns commands commands_bench commands_model commands_pages "
+    "doctor engines explore_page export forecast inventory nodes options publish reasons redraw "
+    "report report_tables results findings found_rows site site_notebooks site_pages "
+    "site_reference site_theme sweep_tables sweeps yamls"
 ).split()
 
 

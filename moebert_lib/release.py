@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from moebert_lib import stability
 from moebert_lib.importance import Importance
 from moebert_lib.paper import TABLE5, TABLE6
 from moebert_lib.settings import Settings, UserError
@@ -71,6 +72,20 @@ def mass_curves(files: Mapping[str, Importance]) -> pd.DataFrame:
         held = np.r_[0, np.cumsum(ordered)] / ordered.sum()
         curves[name] = 100 * np.interp(percent, np.linspace(0, 100, len(held)), held)
     return pd.DataFrame(curves, pd.Index(percent, name="neurons, %"))
+
+
+def overlaps(scored: Mapping[str, Importance]) -> tuple[pd.DataFrame, np.ndarray, float]:
+    """How far the top sixths of all scores that have the first one's shape are the same neurons.
+
+    Returns:
+        :func:`~moebert_lib.stability.jaccard_table`, its pairs alone, and the overlap by chance.
+    """
+    shape = next(iter(scored.values())).scores.shape
+    same = {name: one for name, one in scored.items() if one.scores.shape == shape}
+    n_shared, _ = proportions(shape[1])
+    square = stability.jaccard_table(same, n_shared)
+    pairs = square.to_numpy()[np.triu_indices(len(square), k=1)]
+    return square, pairs, stability.jaccard_chance(n_shared, shape[1])
 
 
 def proportions(width: int) -> tuple[int, int]:

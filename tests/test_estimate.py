@@ -121,6 +121,12 @@ def test_plain_training_spares_the_teachers_pass():
     assert with_teacher.flops - plain.flops == pytest.approx(256 * once)
 
 
+def test_two_experts_a_token_cost_as_one_of_twice_the_width():
+    gate = default(routing="gate-token", n_experts=2, expert_size=384, n_shared=0, distill="none")
+    two, wide = gate.but(gate_top_k=2), gate.but(expert_size=768)
+    assert estimate.student(two).flops == estimate.student(wide).flops
+
+
 def test_known_sizes_are_the_papers_as_far_as_it_prints_them():
     for task, (train, validation) in paper.TABLE6.items():
         release = 0.2 if task == "stsb" else 0.05  # its 7k are those of an earlier release

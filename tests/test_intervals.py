@@ -1,5 +1,7 @@
 """Intervals over a few runs: hand cases, and what too few runs must not claim."""
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +15,7 @@ from moebert_lib.intervals import (
     chance,
     differences,
     holm,
+    luck,
     over,
     paired,
     permutation_p,
@@ -79,6 +82,13 @@ def test_differences_are_paired_by_seed_whatever_the_order_of_rows():
 )
 def test_runs_agree_by_sign_while_they_are_few_and_by_interval_from_five_on(values, sign):
     assert agreed(values) == sign
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_runs_without_any_effect_agree_as_often_as_luck_says(n):
+    noise = np.random.default_rng(0).normal(size=(400, n))
+    found = np.mean([agreed(row) != "?" for row in noise])
+    assert abs(found - luck(n)) < 3 * math.sqrt(0.25 / 400)
 
 
 def test_an_order_is_compared_step_by_step_in_points():

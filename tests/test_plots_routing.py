@@ -1,6 +1,8 @@
 """Figures about routing show every share and every assignment, counted from one."""
 
 import numpy as np
+import pandas as pd
+import pytest
 from matplotlib.colors import to_hex
 
 from moebert_lib import plots_routing as drawn
@@ -62,3 +64,40 @@ def test_a_long_sentence_is_drawn_to_its_24th_token_and_counted_whole():
     left, right = figure.axes
     assert len(left.texts) == 24 and [bar.get_width() for bar in right.patches] == [50, 50]
     assert "24 of 40 tokens" in figure.get_suptitle().replace("\n", " ")
+
+
+RUNS = pd.DataFrame(
+    [("hash-random", 0, 0.80), ("gate-token, k = 2", 0, 0.85),
+     ("hash-random", 1, 0.70), ("gate-token, k = 2", 1, 0.65)],
+    columns=["name", "seed", "accuracy"],
+)  # fmt: skip
+
+
+def test_routers_beyond_the_paper_are_a_line_for_each_seed_and_a_bar_at_each_mean():
+    ax = drawn.beyond(RUNS, "accuracy", dense=0.9)
+    seeds = [line.get_ydata() for line in ax.lines if len(line.get_xdata()) == 2]
+    assert [80, 85] in [list(np.round(y, 9)) for y in seeds]
+    assert [70, 65] in [list(np.round(y, 9)) for y in seeds]
+    bars = ax.collections[0].get_segments()
+    assert [bar[0][1] for bar in bars] == pytest.approx([75, 75])
+    assert "90" in " ".join(str(np.round(line.get_ydata(), 9)) for line in ax.lines)
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        "hash-\nrandom", "gate-\ntoken\nk = 2"]  # fmt: skip
+
+
+def test_hindsight_has_a_curve_and_a_point_for_each_model_and_router():
+    rows = [
+        (model, router, layer, 10 * m + r + layer / 10, (m + r) / 10)
+        for m, model in enumerate(("converted", "trained"))
+        for r, router in enumerate(("own", "oracle"))
+        for layer in (0, 1, 2)
+    ]
+    frame = pd.DataFrame(rows, columns=["model", "router", "layer", "distance", "score"])
+    left, right = drawn.hindsight(frame, "accuracy", dense=0.9).axes
+    curves = {line.get_label(): list(line.get_ydata()) for line in left.lines}
+    assert curves == {
+        "converted, own router": [0, 0.1, 0.2], "converted, oracle": [1, 1.1, 1.2],
+        "trained, own router": [10, 10.1, 10.2], "trained, oracle": [11, 11.1, 11.2],
+    }  # fmt: skip
+    points = [float(line.get_ydata()[0]) for line in right.lines if len(line.get_xdata()) == 1]
+    assert points == pytest.approx([0, 10, 10, 20])
