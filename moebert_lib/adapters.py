@@ -5,13 +5,14 @@ A row of :data:`FAMILIES` is data only. All of these encoders compute ``LN(W2 ac
 gated, so that a neuron is two columns and a row, and no LayerNorm follows it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 # torch takes seconds to import; a refusal should not wait for it.
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class FFN(NamedTuple):
@@ -114,6 +115,25 @@ def ffn(layer: "nn.Module") -> FFN | None:
 def ffns(model: "nn.Module") -> Iterator[FFN]:
     """The dense feed-forward networks of a model of any of the families, first to last."""
     return (found for module in model.modules() if (found := ffn(module)))
+
+
+@contextmanager
+def watching(model: "nn.Module", see: "Callable[[int, Tensor], None]") -> Iterator[None]:
+    """Inside the block every forward pass calls ``see(layer, h)`` with each layer's activations.
+
+    Args:
+        model: Of any of the families.
+        see: Given the layer, counted from 0, and Eq. 1's ``h``, ``(..., F)``.
+    """
+    hooks = [
+        layer.act.register_forward_hook(lambda _m, _i, h, n=n: see(n, h))
+        for n, layer in enumerate(ffns(model))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _at(module: Any, path: str) -> Any:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from moebert_lib import archive, groups
-from moebert_lib.adapters import FFN, ffns, width
+from moebert_lib.adapters import ffns, watching, width
 from moebert_lib.evaluate import without_targets
 from moebert_lib.experts import choose_ranking, deal_layers
 from moebert_lib.inputs import chosen, dataset
@@ -115,29 +115,19 @@ def activations(settings: Settings) -> Tensor:
 @functools.lru_cache(maxsize=1)
 def _activations(settings: Settings, _root: Path) -> Tensor:
     model, bundle = teacher(settings).model, dataset(settings)
-    layers, n = [*ffns(model)], min(EXAMPLES, settings.importance_examples or EXAMPLES)
-    split = settings.importance_split
+    n, split = min(EXAMPLES, settings.importance_examples or EXAMPLES), settings.importance_split
     total = sum(map(len, bundle.rows(split, n, shuffle=True)["input_ids"][:]))
     kept = torch.zeros(total, dtype=torch.bool)
     kept[torch.randperm(total, generator=torch.Generator().manual_seed(0))[:TOKENS]] = True
-    found, passed = [[] for _ in layers], 0
+    found: list[list[Tensor]] = [[] for _ in ffns(model)]
+    flows: dict[int, Tensor] = {}
+    passed = 0
     for batch in bundle.batches(split, limit=n, shuffle=True):
         real = batch["attention_mask"].bool().cpu()
         here = kept[passed : passed + int(real.sum())]
         passed += len(here)
-        for index, h in enumerate(_flows(model, layers, batch)):
-            found[index].append(h.float().cpu()[real][here])
-    return torch.stack([torch.cat(parts) for parts in found])
-
-
-def _flows(model: nn.Module, layers: list[FFN], batch: dict[str, Tensor]) -> list[Tensor]:
-    """Activations of each layer, ``(B, T, F)``."""
-    flows: list[Tensor] = []
-    hooks = [layer.act.register_forward_hook(lambda _m, _i, h: flows.append(h)) for layer in layers]
-    try:
-        with torch.inference_mode():
+        with watching(model, flows.__setitem__), torch.inference_mode():
             model(**without_targets(batch))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return flows
+        for layer, h in flows.items():
+            found[layer].append(h.float().cpu()[real][here])
+    return torch.stack([torch.cat(parts) for parts in found])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moebert_lib import archive
-from moebert_lib.adapters import ffns
+from moebert_lib.adapters import ffns, watching
 from moebert_lib.evaluate import without_targets
 from moebert_lib.inputs import dataset
 from moebert_lib.scores import magnitudes
@@ -97,24 +97,17 @@ def excite(model: nn.Module, batches, *, top: int = TOP) -> dict[str, Tensor]:
     """
     layers, training = [*ffns(model)], model.training
     flows: dict[int, Tensor] = {}
-    hooks = [
-        layer.act.register_forward_hook(lambda _m, _i, h, n=n: flows.update({n: h}))
-        for n, layer in enumerate(layers)
-    ]
     totals, n_tokens, best = [0] * len(layers), 0, [None] * len(layers)
     try:
         for batch in batches:
-            with torch.inference_mode():
-                model.eval()(**without_targets(batch))
+            with watching(model.eval(), flows.__setitem__), torch.inference_mode():
+                model(**without_targets(batch))
             real = batch["attention_mask"].bool()[..., None]  # (B, T, 1)
             n_tokens += int(real.sum())
-            for n in range(len(layers)):
-                h = flows[n]  # (B, T, F)
+            for n, h in flows.items():  # (B, T, F)
                 totals[n] = totals[n] + (h.abs() * real).sum((0, 1), dtype=torch.float64).cpu()
                 best[n] = _merge(best[n], h.masked_fill(~real, -torch.inf), batch["index"], top)
     finally:
-        for hook in hooks:
-            hook.remove()
         model.train(training)
     value, example, token = (torch.stack(found) for found in zip(*best, strict=True))
     return {

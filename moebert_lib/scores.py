@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moebert_lib.adapters import FFN, ffns
+from moebert_lib.adapters import FFN, watching
 from moebert_lib.batching import TARGETS
 from moebert_lib.experts import random_ranking
 from moebert_lib.importance import (
@@ -145,17 +145,12 @@ def _over_tokens(encoder: nn.Module, batch: dict[str, Tensor], terms: Mapping) -
     mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
     packing, found = packing_of(encoder, inputs), {kind: [] for kind in terms}
 
-    def add(_module: nn.Module, _inputs: tuple, h: Tensor) -> None:
+    def add(_layer: int, h: Tensor) -> None:
         padded = h.shape[:2] == mask.shape  # else packed: (1, N, F)
         for kind, term in terms.items():
             each = term(h) * mask[..., None] if padded else term(h)
             found[kind].append(by_example(each, len(mask), packing))
 
-    hooks = [layer.act.register_forward_hook(add) for layer in ffns(encoder)]
-    try:
-        with torch.inference_mode():
-            encoder(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with watching(encoder, add), torch.inference_mode():
+        encoder(**inputs)
     return {kind: torch.stack(each) for kind, each in found.items()}
