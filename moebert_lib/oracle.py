@@ -93,7 +93,7 @@ def _through(route: Route, experts: Tensor) -> Route:
 
 
 def compare(models: Mapping[str, nn.Module], bundle: Any, **which: Any) -> pd.DataFrame:
-    """Each model by its own router and by the oracle.
+    """Each model by its own router and by the oracle, and the teacher itself.
 
     Args:
         models: By name; ``teacher`` is the dense model that the others came from.
@@ -107,7 +107,9 @@ def compare(models: Mapping[str, nn.Module], bundle: Any, **which: Any) -> pd.Da
     batches, rows = list(bundle.batches(**which)), []
     teacher = models["teacher"]
     for name, model in models.items():
-        ways = {} if model is teacher else {"own": model, "oracle": Oracle(model, teacher)}
+        ways = {"own": model}
+        if model is not teacher:
+            ways["oracle"] = Oracle(model, teacher)
         for router, way in ways.items():
             logits = predict(way, batches)
             reached = bundle.score(logits, which["split"], which.get("limit"))[bundle.task.metric]
@@ -120,4 +122,4 @@ def nearer(frame: pd.DataFrame) -> pd.Series:
     """Of :func:`compare`'s rows, by model: the share of the last distance that the oracle saves."""
     last = frame[frame["layer"] == frame["layer"].max()]
     table = last.pivot(index="model", columns="router", values="distance")
-    return 1 - table["oracle"] / table["own"]
+    return (1 - table["oracle"] / table["own"]).dropna()  # the teacher has no oracle

@@ -203,20 +203,20 @@ def hindsight(
     frame: pd.DataFrame,
     metric: str,
     *,
-    dense: float,
     fig: Figure | SubFigure | None = None,
     title: str = "",
 ) -> Figure | SubFigure:
     """Models by their own router and by the oracle: distance by layer, and the metric.
 
     Args:
-        frame: From ``oracle.compare``.
+        frame: From ``oracle.compare``, the teacher's rows too.
         metric: Name of its ``score``, a fraction.
-        dense: The teacher's.
         fig: Where to draw; none makes a new figure.
         title: The finding.
     """
     fig, (left, right) = panels(fig, 2, per_row=2, height=2.9, width_ratios=(1.6, 1))
+    taught = frame["model"] == "teacher"
+    dense, frame = frame.loc[taught, "score"].iloc[0], frame[~taught]
     models = list(frame["model"].unique())
     for (model, router), rows in frame.groupby(["model", "router"], sort=False):
         own, first = router == "own", model == models[0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import batch, dense, moebert, perturbed
 
+from moebert_lib.evaluate import without_targets
 from moebert_lib.moe_layer import moe_layers
 from moebert_lib.oracle import Oracle, compare, nearer, nearest
 from moebert_lib.routing import Route
@@ -80,10 +81,27 @@ def test_a_row_for_each_model_router_and_layer():
         score=lambda logits, split, limit: {"sum": float(logits.sum())},
     )  # fmt: skip
     frame = compare(models, bundle, split="validation", limit=2)
-    assert len(frame) == 2 * 2 * 3
-    first = frame.query("layer == 1").pivot(index="model", columns="router", values="distance")
+    assert len(frame) == 2 * 2 * 3 + 3
+    itself = frame[frame["model"] == "teacher"]
+    assert (itself["distance"] == 0).all()
+    teacher, asked = models["teacher"].eval(), without_targets(inputs)
+    ways = {("teacher", "own"): teacher} | {
+        (name, router): way
+        for name, model in list(models.items())[1:]
+        for router, way in (("own", model), ("oracle", Oracle(model, teacher)))
+    }
+    scores = frame.groupby(["model", "router"])["score"].first().to_dict()
+    with torch.no_grad():
+        assert scores == pytest.approx(
+            {k: float(way(**asked).logits.sum()) for k, way in ways.items()}
+        )
+    assert len(set(scores.values())) == 5
+    first = frame.query("layer == 1 and model != 'teacher'").pivot(
+        index="model", columns="router", values="distance"
+    )
     assert (first["oracle"] < first["own"]).all()
     own, best = frame.query("model == 'converted' and layer == 2")["distance"]
+    assert list(nearer(frame).index) == ["converted", "distilled"]
     assert nearer(frame)["converted"] == pytest.approx(1 - best / own)
 
 

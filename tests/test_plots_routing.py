@@ -92,8 +92,9 @@ def test_hindsight_has_a_curve_and_a_point_for_each_model_and_router():
         for r, router in enumerate(("own", "oracle"))
         for layer in (0, 1, 2)
     ]
+    rows += [("teacher", "own", layer, 0, 0.9) for layer in (0, 1, 2)]
     frame = pd.DataFrame(rows, columns=["model", "router", "layer", "distance", "score"])
-    left, right = drawn.hindsight(frame, "accuracy", dense=0.9).axes
+    left, right = drawn.hindsight(frame, "accuracy").axes
     curves = {line.get_label(): list(line.get_ydata()) for line in left.lines}
     assert curves == {
         "converted, own router": [0, 0.1, 0.2], "converted, oracle": [1, 1.1, 1.2],
@@ -101,3 +102,4 @@ def test_hindsight_has_a_curve_and_a_point_for_each_model_and_router():
     }  # fmt: skip
     points = [float(line.get_ydata()[0]) for line in right.lines if len(line.get_xdata()) == 1]
     assert points == pytest.approx([0, 10, 10, 20])
+    assert [90, 90] in [list(np.round(line.get_ydata(), 9)) for line in right.lines]
