@@ -7,6 +7,7 @@ import pandas as pd
 
 from moebert_lib import found_rows, verdicts
 from moebert_lib.claims import CLAIMS
+from moebert_lib.found_beyond import beyond
 from moebert_lib.intervals import agreed
 from moebert_lib.settings import UserError
 from moebert_lib.store import write_bytes
@@ -29,8 +30,8 @@ LEVELS = """
 
 {methods}
 
-Always giving the most frequent answer of the training set would score {guesses}. Where a teacher is
-hardly better than that, its students can keep up with it without having learned anything.
+{trained} Always giving the most frequent answer of the training set would score {guesses}. Where
+a teacher is hardly better than that, its students keep up with it without having learned anything.
 """
 
 CLAIMED = """
@@ -41,8 +42,8 @@ A claim stands where all its comparisons do: {claims}.
 {table}
 
 Of {asked} comparisons that claim a direction and have runs, {decided} are decided one by one;
-corrected for their number (Holm), {after} {are}. If no arm differed from any other, about
-{luck:.1f} would be decided all the same.
+corrected for their number (Holm, over the p of a sign-flip test), {after} {are}{floor}. If no arm
+differed from any other, about {luck:.1f} would be decided all the same.
 """
 
 SIDES = """
@@ -52,16 +53,17 @@ SIDES = """
 claimed side of zero, *{contradicted}* where it lies wholly on the other, and *{undecided}* where it
 holds zero; "equal" and "not worse" allow {margin:g} points ([the whole
 rule](../notebooks/06_results.ipynb)). Differences are in points of a task's headline metric, with
-the 95% interval that decides. Pairs are the seeds of one task, or where several tasks have the
-comparison the tasks.
+the 95% interval that decides. Pairs are seeds of {main}; where this run has a comparison on several
+tasks they are the tasks.
 """
 
 TASKS = """
 ### Task by task
 
 Where the tasks are the pairs above, few and unlike ones make a wide interval. Within a task the
-pairs are its seeds, with one teacher: that says nothing about other tasks. The same rule gives each
-cell a verdict; where it is none, these runs cannot tell.
+pairs are its seeds, with one teacher: that says nothing about other tasks, and what holds on one
+need not hold on the next. The same rule gives each cell a verdict, uncorrected; where it is none,
+these runs cannot tell.
 
 {rows}
 """
@@ -69,7 +71,8 @@ cell a verdict; where it is none, these runs cannot tell.
 ROUTED = """
 ### Every pair of routers
 
-Row minus column in points, paired by seed, with the 95% t interval; in bold where it excludes zero.
+Row minus column in points on {main}, paired by seed, with the 95% t interval; in bold where it
+excludes zero, which without any difference one pair in twenty would.
 
 {rows}
 """
@@ -77,10 +80,11 @@ Row minus column in points, paired by seed, with the 95% t interval; in bold whe
 SWITCHES = """
 ## What the release's switches change
 
-The paper's choice against what the released code does, one switch at a time, paired by seed: mean
-difference in points with the 95% t interval, and each seed's. {cost} ([Notebook
-8](../notebooks/08_release.ipynb) explains the switches. It names those where all seeds agree on a
-sign, which chance does more often than an interval excludes zero.)
+What the released code does against the paper's choice (the gate outside against the gate inside),
+one switch at a time, on {main}, paired by seed: mean difference in points with the 95% t interval,
+uncorrected, and each seed's. {cost} ([Notebook 8](../notebooks/08_release.ipynb) explains the
+switches. It names those where all seeds agree on a sign, which chance does more often than an
+interval excludes zero.)
 
 | switch | difference | seeds | what the runs say |
 |:--|--:|:--|:--|
@@ -95,19 +99,22 @@ def write(figures: Path) -> None:
         UserError: a table that it needs was not drawn.
     """
     methods = _drawn(figures / METHODS).read_text("utf-8").strip()
-    guesses = guessing(_read(figures / BESIDE))
-    compared = _read(figures / COMPARED)
+    guesses, trained = guessing(_read(figures / BESIDE)), found_rows.trained()
+    compared, main = _read(figures / COMPARED), found_rows.main_task()
     parts = [HEAD.format(provenance=found_rows.provenance()), claims(compared)]
-    parts += [LEVELS.format(methods=methods, guesses=guesses), sides(compared)]
-    parts.append(TASKS.format(rows=by_task(_read(figures / PAIRS))))
+    parts.append(LEVELS.format(methods=methods, guesses=guesses, trained=trained))
+    parts.append(sides(compared, main))
+    pairs = [_read(figures / PAIRS), *map(_read, sorted(figures.glob(f"*/{PAIRS}")))]
+    parts.append(TASKS.format(rows=by_task(pd.concat(pairs).drop_duplicates())))
     if (figures / ROUTERS).is_file():
-        parts.append(ROUTED.format(rows=routers(_read(figures / ROUTERS))))
+        parts.append(ROUTED.format(rows=routers(_read(figures / ROUTERS)), main=main))
     for path in sorted(figures.glob(f"*/{COMPARED}")):
-        parts.append(f"\n### The same, {path.parent.name} alone\n{lists(_read(path))}")
+        task = path.parent.name
+        parts.append(f"\n### The same, {task} alone\n{lists(_read(path), task)}")
     if (figures / SWITCHED).is_file():
         rows = switches(_read(figures / SWITCHED))
-        parts.append(SWITCHES.format(rows=rows, cost=found_rows.brief()))
-    parts.append(found_rows.limits())
+        parts.append(SWITCHES.format(rows=rows, cost=found_rows.brief(), main=main))
+    parts += [beyond(figures, main), found_rows.limits()]
     write_bytes(figures / PAGE, "".join(parts).encode())
 
 
@@ -125,18 +132,21 @@ def claims(compared: pd.DataFrame) -> str:
     head = "| claim | shown in | comparisons with runs | verdict |\n|:--|:--|:--|:--|"
     asked = ((compared["kind"] == "better") & (compared["pairs"] > 0)).sum()
     decided, after, luck = verdicts.by_chance(compared)
+    least = 2.0 ** (1 - compared.loc[compared["pairs"] > 0, "pairs"].max())
+    floor = f"; it could not be otherwise, since so few pairs give no p below {least:g}"
     return CLAIMED.format(
         claims=_counted(table["verdict"]), table="\n".join([head, *lines]), asked=asked,
         decided=decided, after=after, are="is" if after == 1 else "are", luck=luck,
+        floor=floor if least > 0.05 and not after else "",
     )  # fmt: skip
 
 
-def sides(compared: pd.DataFrame) -> str:
+def sides(compared: pd.DataFrame, main: str) -> str:
     """The rule, and every comparison under its verdict."""
     told = compared.loc[compared["pairs"] > 0, "verdict"]
     words = {"reproduced": REPRODUCED, "contradicted": CONTRADICTED, "undecided": UNDECIDED}
     counts = f"Of the comparisons with runs: {_counted(told)}."
-    return SIDES.format(counts=counts, margin=MARGIN, **words) + lists(compared)
+    return SIDES.format(counts=counts, margin=MARGIN, main=main, **words) + lists(compared, main)
 
 
 def _counted(told: pd.Series) -> str:
@@ -144,7 +154,7 @@ def _counted(told: pd.Series) -> str:
     return ", ".join(f"{(told == verdict).sum()} {verdict}" for verdict in TOLD)
 
 
-def lists(compared: pd.DataFrame) -> str:
+def lists(compared: pd.DataFrame, main: str) -> str:
     """A table of comparisons for each verdict, and the names of those without runs."""
     said = {claim.key: claim for claim in CLAIMS}
     parts = []
@@ -152,7 +162,7 @@ def lists(compared: pd.DataFrame) -> str:
         rows = compared[(compared["verdict"] == verdict) & (compared["pairs"] > 0)]
         lines = [f"| {said[row.claim].statement.rstrip('.')} ({said[row.claim].shown_in}) | "
                  f"{row.comparison} | {interval(row.mean, row.low, row.high)} | "
-                 f"{row.paper:+.1f} | {row.pairs} {_unit(row)} |"
+                 f"{row.paper:+.1f} | {_pairs(row, main)} |"
                  for row in rows.itertuples()]  # fmt: skip
         if lines:
             head = "| claim | comparison | here | paper | pairs |\n|:--|:--|--:|--:|:--|"
@@ -232,10 +242,10 @@ def interval(mean: float, low: float, high: float) -> str:
     return f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
 
 
-def _unit(row: tuple) -> str:
-    """What the pairs of a comparison are."""
-    one = "task" if row.tasks > 1 else "seed"
-    return one if row.pairs == 1 else f"{one}s"
+def _pairs(row: tuple, main: str) -> str:
+    """How many pairs a comparison has, and of what: tasks, or one task's seeds."""
+    one, of = ("task", "") if row.tasks > 1 else ("seed", f", {main}")
+    return f"{row.pairs} {one}{'s' * (row.pairs > 1)}{of}"
 
 
 def _read(path: Path) -> pd.DataFrame:

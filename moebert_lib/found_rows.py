@@ -80,6 +80,19 @@ def brief() -> str:
     return f"{text}. One sentence of the development set is {worth:.2f} points."
 
 
+def trained() -> str:
+    """For how long teachers and most students were trained."""
+    each = [_values(record) for record in _students()]
+    teachers, students = (Counter(of[name] for of in each).most_common(1)[0][0]
+                          for name in ("teacher_epochs", "epochs"))  # fmt: skip
+    return f"Teachers were trained for {teachers:g} epochs, students for {students:g}."
+
+
+def main_task() -> str:
+    """The task that most students were trained on: the notebooks' own."""
+    return Counter(_values(record)["task"] for record in _students()).most_common(1)[0][0]
+
+
 def limits() -> str:
     """The page's last section: what comes from one teacher, few seeds, few examples."""
     each = [_values(record) for record in _students()]

@@ -21,7 +21,7 @@ OUTSIDE = (
     "__main__ batch bench_batch bench_cuda bench_importance bench_scaling bench_training "
     "bench_widgets cli cluster columns commands commands_bench commands_model commands_pages "
     "doctor engines explore_page export forecast inventory nodes options publish reasons redraw "
-    "report report_tables results findings found_rows site site_notebooks site_pages "
+    "report report_tables results findings found_beyond found_rows site site_notebooks site_pages "
     "site_reference site_theme sweep_tables sweeps yamls"
 ).split()
 

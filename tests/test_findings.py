@@ -24,19 +24,19 @@ COMPARED = pd.DataFrame(
 
 
 def test_each_comparison_with_runs_stands_under_its_verdict():
-    page = findings.lists(COMPARED)
+    page = findings.lists(COMPARED, "sst2")
     yes, no, open_ = (page.index(f"**{word}**") for word in
                       ("Reproduced", "Not reproduced", "Undecided"))  # fmt: skip
     rows = {
         "| A split by importance beats a random one (Figure 3a) | importance > random | "
         "+2.0 (+1.0 to +3.0) | +0.9 | 4 tasks |": (yes, no),
-        "| random > inverse | -2.0 (-3.0 to -1.0) | +0.7 | 3 seeds |": (no, open_),
-        "| 8 experts > 4 experts | +0.0 | +0.1 | 1 seeds |": (open_, len(page)),
+        "| random > inverse | -2.0 (-3.0 to -1.0) | +0.7 | 3 seeds, sst2 |": (no, open_),
+        "| 8 experts > 4 experts | +0.0 | +0.1 | 1 seed, sst2 |": (open_, len(page)),
     }  # fmt: skip
     for row, (start, end) in rows.items():
-        assert start < page.index(row.replace("1 seeds", "1 seed")) < end
+        assert start < page.index(row) < end
     assert page.endswith("**No runs:** MoEBERT-large.\n") and page.count("MoEBERT-large") == 1
-    assert "No runs" not in findings.lists(COMPARED.head(4))
+    assert "No runs" not in findings.lists(COMPARED.head(4), "sst2")
 
 
 def test_the_claims_stand_first_with_what_luck_would_give():
@@ -49,7 +49,9 @@ def test_the_claims_stand_first_with_what_luck_would_give():
     assert "| MoEBERT-large keeps up with BERT-large | Table 4 | 0 of 1 | no runs |" in page
     text = " ".join(page.split())
     assert "Of 3 comparisons that claim a direction and have runs, 2 are decided one by one" in text
-    assert "(Holm), 1 is. If no arm differed from any other, about 0.1 would" in text
+    assert "sign-flip test), 1 is. If no arm differed from any other, about 0.1 would" in text
+    text = " ".join(findings.claims(COMPARED.assign(p_holm=1.0)).split())
+    assert "0 are; it could not be otherwise, since so few pairs give no p below 0.125." in text
 
 
 def test_a_switch_is_told_with_its_interval_and_every_seed():
@@ -92,8 +94,8 @@ def test_every_pair_of_routers_is_told_both_ways():
 
 
 def test_a_page_without_its_tables_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(findings.found_rows, "provenance", lambda: "Rows.")
-    monkeypatch.setattr(findings.found_rows, "limits", lambda: "Limits.")
+    for name in ("provenance", "limits", "trained", "main_task"):
+        monkeypatch.setattr(findings.found_rows, name, lambda: "rte")
     (tmp_path / findings.METHODS).write_text("A caption.\n\n| method |\n|:--|\n| MoEBERT |\n")
     with pytest.raises(UserError, match=r"no 06_beside_paper\.csv"):
         findings.write(tmp_path)

@@ -63,6 +63,12 @@ def test_what_every_student_departs_from_its_scale_in_is_told(rows):
     assert "**Two seeds of each setting.**" in said and "0.50 on rte" in said
 
 
+def test_the_task_of_most_students_is_the_main_one_and_their_epochs_are_told(rows):
+    rows(student(0, epochs=1.0), student(1, epochs=1.0), student(2, epochs=0.125))
+    assert found_rows.main_task() == "rte"
+    assert found_rows.trained() == "Teachers were trained for 3 epochs, students for 1."
+
+
 def test_results_without_a_student_are_refused(rows):
     rows({**student(0), "kind": "teacher"})
     with pytest.raises(UserError, match="hold no student"):

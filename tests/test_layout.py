@@ -16,8 +16,8 @@ ROOMS = {
     "commands_bench doctor",
     "speed": "bench bench_inference bench_training bench_importance bench_scaling bench_cuda "
     "bench_machine bench_models bench_batch bench_widgets released roofline",
-    "pages": "explore_page redraw findings found_rows report report_tables site site_notebooks "
-    "site_pages site_reference site_theme",
+    "pages": "explore_page redraw findings found_rows found_beyond report report_tables site "
+    "site_notebooks site_pages site_reference site_theme",
     "widgets": "widgets token_table explorer explorer_widget readout sources",
     "figures and tables": "plots plots_importance plots_experts plots_routing plots_states "
     "plots_learning plots_results plots_claims plots_release plots_speed plots_bench "
