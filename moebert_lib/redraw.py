@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from moebert_lib import archive, batch, findings, sweeps
+from moebert_lib import archive, batch, findings, results, sweeps
 from moebert_lib.engines import side_by_side
 from moebert_lib.planning import Job
 from moebert_lib.provenance import file_digest
@@ -39,7 +39,7 @@ def draw(folder: Path, *, into: Path | None = None, echo: Callable[[str], Any] =
     """
     into = into or home() / "figures"
     with _from(folder):
-        archive.opened(archive.named())  # refused here, once, and not in each kernel
+        results.verify(folder)  # refused here, once, and not in each kernel
         jobs = plan(folder, into)
         batch.run(jobs, engine=side_by_side(jobs), echo=echo)
         if findings.NOTEBOOK in {job.name for job in jobs}:

@@ -63,6 +63,29 @@ def write(folder: Path, stores: Sequence[str | Path] = ()) -> tuple[int, int]:
     return len(kept), len(files)
 
 
+def verify(folder: Path) -> None:
+    """Every column of the rows says what the row's own record, which is sealed, says.
+
+    Raises:
+        UserError: naming the row and the column that do not; as :class:`archive.Archive`.
+    """
+    from pandas import read_parquet
+
+    records = Archive(folder).records.values()
+    packed = io.BytesIO()
+    _rows(list(records)).to_parquet(packed, **PACKED)
+    told, table = read_parquet(packed), read_parquet(folder / ROWS)
+    for name in dict.fromkeys([*told, *table]):
+        sides = [side.get(name) for side in (told, table)]
+        if any(side is None for side in sides):
+            raise UserError(f"{folder / ROWS}: column '{name}' is new or missing; restore the file")
+        apart = ~((sides[0] == sides[1]) | (sides[0].isna() & sides[1].isna()))
+        if apart.any():
+            row = int(apart.argmax())
+            raise UserError(f"{folder / ROWS}: row {row} says {name} {sides[1][row]}, its record "
+                            f"{sides[0][row]}; restore the file")  # fmt: skip
+
+
 def _there(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
     """What a folder of results holds already."""
     if (folder / ROWS).is_file():

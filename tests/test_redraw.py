@@ -116,6 +116,23 @@ def test_a_row_that_was_edited_is_refused(stored, tmp_path):
         archive.Archive(path.parent)
 
 
+def test_a_column_that_says_other_than_its_record_is_named_before_anything_is_drawn(
+    stored, tmp_path
+):
+    path = tmp_path / "results" / archive.ROWS
+    results.verify(path.parent)
+    frame = pd.read_parquet(path)
+    row = int(frame["accuracy"].notna().argmax())
+    right = frame.loc[row, "accuracy"]
+    frame.assign(accuracy=frame["accuracy"].where(frame.index != row, 0.99)).to_parquet(path)
+    said = rf"rows\.parquet: row {row} says accuracy 0\.99, its record {right}; restore"
+    with pytest.raises(UserError, match=said):
+        redraw.draw(path.parent, into=tmp_path / "figures")
+    frame.drop(columns="accuracy").to_parquet(path)
+    with pytest.raises(UserError, match="column 'accuracy' is new or missing"):
+        results.verify(path.parent)
+
+
 def test_a_small_file_that_was_edited_is_refused(stored, tmp_path):
     path = tmp_path / "results" / archive.FILES
     frame = pd.read_parquet(path)
