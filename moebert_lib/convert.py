@@ -29,6 +29,12 @@ from moebert_lib.sizes import check_sizes, proportions
 OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "num_experts_per_tok",
            "router_aux_loss_coef", "padding_in_balance", "allow_identical")  # fmt: skip
 
+#: Where to find what other parts of the library call so.
+ELSEWHERE = {
+    "gate_top_k": "did you mean 'num_experts_per_tok'?",
+    "grouping": "pass the neurons of each expert, (L, E, K), in place of the importance",
+}
+
 
 def to_moebert(
     model: PreTrainedModel,
@@ -193,7 +199,8 @@ def _quiet() -> Iterator[None]:
 def _check_names(options: dict[str, object]) -> None:
     for name in options:
         if name not in OPTIONS:
-            hint = nearest(name, [*OPTIONS, "n_experts", "expert_size", "n_shared", "routing"])
+            named = (*OPTIONS, "n_experts", "expert_size", "n_shared", "routing")
+            hint = ELSEWHERE.get(name) or nearest(name, named)
             raise TypeError(f"to_moebert has no argument '{name}'; {hint}")
 
 

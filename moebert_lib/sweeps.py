@@ -156,6 +156,8 @@ def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
     if not isinstance(sets, list) or not all(isinstance(one, Mapping) for one in sets):
         raise UserError(f"{where}points must be a list of names with values, "
                         "such as '- {n_experts: 2, n_shared: 512}'")  # fmt: skip
+    if not isinstance(grid.get("seeds") or [], list):  # three of them, or the third?
+        raise UserError(f"{where}seeds: {grid['seeds']!r}: list them, such as [0, 1, 2]")
     axes = {SINGULAR[name]: grid[name] for name in SINGULAR if grid.get(name) is not None}
     for name in {**settings, **{key: 0 for one in sets for key in one}}:
         if name in axes or name in ("scale", "data_dir"):

@@ -196,6 +196,7 @@ def test_what_does_not_fit_is_refused(tiny_bert, changes, message):
         ("gate_scale", "gate_"),
         ("padding_in_loss", "padding_in_balance"),
         ("shared_neuron", "shared_neurons"),
+        ("gate_top_k", "num_experts_per_tok"),
     ],
 )
 def test_a_misspelt_argument_is_refused(tiny_bert, typo, meant):

@@ -71,8 +71,9 @@ def test_a_point_of_listed_seeds_is_one_seed_unless_the_grid_says_otherwise():
 
 
 def test_one_value_needs_no_list_and_lists_are_values_of_list_parameters():
-    grid = {"seeds": 3, "settings": {"n_experts": 2, "layers": [[0], [1]]}}
-    assert values(grid, "seed", "n_experts", "layers") == [(3, 2, [0]), (3, 2, [1])]
+    grid = {"tasks": "library", "settings": {"n_experts": 2, "layers": [[0], [1]]}}
+    assert values(grid, "task", "n_experts", "layers") == [
+        ("library", 2, [0]), ("library", 2, [1])]  # fmt: skip
 
 
 def test_a_grid_of_tasks_from_files_needs_no_task_of_the_scales_own(tiny_glue):
@@ -105,6 +106,7 @@ def test_doubles_are_one_point():
         ({"settings": ["n_shared"]}, "settings must hold names"),
         ({"points": {"n_experts": 2}}, "points must be a list"),
         ({"seeds": []}, "'seeds' has no values"),
+        ({"seeds": 3}, "seeds: 3: list them, such as [0, 1, 2]"),
         ({"settings": {"n_shared": []}}, "'n_shared' has no values"),
         ({"settings": {"n_shard": [1]}}, "did you mean 'n_shared'"),
         ({"settings": {"n_experts": [2, 99]}}, "point n_experts=99: "),
