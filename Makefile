@@ -2,7 +2,8 @@
 #
 #   make run                     the whole workbook, offline, minutes on two cores
 #   make run ARGS='--scale small --data-dir DIR'
-#   make test                    all tests, two at a time;  make test ARGS='-n 0 -k routing'
+#   make test                    the tests, two at a time;  make test ARGS='-n 0 -k routing'
+#   make test ARGS=--all         the slow ones too, as CI does: clusters, faults, browser, site
 #   make figures                 draw all figures from figures/runs, and compare with figures/
 #   make lint                    what pre-commit and CI check
 #   make lab                     JupyterLab at the first notebook
@@ -33,7 +34,7 @@ run: $(STAMP)
 	@$(PY) -m moebert_lib run $(ARGS)
 
 test: $(DEV_STAMP)
-	@$(PY) -m pytest -q -n 2 --dist loadfile $(ARGS)
+	@$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 figures: $(STAMP)
 	@$(PY) -m moebert_lib report --from figures/runs --check $(ARGS)

@@ -54,6 +54,12 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from transformers import BertConfig, BertForSequenceClassification, set_seed  # noqa: E402
 
+#: What takes minutes: clusters, faults, and the whole workbook in a browser, as a site and redrawn.
+SLOW = ("faults", "test_browser_lab.py", "test_browser_page.py", "test_cluster.py",
+        "test_redraw.py", "test_site.py")  # fmt: skip
+#: What takes longest of the others.
+FIRST = ("test_notebooks.py", "test_onnx_file.py", "test_cluster.py")
+
 torch.set_num_threads(int(THREADS))
 hypothesis.settings.register_profile(
     "moebert",
@@ -71,6 +77,25 @@ def pytest_addoption(parser):
         metavar="DIR",
         help="GLUE-format files for the tests of real data; default: a tiny set made up here",
     )
+    parser.addoption("--all", action="store_true", help=f"also {', '.join(SLOW)}")
+
+
+def pytest_collection_modifyitems(config, items):
+    """The longest files first, so that no worker waits for another at the end; slow ones asked for.
+
+    A slow file or folder that is named on the command line counts as asked for.
+    """
+    items.sort(key=lambda item: item.path.name not in FIRST)
+    named = {Path(arg.partition("::")[0]).resolve() for arg in config.args} - {ROOT / "tests", ROOT}
+    slow = [ROOT / "tests" / name for name in SLOW]
+
+    def asked(path):
+        places = {path, *path.parents}
+        return config.getoption("--all") or named & places or not places & {*slow}
+
+    left = [item for item in items if not asked(item.path)]
+    items[:] = [item for item in items if asked(item.path)]
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(autouse=True, scope="session")

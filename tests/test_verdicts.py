@@ -57,7 +57,7 @@ def test_gaps_that_are_equal_but_for_rounding_have_no_interval():
 
 def test_seeds_of_few_tasks_do_not_pass_for_many_tasks():
     rng, n_decided = np.random.default_rng(0), 0
-    for _ in range(200):
+    for _ in range(60):
         rows = [
             (arm, task, seed, (60 + move * (arm == "distilled") + 0.1 * rng.normal()) / 100)
             for task, move in zip("abcd", rng.normal(size=4), strict=True)
@@ -68,7 +68,7 @@ def test_seeds_of_few_tasks_do_not_pass_for_many_tasks():
         compared = verdicts.compare(frame).set_index("claim").loc["distillation"]
         assert (compared["tasks"], compared["runs"], compared["pairs"]) == (4, 12, 4)
         n_decided += compared["verdict"] != UNDECIDED
-    assert n_decided <= 22  # 5 in 100 by name; pooled, about 40 would be
+    assert n_decided <= 9  # 3 by name; pooled, about 24 would be
 
 
 @pytest.mark.parametrize(
