@@ -60,6 +60,7 @@ tasks they are the tasks.
 TASKS = """
 ### Task by task
 
+All comparisons that several tasks have, the ablations of a task's own folder too.
 Where the tasks are the pairs above, few and unlike ones make a wide interval. Within a task the
 pairs are its seeds, with one teacher: that says nothing about other tasks, and what holds on one
 need not hold on the next. The same rule gives each cell a verdict, uncorrected; where it is none,
@@ -108,9 +109,6 @@ def write(figures: Path) -> None:
     parts.append(TASKS.format(rows=by_task(pd.concat(pairs).drop_duplicates())))
     if (figures / ROUTERS).is_file():
         parts.append(ROUTED.format(rows=routers(_read(figures / ROUTERS)), main=main))
-    for path in sorted(figures.glob(f"*/{COMPARED}")):
-        task = path.parent.name
-        parts.append(f"\n### The same, {task} alone\n{lists(_read(path), task)}")
     if (figures / SWITCHED).is_file():
         rows = switches(_read(figures / SWITCHED))
         parts.append(SWITCHES.format(rows=rows, cost=found_rows.brief(), main=main))

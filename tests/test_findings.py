@@ -103,13 +103,14 @@ def test_a_page_without_its_tables_is_refused(tmp_path, monkeypatch):
     beside = pd.DataFrame({"task": ["rte", "rte"], "guessing": [52.7, np.nan]})
     beside.to_csv(tmp_path / findings.BESIDE, index=False)
     (tmp_path / "mrpc").mkdir()
-    COMPARED.head(1).to_csv(tmp_path / "mrpc" / findings.COMPARED, index=False)
-    columns = ["comparison", "task", "difference"]
-    pd.DataFrame(columns=columns).to_csv(tmp_path / findings.PAIRS, index=False)
+    name, columns = "8 experts > 4 experts", ["comparison", "task", "seed", "difference"]
+    for folder, task, gaps in ((".", "sst2", (-2.0, -2.1, -1.9)), ("mrpc", "mrpc", (2, -1, 0.5))):
+        rows = [(name, task, seed, gap) for seed, gap in enumerate(gaps)]
+        pd.DataFrame(rows, columns=columns).to_csv(tmp_path / folder / findings.PAIRS, index=False)
     findings.write(tmp_path)
     page = (tmp_path / findings.PAGE).read_text()
     assert "training set would score 52.7 on rte." in page
     assert "| MoEBERT |" in page and "1 reproduced, 1 not reproduced, 2 undecided" in page
     assert page.index("| claim | shown in |") < page.index("| MoEBERT |")
-    assert "### The same, mrpc alone" in page and page.count("importance > random") == 2
+    assert f"| {name} | -2.0 (-2.2 to -1.8) **not reproduced** | +0.5 (-3.2 to +4.2) |" in page
     assert "## What the release's switches change" not in page
