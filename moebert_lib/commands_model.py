@@ -134,7 +134,8 @@ def _by_scores(args: argparse.Namespace) -> Any:
 
 
 def _by_task(args: argparse.Namespace) -> Any:
-    settings = _settings(args, **_sizes(args))
+    own = {"model": args.model} if args.model else {}
+    settings = _settings(args, **own, **_sizes(args))
     from moebert_lib import data, ship
 
     data.check(settings)
@@ -149,8 +150,10 @@ def _sizes(args: argparse.Namespace) -> dict[str, Any]:
 def _settings(args: argparse.Namespace, **chosen: Any) -> Settings:
     """The settings that --scale, --task, --data-dir and -p name."""
     scale, values = given(args)
-    values |= {"task": args.task} if args.task else {}
-    values |= {"data_dir": str(Path(args.data_dir).expanduser().resolve())} if args.data_dir else {}
+    chosen |= {"task": args.task} if args.task else {}
+    chosen |= {"data_dir": str(Path(args.data_dir).expanduser().resolve())} if args.data_dir else {}
+    for name in values.keys() & chosen.keys():
+        raise UserError(f"{name} is given twice, once as -p {name}; keep one")
     return Settings.at(scale, **{**values, **chosen})
 
 

@@ -162,12 +162,13 @@ def push(folder: Path | str, repo: str) -> str:
     receipt.verify(folder)
     hub = HfApi()
     try:
-        hub.create_repo(repo, exist_ok=True)
+        repo = hub.create_repo(repo, exist_ok=True).repo_id  # with its owner
         sent = hub.upload_folder(repo_id=repo, folder_path=str(folder),
                                  commit_message="MoEBERT with card and receipt")  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:  # no network, no token, no such owner
+    except Exception as error:  # no network, token or owner, in the words of its HTTP library
         why = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UserError(f"{folder} is written and could not be sent to {repo}: {why}") from None
+        raise UserError(f"{folder} is written and could not be sent to {repo}: {why}; try again "
+                        f"with moebert_lib.ship.push('{folder}', '{repo}')") from None  # fmt: skip
     return str(sent)
 
 
@@ -181,6 +182,8 @@ def _read(found: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError(f"no model '{found}' could be read: {why}") from None
     except ValueError as error:
         raise UserError(str(error)) from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # made up, where none was saved
+        raise UserError(f"{found} holds no tokenizer; save it there too, with save_pretrained")
     known = dense.get_input_embeddings().num_embeddings
     if len(tokenizer) > known:
         raise UserError(f"the tokenizer of {found} knows {len(tokenizer):,} tokens, the model "

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -118,6 +119,7 @@ class Hub:
 
     def create_repo(self, repo, exist_ok):
         assert exist_ok
+        return SimpleNamespace(repo_id=repo)
 
     def upload_folder(self, *, repo_id, folder_path, commit_message):
         Hub.sent[repo_id] = checksums(ship.Path(folder_path))
@@ -129,6 +131,24 @@ def test_card_receipt_and_tokenizer_go_to_the_hub_too(tmp_path, monkeypatch, cap
     assert convert(*SMOKE, "--out", "moe", "--push-to-hub", "me/moe") == 0
     assert Hub.sent.pop("me/moe") == checksums(tmp_path / "moe")
     assert "sent: hub/me/moe" in capsys.readouterr().out
+
+
+def test_whatever_the_hubs_http_library_raises_is_one_line_that_says_how_to_go_on(
+    tmp_path, tiny_bert, tiny_batch, monkeypatch
+):
+    class ConnectError(Exception):  # as httpx has it: no OSError
+        pass
+
+    def no_network(*_args, **_named):
+        raise ConnectError("no route to host\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "create_repo", no_network)
+    ship.write(made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe")
+    with pytest.raises(UserError) as error:
+        ship.push(tmp_path / "moe", "me/moe")
+    said = "could not be sent to me/moe: no route to host; try again with moebert_lib.ship.push"
+    assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_that_was_changed_is_not_sent(tmp_path, tiny_bert, tiny_batch, monkeypatch):
@@ -155,6 +175,25 @@ def test_a_check_that_fails_is_said_with_status_1(monkeypatch, capsys):
     assert "7 of 8 checks hold; FAILS: one full-width expert" in capsys.readouterr().out
 
 
+def test_a_model_without_its_tokenizer_is_refused(tmp_path, tiny_bert, capsys):
+    tiny_bert(dtype=torch.float32).save_pretrained(tmp_path / "bert")
+    assert convert(tmp_path / "bert", *SMOKE, "--out", "moe") == 2
+    assert "bert holds no tokenizer; save it there too" in capsys.readouterr().err
+
+
+def test_sizes_are_held_against_the_model_that_is_given_not_the_scales(monkeypatch):
+    asked = []
+
+    def stop(_model, settings, *, train):
+        asked.append(settings)
+        raise UserError("stop")
+
+    monkeypatch.setattr(ship, "from_task", stop)
+    sizes = ["--expert-size", "384", "--n-shared", "256"]  # too many for 64 neurons
+    assert convert("mine", *SMOKE, *sizes, "--out", "moe") == 2
+    assert asked[0].model == "mine" and asked[0].sizes(1536) == (384, 256)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -164,6 +203,8 @@ def test_a_check_that_fails_is_said_with_status_1(monkeypatch, capsys):
         (["--importance", "x"], "needs the MODEL that was scored"),
         (["--task", "libary"], "did you mean 'library'?"),
         ([*SMOKE, "-p", "seeds=1"], "did you mean 'seed'?"),
+        ([*SMOKE, "-p", "n_experts=8", "--n-experts", "4"], "n_experts is given twice"),
+        (["nowhere", *SMOKE, "-p", "model=m"], "model is given twice"),
         (["nowhere/", *SMOKE], "no model 'nowhere/'"),
     ],
 )
