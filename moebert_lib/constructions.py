@@ -50,9 +50,9 @@ def grouping_key(settings: Settings) -> dict:
 def neurons(settings: Settings) -> Tensor:
     """Neurons of each expert, shared ones first. Shape ``(L, E, K)``, int64."""
     dealt = _dealt(settings)
-    if settings.grouping == "deal":
-        return dealt
     n_shared = settings.sizes(width(teacher(settings).model.config))[1]
+    if settings.grouping == "deal" or n_shared == dealt.shape[2]:  # nothing is an expert's own
+        return dealt
 
     def build(folder: Path) -> dict:
         grouped = _grouped(settings, dealt, n_shared)

@@ -71,7 +71,8 @@ def to_moebert(
             the gates' initial weights.
         token_frequencies: Occurrences of each vocabulary entry in the training set,
             ``(vocab,)``; ``hash-balance`` needs them.
-        config: ``shared_neurons``, ``expert_layer_norm``, ``gate_scaling``,
+        config: ``num_experts_per_tok`` (behind a gate, how many serve each token),
+            ``shared_neurons``, ``expert_layer_norm``, ``gate_scaling``,
             ``router_aux_loss_coef`` or ``padding_in_balance`` of ``ExpertsConfig``, or
             ``allow_identical`` to permit experts that are all the same.
 

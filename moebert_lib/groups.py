@@ -7,14 +7,14 @@ neurons that a deal would give out are grouped, into experts of exactly one size
 differs but the company a neuron is in. Tensors in, tensors out: no model is known here.
 """
 
+import itertools
+
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-#: Ways to fill experts with what is not shared; the first is the paper's.
-GROUPINGS = ("deal", "kmeans-weights", "kmeans-activations", "coactivation")
 ROUNDS = 100  # of k-means at most; it settles in some twenty
+ROWS = 64  # of gains at a time: what a processor's cache holds
 
 
 def group_neurons(dealt: Tensor, n_shared: int, labels: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ def unit_rows(features: Tensor) -> np.ndarray:
 def balanced_kmeans(points: np.ndarray, k: int, *, seed: int) -> Tensor:
     """k-means with clusters of exactly one size.
 
-    Lloyd's two steps, but the first is an assignment problem (scipy's exact solver): of all
-    ways to give every centre equally many points, the one with the least sum of squared
-    distances. Neither step raises that sum. Starts from k-means++.
+    Lloyd's two steps, but the first is :func:`balanced_assignment`: of all ways to give every
+    centre equally many points, the one with the least sum of squared distances. Neither step
+    raises that sum. Starts from k-means++.
 
     Args:
         points: Shape ``(n, d)``; ``n`` is a multiple of ``k``.
@@ -76,6 +76,10 @@ def balanced_kmeans(points: np.ndarray, k: int, *, seed: int) -> Tensor:
 def balanced_assignment(cost: np.ndarray) -> np.ndarray:
     """The column of each row, every column equally often, with the least total cost.
 
+    Each row begins where it costs least. Then, as long as columns have too many rows, one is
+    passed on along the chain of moves that costs least, from column to column until one with
+    room (successive shortest paths: exact, since no ring of moves ever lowers the total).
+
     Args:
         cost: Shape ``(n, k)``; ``n`` is a multiple of ``k``.
 
@@ -83,8 +87,38 @@ def balanced_assignment(cost: np.ndarray) -> np.ndarray:
         Shape ``(n,)``, int64.
     """
     n, k = cost.shape
-    _, places = linear_sum_assignment(np.repeat(cost, n // k, axis=1))
-    return places // (n // k)
+    labels, least = cost.argmin(1), 1e-12 * np.abs(cost).max()
+    step, who = np.full((k, k), np.inf), np.zeros((k, k), dtype=np.int64)  # from, to
+    changed = np.unique(labels)
+    while (room := n // k - np.bincount(labels, minlength=k)).any():
+        for column in changed:
+            rows = np.flatnonzero(labels == column)
+            dearer = cost[rows] - cost[rows, column][:, None]
+            step[column], who[column] = dearer.min(0), rows[dearer.argmin(0)]
+        changed = _cheapest_chain(step, room, least)
+        for one, other in itertools.pairwise(changed):
+            labels[who[one, other]] = other
+    return labels
+
+
+def _cheapest_chain(step: np.ndarray, room: np.ndarray, least: float) -> list[int]:
+    """Columns from one with too many rows to one with room (Bellman and Ford).
+
+    Args:
+        step: Cost of a move from column to column, ``(k, k)``.
+        room: Rows that each column still takes, ``(k,)``; below zero where it has too many.
+        least: Gains that are not above it are rounding.
+    """
+    cost, before = np.where(room < 0, 0.0, np.inf), np.full(len(room), -1)
+    for _ in range(len(room) - 1):
+        through = cost[:, None] + step
+        cheaper = through.min(0) < cost - least
+        before[cheaper] = through.argmin(0)[cheaper]
+        cost[cheaper] = through.min(0)[cheaper]
+    chain = [int(np.where(room > 0, cost, np.inf).argmin())]
+    while before[chain[-1]] >= 0:
+        chain.append(int(before[chain[-1]]))
+    return chain[::-1]
 
 
 def _squared(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
@@ -121,7 +155,8 @@ def partition(graph: np.ndarray, k: int) -> Tensor:
     """Parts of exactly one size with much weight inside them.
 
     Neurons are dealt like cards, and then two whose exchange gains change places, those that
-    gain most first, until no exchange gains anything (after Kernighan and Lin 1970).
+    gain most first, until no exchange gains anything (after Kernighan and Lin 1970). A gain of
+    less than 1e-10 of all a node's weight is taken for rounding.
 
     Args:
         graph: Symmetric weights ``(n, n)`` with a zero diagonal; ``n`` is a multiple of ``k``.
@@ -133,26 +168,41 @@ def partition(graph: np.ndarray, k: int) -> Tensor:
     n = len(graph)
     if n % k:
         raise ValueError(f"{n} neurons do not make {k} parts of one size")
-    labels, nodes = np.arange(n) % k, np.arange(n)
-    towards = np.stack([graph[:, labels == part].sum(1) for part in range(k)], axis=1)  # (n, k)
+    labels, least = np.arange(n) % k, 1e-10 * np.abs(graph).sum(1).max(initial=0)
     while True:
-        would = towards[:, labels] - towards[nodes, labels][:, None]  # i in the part of j
-        gain = would + would.T - 2 * graph
-        partner = gain.argmax(1)
-        best = gain[nodes, partner]
-        if best.max() <= 0:
+        towards = graph @ np.eye(k)[labels]  # (n, k), summed anew: rounding does not pile up
+        partner, gain = _partners(graph, labels, towards)
+        first = np.argsort(-gain, kind="stable")[: (gain > least).sum()]
+        if not any([_exchange(graph, labels, towards, i, partner[i], least) for i in first]):
             return torch.as_tensor(labels)
-        for i in np.argsort(-best, kind="stable")[: (best > 0).sum()]:
-            _exchange(graph, labels, towards, i, partner[i])
 
 
-def _exchange(graph: np.ndarray, labels: np.ndarray, towards: np.ndarray, i: int, j: int) -> None:
+def _partners(
+    graph: np.ndarray, labels: np.ndarray, towards: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best node for each to change places with, and what that gains. Both ``(n,)``."""
+    here = np.eye(towards.shape[1])[labels]
+    move = towards - (towards * here).sum(1, keepdims=True)  # gain of going to each part, (n, k)
+    one, other = np.hstack([move, here]), np.hstack([here, move]).T
+    found = []
+    for start in range(0, len(graph), ROWS):
+        rows = slice(start, start + ROWS)
+        gain = one[rows] @ other - 2 * graph[rows]  # of i in the part of j, and j in that of i
+        found.append((gain.argmax(1), gain.max(1)))
+    partner, best = map(np.concatenate, zip(*found, strict=True))
+    return partner, best
+
+
+def _exchange(
+    graph: np.ndarray, labels: np.ndarray, towards: np.ndarray, i: int, j: int, least: float
+) -> bool:
     """Let two nodes change parts if that still gains, now that others may have moved."""
     one, other = labels[i], labels[j]
     gain = towards[i, other] - towards[i, one] + towards[j, one] - towards[j, other]
-    if gain - 2 * graph[i, j] <= 0:
-        return
-    moved = graph[:, j] - graph[:, i]
+    if gain - 2 * graph[i, j] <= least:
+        return False
+    moved = graph[j] - graph[i]
     towards[:, one] += moved
     towards[:, other] -= moved
     labels[i], labels[j] = other, one
+    return True

@@ -152,7 +152,7 @@ def ffn_importance(
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: expected None, the model's own, or torch.bfloat16")
     with frozen(model):
-        fast = faster(model)
+        fast = fast_eval(model)
         return summed(model, batches, lambda batch: {
             "importance": sum(batch_flows(fast, batch, dtype=dtype)).abs()
         }, meta=meta)["importance"]  # fmt: skip
@@ -267,7 +267,7 @@ def by_example(flow: Tensor, B: int, packing: Packing | None) -> Tensor:
     return packing.sums(rows) if len(rows) == len(packing) else packing.to_batch_order(rows)
 
 
-def faster(model: nn.Module) -> nn.Module:
+def fast_eval(model: nn.Module) -> nn.Module:
     """The model accelerated, in eval mode; as it is where ``accelerate`` knows no way."""
     try:
         return accelerate(model).eval()

@@ -1,17 +1,17 @@
-"""Which expert each token goes to (Sec. 2, Eq. 2-3; Fig. 3c). One expert a token: K = 1.
+"""Which expert each token goes to (Sec. 2, Eq. 2-3; Fig. 3c): one, or k behind a gate.
 
 Four routers under the release's names, and one beyond the paper: a hash by clusters of words.
-A gate may also ask for several experts a token. A hash router looks the token id up in a table
-drawn once and saved with the model; a gate is a small linear layer trained with it. All
-share one signature, so a layer does not know which it has: states ``(B, T, D)``, token ids and
-mask ``(B, T)``; or of a packed batch ``(1, N, D)``, ``(1, N)`` and its ``Packing``.
+In the paper each token has one expert; a gate may ask for ``k`` of them, the most probable ones.
+A hash router looks the token id up in a table drawn once and saved with the model; a gate is a
+small linear layer trained with it. All share one signature, so a layer does not know which it
+has: states ``(B, T, D)``, token ids and mask ``(B, T)``; or of a packed batch ``(1, N, D)``,
+``(1, N)`` and its ``Packing``.
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from moebert_lib.packing import Packing
@@ -180,6 +180,8 @@ def clustered_table(embeddings: Tensor, n_experts: int, *, seed: int) -> Tensor:
     Returns:
         Shape ``(vocab,)``, int64.
     """
+    from sklearn.cluster import KMeans  # here: it takes a second, and no other router needs it
+
     points = embeddings.detach().float().cpu().numpy()
     found = KMeans(n_experts, n_init=1, random_state=seed).fit(points)
     return torch.from_numpy(found.labels_).long()

@@ -19,7 +19,7 @@ from moebert_lib.importance import (
     Importance,
     batch_flows,
     by_example,
-    faster,
+    fast_eval,
     ffn_digest,
     frozen,
     packing_of,
@@ -113,7 +113,8 @@ def _scored(
     found = {}
     if by_loss or by_activation:
         with frozen(model):
-            fast, encoder = faster(model), faster(getattr(model, "base_model", model))
+            fast = fast_eval(model)
+            encoder = fast_eval(getattr(model, "base_model", model))
 
             def terms(batch: dict[str, Tensor]) -> dict[str, Tensor]:
                 flows = batch_flows(fast, batch) if by_loss else ()
