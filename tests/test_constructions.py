@@ -1,22 +1,31 @@
 """The neurons of each expert by setting: same neurons, other company; kept, and told apart."""
 
 import itertools
+from typing import get_args
 
 import pytest
 import torch
+from conftest import make_home
 
 from moebert_lib import archive, constructions, experiment, groups
 from moebert_lib.adapters import ffns
 from moebert_lib.convert import to_moebert
 from moebert_lib.experts import deal_layers, random_ranking
 from moebert_lib.moe_layer import moe_layers
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Grouping, Settings, UserError
 
-GROUPED = groups.GROUPINGS[1:]
+GROUPED = get_args(Grouping)[1:]  # the first is the deal
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One for all tests of this file, so that its teacher is trained once."""
+    return make_home(tmp_path_factory.mktemp("constructions") / "home")
 
 
 @pytest.fixture
-def settings(moebert_home) -> Settings:
+def settings(home, monkeypatch) -> Settings:
+    monkeypatch.setenv("MOEBERT_HOME", str(home))
     return Settings.at("smoke")
 
 
@@ -29,6 +38,32 @@ def test_a_grouping_keeps_the_neurons_that_the_deal_keeps(settings, how, n_share
     for mine, other in zip(grouped, dealt, strict=True):
         assert sorted(mine.flatten().tolist()) == sorted(other.flatten().tolist())
         assert len({*map(len, map(set, mine.tolist()))}) == 1
+
+
+@pytest.mark.parametrize("how", GROUPED)
+def test_each_layer_is_grouped_by_its_own_weights_or_activations(settings, how):
+    ways = settings.but(grouping=how, split_seed=3)
+    n_shared = ways.sizes(64)[1]
+    layers = [*ffns(experiment.teacher(settings).model)]
+    parts = zip(layers, constructions.activations(settings), constructions.neurons(settings),
+                constructions.neurons(ways), strict=True)  # fmt: skip
+    for layer, h, dealt, grouped in parts:
+        own = dealt[:, n_shared:].T.flatten()
+        rows = layer.up.weight.detach()[own] if how == "kmeans-weights" else h.T[own]
+        if how == "coactivation":
+            labels = groups.partition(groups.coactivation(rows.T > 0), 4)
+        else:
+            points = rows.double() / rows.double().norm(dim=1, keepdim=True)
+            labels = groups.balanced_kmeans(points.numpy(), 4, seed=3)
+        found = [{*hand[n_shared:]} for hand in grouped.tolist()]
+        assert found == [{*own[labels == e].tolist()} for e in range(4)]
+
+
+@pytest.mark.parametrize("how", GROUPED)
+def test_where_all_is_shared_there_is_nothing_to_group(settings, how):
+    shared = settings.but(expert_size=16, n_shared=16)
+    grouped = constructions.neurons(shared.but(grouping=how))
+    assert torch.equal(grouped, constructions.neurons(shared))
 
 
 def test_the_converted_model_holds_them_and_says_so(settings):
@@ -51,6 +86,19 @@ def test_activations_are_those_of_real_tokens(settings):
             model(torch.tensor([row]))
     hook.remove()
     assert torch.allclose(torch.cat(seen), found[0], atol=1e-6)
+
+
+def test_tokens_beyond_the_most_are_drawn_once_from_all_batches(settings, monkeypatch):
+    whole = constructions.activations(settings)
+    assert whole.shape[1] == len(whole[0].unique(dim=0))  # a token is known by its row
+    constructions._activations.cache_clear()
+    monkeypatch.setattr(constructions, "TOKENS", 50)
+    some = constructions.activations(settings)
+    constructions._activations.cache_clear()
+    assert some.shape == (len(whole), 50, 64)
+    places = [(drawn[:, None] == all_).all(-1).nonzero()[:, 1].tolist()
+              for drawn, all_ in zip(some, whole, strict=True)]  # fmt: skip
+    assert places[0] == places[1] == sorted({*places[0]}) and len(places[0]) == 50
 
 
 def test_more_company_is_in_the_experts_of_the_coactivation_graph(settings):
@@ -76,7 +124,7 @@ def test_keys_hold_what_a_grouping_depends_on_and_nothing_for_a_deal(settings):
     for how in GROUPED[:2]:
         assert key(grouping=how) != key(grouping=how, split_seed=7)
     assert key(grouping="coactivation") == key(grouping="coactivation", split_seed=7)
-    assert len({str(key(grouping=how)) for how in groups.GROUPINGS}) == 4
+    assert len({str(key(grouping=how)) for how in get_args(Grouping)}) == 4
 
 
 def test_a_grouping_is_made_once(settings, monkeypatch):

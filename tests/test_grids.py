@@ -139,6 +139,17 @@ def test_the_routers_are_those_of_the_library():
     assert [point.routing for point in asked[::2]] == list(ROUTINGS)
 
 
+def test_beyond_the_paper_are_words_by_clusters_and_two_experts_a_token():
+    def said(**changes):
+        found = grids.beyond_routers(Settings.at("smoke", **changes))
+        return {name: {(p.routing, p.gate_top_k) for p in points} for name, points in found.items()}
+
+    hashes = {name: {(name, 1)} for name in ("hash-random", "hash-cluster")}
+    one, two = {("gate-token", 1)}, {("gate-token", 2)}
+    assert said() == hashes | {"gate-token, k = 1": one, "gate-token, k = 2": two}
+    assert said(n_experts=1)["gate-token, k = 2"] == one  # there are no two
+
+
 def test_a_notebook_asked_for_twice_adds_nothing(moebert_home):
     paths = [path for path in NOTEBOOKS if path.stem[:2] in ("01", "03", "04")]
     once = forecast.runs(batch.plan(paths, scale="smoke"))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from moebert_lib.experts import composition, deal_neurons
 from moebert_lib.groups import (
@@ -53,6 +54,17 @@ def test_the_assignment_is_the_best_of_all(seed):
     assert cost[range(6), found].sum() == pytest.approx(best)
 
 
+@given(SEEDS, st.integers(1, 6))
+def test_a_larger_assignment_costs_what_scipy_s_does(seed, k):
+    rng = np.random.default_rng(seed)
+    ties = rng.integers(9, size=(10 * k, k)) + rng.integers(9, size=k)
+    for cost in (ties, rng.normal(size=ties.shape) + rng.normal(size=k)):
+        found = balanced_assignment(cost)
+        assert np.bincount(found).tolist() == [10] * k
+        least = cost.repeat(10, axis=1)[linear_sum_assignment(cost.repeat(10, axis=1))].sum()
+        assert cost[range(10 * k), found].sum() == pytest.approx(least)
+
+
 @given(SEEDS)
 def test_kmeans_cannot_be_bettered_by_either_of_its_steps(seed):
     points = np.random.default_rng(seed).normal(size=(12, 2))
@@ -74,6 +86,14 @@ def test_kmeans_finds_planted_clusters_whatever_its_start():
         assert torch.equal(labels, balanced_kmeans(points, 4, seed=seed))
 
 
+def test_kmeans_starts_from_points_apart():
+    # k-means++ never takes a point twice, so pairs of one point are found from any seed
+    places = np.random.default_rng(0).integers(100, size=(8, 2)).astype(float)
+    for seed in range(20):
+        labels = balanced_kmeans(np.concatenate([places, places]), 8, seed=seed).tolist()
+        assert labels[:8] == labels[8:]
+
+
 def test_kmeans_of_equal_points_still_has_equal_clusters():
     assert torch.bincount(balanced_kmeans(np.ones((8, 2)), 4, seed=0)).tolist() == [2] * 4
 
@@ -89,6 +109,45 @@ def test_no_exchange_of_two_neurons_betters_a_partition(seed):
         other[[i, j]] = labels[[j, i]]
         assert weight_within(graph, other) <= own + 1e-9
     assert own >= weight_within(graph, torch.arange(12) % 3)  # the deal it starts from
+
+
+def slow_partition(graph: np.ndarray, k: int) -> list[int]:
+    """The exchanges one by one, each gain from the whole weight inside."""
+
+    def gain(labels, i, j):
+        other = labels.copy()
+        other[[i, j]] = labels[[j, i]]
+        now, then = (graph[s[:, None] == s].sum() / 2 for s in (labels, other))
+        return then - now
+
+    nodes = range(len(graph))
+    labels, moved = np.arange(len(graph)) % k, True
+    while moved:
+        gains = [[gain(labels, i, j) for j in nodes] for i in nodes]
+        moved = False
+        for i in sorted(nodes, key=lambda i: -max(gains[i])):
+            j = gains[i].index(max(gains[i]))
+            if max(gains[i]) > 0 and gain(labels, i, j) > 0:
+                labels[[i, j]], moved = labels[[j, i]], True
+    return labels.tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_partition_by_counts_is_that_of_exchanges_one_by_one(seed):
+    graph = np.round(20 * graph_of(seed, 12))
+    assert partition(graph, 3).tolist() == slow_partition(graph, 3)
+
+
+def test_a_partition_by_fractions_ends_where_rounding_gains_nothing():
+    for seed in range(40):
+        graph = np.round(10 * graph_of(seed, 24)) / 10
+        labels = partition(graph, 3).numpy()
+        assert np.bincount(labels).tolist() == [8, 8, 8]
+        towards = np.stack([graph[:, labels == part].sum(1) for part in range(3)], axis=1)
+        for i, j in itertools.combinations(range(24), 2):
+            a, b = labels[i], labels[j]
+            gain = towards[i, b] - towards[i, a] + towards[j, a] - towards[j, b] - 2 * graph[i, j]
+            assert a == b or gain < 1e-8
 
 
 def test_a_partition_of_few_is_near_the_best_of_all():

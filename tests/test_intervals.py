@@ -204,6 +204,7 @@ def test_examples_drawn_again_spread_as_a_binomial_count():
     low, high = resampled(lambda rows: right[rows].mean(), 500)
     expected = stats.binom(500, 0.8).ppf([0.025, 0.975]) / 500
     assert [low, high] == pytest.approx(expected, abs=0.006)
+    assert (low, high) == resampled(lambda rows: right[rows].mean(), 500)
 
 
 def test_two_models_are_resampled_on_the_same_examples():

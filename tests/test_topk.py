@@ -9,7 +9,7 @@ from moebert_lib import experiment
 from moebert_lib.evaluate import faster
 from moebert_lib.modeling import MoEBertForSequenceClassification
 from moebert_lib.moe_layer import moe_layers, parameter_counts, record_routes
-from moebert_lib.routing import TokenGate, balance_loss, loads
+from moebert_lib.routing import Route, TokenGate, balance_loss, loads
 from moebert_lib.settings import Settings, UserError
 
 GATES = ["gate-token", "gate-sentence"]
@@ -121,6 +121,13 @@ def test_loads_and_balance_count_every_chosen_expert():
         experts=torch.tensor([[0, 1], [2, 3]]), probabilities=torch.full((2, 4), 0.25)
     )
     assert float(balance_loss(even)) == pytest.approx(1.0)
+
+
+def test_balance_of_two_experts_a_token_by_hand():
+    # of four choices expert 0 has two, 1 and 2 one each: 3 (0.55 / 2 + 0.2 / 4 + 0.25 / 4)
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]]).double()
+    route = Route(torch.tensor([[0, 1], [0, 2]]), torch.ones(2, 2).double(), p)
+    assert float(balance_loss(route)) == pytest.approx(1.1625)
 
 
 @pytest.mark.parametrize("changes, said", [
