@@ -88,17 +88,22 @@ def test_activations_are_those_of_real_tokens(settings):
     assert torch.allclose(torch.cat(seen), found[0], atol=1e-6)
 
 
-def test_tokens_beyond_the_most_are_drawn_once_from_all_batches(settings, monkeypatch):
-    whole = constructions.activations(settings)
-    assert whole.shape[1] == len(whole[0].unique(dim=0))  # a token is known by its row
+def test_of_many_tokens_some_are_drawn_the_same_ones_in_each_layer(settings, monkeypatch):
+    longer = settings.but(max_train_examples=96, importance_examples=96)  # two batches
+
+    def drawn(most: int) -> torch.Tensor:
+        constructions._activations.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(constructions, "TOKENS", most)
+            return constructions.activations(longer)
+
+    whole, some = drawn(10**6), drawn(50)
     constructions._activations.cache_clear()
-    monkeypatch.setattr(constructions, "TOKENS", 50)
-    some = constructions.activations(settings)
-    constructions._activations.cache_clear()
-    assert some.shape == (len(whole), 50, 64)
-    places = [(drawn[:, None] == all_).all(-1).nonzero()[:, 1].tolist()
-              for drawn, all_ in zip(some, whole, strict=True)]  # fmt: skip
-    assert places[0] == places[1] == sorted({*places[0]}) and len(places[0]) == 50
+    assert some.shape == (2, 50, 64) and not torch.equal(some, whole[:, :50])
+    places = [(rows[:, None] == everywhere).all(-1).int().argmax(1).tolist()
+              for rows, everywhere in zip(some, whole, strict=True)]  # fmt: skip
+    assert torch.equal(some[0], whole[0, places[0]]) and places[0] == places[1]
+    assert places[0] == sorted({*places[0]})
 
 
 def test_more_company_is_in_the_experts_of_the_coactivation_graph(settings):
