@@ -2,7 +2,8 @@
 
 A row of :data:`FAMILIES` is data only. All of these encoders compute ``LN(W2 act(W1 a + b1) + b2
 + a)`` (Eq. 1 with residual and LayerNorm) and differ in names. ModernBERT does not: its layer is
-gated, so that a neuron is two columns and a row, and no LayerNorm follows it.
+gated, so that a neuron is two columns and a row, and no LayerNorm follows it. Such neurons could
+be permuted and scored as well; no row here describes them yet.
 """
 
 from collections.abc import Callable, Iterator
@@ -76,7 +77,7 @@ FAMILIES = {
 
 #: Why a family is refused, where there is more to say than that it is none of these.
 WHY_NOT = {
-    "modernbert": "its feed-forward layer is gated and no LayerNorm follows it, unlike Eq. 1's",
+    "modernbert": "its feed-forward layer is gated, and gated layers are not described here yet",
 }
 
 
@@ -113,8 +114,26 @@ def ffn(layer: "nn.Module") -> FFN | None:
 
 
 def ffns(model: "nn.Module") -> Iterator[FFN]:
-    """The dense feed-forward networks of a model of any of the families, first to last."""
+    """The dense feed-forward networks of a model of any of the families, first to last.
+
+    Raises:
+        ValueError: its configuration names another family, whose layers may have the same names
+            and compute something else.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is not None:
+        family(kind.removeprefix("moe"))  # of a MoEBERT there are none
     return (found for module in model.modules() if (found := ffn(module)))
+
+
+def longest(model: "nn.Module") -> int:
+    """Tokens that an encoder, with or without head, takes at most.
+
+    RoBERTa counts positions from the one after its padding's, so it has fewer than embeddings.
+    """
+    positions = model.base_model.embeddings.position_embeddings
+    first = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    return positions.num_embeddings - first
 
 
 @contextmanager

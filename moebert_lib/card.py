@@ -8,11 +8,11 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from moebert_lib import receipt
+from moebert_lib import files, receipt
 from moebert_lib.onnx_file import FILE as ONNX
+from moebert_lib.settings import Settings
 from moebert_lib.tasks import TASKS
 
-FILE = "README.md"
 HEADS = {True: ("question-answering", "AutoModelForQuestionAnswering"),
          False: ("text-classification", "AutoModelForSequenceClassification")}  # fmt: skip
 
@@ -26,13 +26,22 @@ def write(folder: Path, told: dict, proof: dict) -> None:
         proof: The receipt.
     """
     sections = [
-        _title(told), "## Load it", _load(folder, told), "## How good it is", _metrics(told),
-        "## How it was made", _made(told, proof), "## Equivalence receipt",
-        f"Run on this very model and {told['sentences']} sentences; `{receipt.FILE}` has the "
-        "SHA-256 of every file too.", receipt.table(proof), "## Limits", _limits(told),
+        _title(told), "## Load it", _load(folder, told),
+        "## How good it is", receipt.metrics(proof), "## How it was made", _made(told, proof),
+        "## Equivalence receipt", _checked(told), receipt.table(proof), "## Limits", _limits(told),
     ]  # fmt: skip
     text = "\n\n".join(sections)
-    ModelCard(f"---\n{_metadata(told).to_yaml()}\n---\n\n{text}\n").save(folder / FILE)
+    ModelCard(f"---\n{_metadata(told).to_yaml()}\n---\n\n{text}\n").save(folder / receipt.CARD)
+
+
+def part(settings: Settings, n: int) -> str:
+    """Which ``n`` validation examples a model was judged on: a split's name, or a part of it."""
+    task = TASKS[settings.task]
+    split = files.splits(task)["validation"]
+    if n != settings.max_eval_examples:
+        return split
+    first = task.source == "built-in"
+    return f"first {n} of {split}" if first else f"{n} of {split}, drawn at random"
 
 
 def _metadata(told: dict) -> ModelCardData:
@@ -47,7 +56,8 @@ def _metadata(told: dict) -> ModelCardData:
         known["eval_results"] = [
             EvalResult(
                 task_type=kind, dataset_type=hub or told["task"], dataset_name=told["task"],
-                dataset_split="validation", metric_type=row["metric"],
+                dataset_config=told["task"] if task.source == "glue" else None,
+                dataset_split=told["part"], metric_type=row["metric"],
                 metric_value=round(row["moebert"][0], 4),
             )
             for row in told["metrics"]
@@ -60,11 +70,13 @@ def _title(told: dict) -> str:
     config, trained = told["config"], told["steps"] is not None
     n_experts, size, shared = (config[name] for name in ("n_experts", "expert_size", "n_shared"))
     how = "then distilled from it" if trained else "**untrained: distil it before use**"
+    k = config["num_experts_per_tok"]
+    serving = "One expert serves" if k == 1 else f"{k} experts serve"
     return (
         f"# {told['name']}\n\n"
         f"{told['source']}, its feed-forward layers split into {n_experts} experts of {size:,} "
         f"neurons, {shared:,} of them in every expert, by importance (MoEBERT, NAACL 2022), {how}. "
-        f"One expert serves a token (`{config['routing']}`): {told['used']:,} of "
+        f"{serving} a token (`{config['routing']}`): {told['used']:,} of "
         f"{told['stored']:,} parameters per token."
     )
 
@@ -84,26 +96,15 @@ def _load(folder: Path, told: dict) -> str:
     )
 
 
-def _metrics(told: dict) -> str:
-    if not told["metrics"]:
-        return "Not measured: it was converted from a file of scores, without data."
-    lines = ["| metric | dense | MoEBERT | difference |", "|---|---|---|---|"]
-    for row in told["metrics"]:
-        cells = [_between(*row[name], sign=sign) for name, sign in
-                 (("dense", ""), ("moebert", ""), ("difference", "+"))]  # fmt: skip
-        lines.append(f"| {row['metric']} | {' | '.join(cells)} |")
-    guess = told["guessing"]
-    base = "" if guess is None else f" Always giving the most frequent class: {100 * guess:.1f}."
-    return "\n".join(lines) + (
-        f"\n\nOn {told['n']:,} validation examples of `{told['task']}`, %. In brackets the 95% "
-        "percentile bootstrap interval over these examples, of the difference paired by example; "
-        f"it leaves out what another seed would change.{base}"
+def _checked(told: dict) -> str:
+    again = "" if told["steps"] is None else (
+        " Its conversion, before training, was made again for this from the dense model and the "
+        "scores."
+    )  # fmt: skip
+    return (
+        f"Each check was run on what its row names, and on {told['sentences']} sentences where it "
+        f"needs any.{again} `{receipt.FILE}` has the SHA-256 of every file too."
     )
-
-
-def _between(value: float, low: float, high: float, *, sign: str) -> str:
-    middle, low, high = (f"{100 * number:{sign}.1f}" for number in (value, low, high))
-    return middle if low == "nan" else f"{middle} ({low} to {high})"
 
 
 def _made(told: dict, proof: dict) -> str:
@@ -135,5 +136,10 @@ def _limits(told: dict) -> str:
         lines.append("- One seed, and its metrics are on the split that its makers could look at.")
     if told["config"]["routing"].startswith("hash"):
         lines.append("- A token's expert follows from its id alone: `inputs_embeds` is refused.")
-    lines.append("- All experts are in memory; only the work of a token is that of one.")
+        if told["scored_on"] == "validation":
+            lines.append("- Its neurons were chosen on validation examples, of which its metrics "
+                         "are too: expect less elsewhere.")  # fmt: skip
+    k = told["config"]["num_experts_per_tok"]
+    lines.append("- All experts are in memory; only the work of a token is that of "
+                 f"{'one' if k == 1 else k}.")  # fmt: skip
     return "\n".join(lines)

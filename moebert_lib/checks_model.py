@@ -51,23 +51,25 @@ def sentence_stays_together(model: nn.Module, batch: dict[str, Tensor]) -> Check
         batch: Model inputs.
     """
     shape = batch["input_ids"].shape
-    rows = [experts.view(shape) for experts, _ in routes(model, batch)]
+    rows = [experts.view(*shape, -1) for experts, _ in routes(model, batch)]
     apart = torch.stack([(row != row[:, :1]).sum() for row in rows]).max()
     return _holds("a sentence gate keeps a sentence's tokens together", apart, 0.0)
 
 
 def gate_takes_its_favourite(model: nn.Module, batch: dict[str, Tensor]) -> Check:
-    """A gate's factor is softmax's largest, so at least ``1 / N`` (Eq. 3 with one expert a token).
+    """A gate's factors are softmax's ``k`` largest, so together at least ``k / N`` (Eq. 3).
 
     Args:
-        model: A MoEBERT with a gate.
+        model: A MoEBERT with a gate; in the paper one expert serves a token, ``k = 1``.
         batch: Model inputs.
     """
-    short = [
-        torch.maximum(1 / model.config.n_experts - weights, weights - 1).max()
-        for _, weights in routes(model, batch)
-    ]
-    return _holds("a gate's p lies between 1/N and 1", torch.stack(short).max().clamp(min=0), 1e-6)
+    N, k = model.config.n_experts, model.config.num_experts_per_tok
+    totals = [weights.sum(1) for _, weights in routes(model, batch)]
+    short = [torch.maximum(k / N - total, total - 1).max() for total in totals]
+    claim = "a gate's p lies between 1/N and 1"
+    if k > 1:
+        claim = f"a gate's {k} largest p add up to between {k}/N and 1"
+    return _holds(claim, torch.stack(short).max().clamp(min=0), 1e-6)
 
 
 def balance_is_within_one_token(table: Tensor, counts: Tensor, n_experts: int) -> Check:
@@ -102,22 +104,96 @@ def conversion_leaves_embeddings(moebert: nn.Module, dense: nn.Module, batch: di
 
 @torch.no_grad()
 def experts_hold_the_dense_neurons(moebert: nn.Module, dense: nn.Module) -> Check:
-    """Before training each expert holds rows of W1 and b1 and columns of W2, bit for bit (Eq. 1).
+    """Before training every weight is the dense model's, bit for bit (Eq. 1).
+
+    Each expert holds rows of W1 and b1 and columns of W2, the output's bias and LayerNorm; and
+    what is no feed-forward layer is as it was.
 
     Args:
         moebert: As converted; its layers remember which neurons each expert was dealt.
         dense: The model that was converted.
     """
-    layers = [module for module in moebert.modules() if hasattr(module, "neurons")]
-    gaps = []
-    for layer, old in zip(layers, adapters.ffns(dense), strict=True):
+    pairs = []
+    for layer, old in zip(_expert_layers(moebert), adapters.ffns(dense), strict=True):
         up, down, experts = old.up, old.down, layer.experts
         for e, dealt in enumerate(layer.neurons):
-            gaps += [(experts.up_proj[e] - up.weight[dealt]).abs().max(),
-                     (experts.up_proj_bias[e] - up.bias[dealt]).abs().max(),
-                     (experts.down_proj[e] - down.weight[:, dealt]).abs().max()]  # fmt: skip
-    claim = "before training every expert's neurons are the dense layer's own"
-    return _holds(claim, torch.stack(gaps).max(), 0.0)
+            pairs += [(experts.up_proj[e], up.weight[dealt]),
+                      (experts.up_proj_bias[e], up.bias[dealt]),
+                      (experts.down_proj[e], down.weight[:, dealt])]  # fmt: skip
+        pairs += [(experts.down_proj_bias, down.bias), (layer.LayerNorm.weight, old.norm.weight),
+                  (layer.LayerNorm.bias, old.norm.bias)]  # fmt: skip
+    own, other = moebert.state_dict(), dense.state_dict()
+    alike = [name for name in own if name in other and own[name].shape == other[name].shape]
+    pairs += [(own[name], other[name]) for name in alike]
+    gap = torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs]).max()
+    return _holds("before training every expert's neurons are the dense layer's own", gap, 0.0)
+
+
+def deal_follows_scores(moebert: nn.Module, scores: Tensor) -> Check:
+    """The neurons of highest score are in every expert, the next are dealt in turn (Sec. 3.1).
+
+    Args:
+        moebert: Converted by these scores, trained or not.
+        scores: Of each layer's neurons, ``(L, F)``; of two alike the first comes first.
+    """
+    s, wrong = moebert.config.n_shared, 0
+    for layer, row in zip(_expert_layers(moebert), scores.tolist(), strict=True):
+        order = sorted(range(len(row)), key=lambda neuron: -row[neuron])
+        E, K = layer.neurons.shape
+        for e, held in enumerate(layer.neurons.tolist()):
+            expected = order[:s] + order[s + e : s + E * (K - s) : E]
+            wrong += sum(a != b for a, b in zip(held, expected, strict=True))
+    return _holds("the highest scores are in every expert, the next are dealt in turn", wrong, 0.0)
+
+
+@torch.no_grad()
+def experts_serve_their_tokens(moebert: nn.Module, batch: dict[str, Tensor]) -> Check:
+    """Each layer gives ``LN(a + sum_k p_k E_k(a))`` of a token's own experts (Eq. 2).
+
+    Here every expert serves every token, and of its answers those of the route are taken.
+
+    Args:
+        moebert: Trained or not, whatever its router.
+        batch: Model inputs.
+    """
+    model, seen = copy.deepcopy(moebert).double(), []
+    layers = _expert_layers(model)
+    hooks = [layer.register_forward_hook(lambda _m, given, output: seen.append((given[0], output)))
+             for layer in layers]  # fmt: skip
+    ways = routes(model, batch)
+    for hook in hooks:
+        hook.remove()
+    gaps = []
+    for layer, (a, output), way in zip(layers, seen, ways, strict=True):
+        expected = _served(layer, a.flatten(0, 1), *way, eps=model.config.layer_norm_eps)
+        gaps.append((output.flatten(0, 1) - expected).abs().max())
+    claim = "every token is served by its own experts' weights (Eq. 2)"
+    return _holds(claim, torch.stack(gaps).max(), 1e-10)
+
+
+def _served(layer: nn.Module, a: Tensor, chosen: Tensor, p: Tensor, *, eps: float) -> Tensor:
+    """A layer's output for tokens ``a (N, D)``, with experts and factors ``(N, k)`` of each."""
+    experts, norm = layer.experts, layer.LayerNorm
+    tokens = torch.arange(len(a), device=a.device)[:, None]
+    every = [
+        experts.act_fn(a @ experts.up_proj[e].T + experts.up_proj_bias[e]) @ experts.down_proj[e].T
+        + experts.down_proj_bias[e]
+        for e in range(len(layer.neurons))
+    ]  # of each expert (N, D)
+    answers = torch.stack(every, 1)[tokens, chosen]  # (N, k, D)
+    factors = torch.ones_like(p) if layer.outside else p
+    y = a + (answers * factors[..., None]).sum(1)
+    y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + eps).sqrt()
+    gain, bias = norm.weight, norm.bias
+    if gain.dim() == 2:  # of each expert: mixed by the shares of p
+        share = (p / p.sum(1, keepdim=True))[..., None]
+        gain, bias = ((own[chosen] * share).sum(1) for own in (gain, bias))
+    y = y * gain + bias
+    return y * p if layer.outside else y
+
+
+def _expert_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "neurons")]
 
 
 def same_logits(
@@ -175,7 +251,7 @@ def outputs_differ(left: Tensor, right: Tensor, *, by: float = 1e-4) -> Check:
 
 @torch.no_grad()
 def routes(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer's router: chosen experts and factors, ``(B*T,)`` each."""
+    """Of each layer's router: chosen experts and factors, ``(B*T, k)`` each."""
     found = []
     hooks = [
         module.register_forward_hook(lambda _m, _a, route: found.append((route[0], route[1])))
@@ -187,7 +263,7 @@ def routes(model: nn.Module, batch: dict[str, Tensor]) -> list[tuple[Tensor, Ten
     finally:
         for hook in hooks:
             hook.remove()
-    return [(experts.flatten(), weights.flatten().double()) for experts, weights in found]
+    return [(experts, weights.double()) for experts, weights in found]
 
 
 def _holds(claim: str, difference: Tensor | float, tolerance: float) -> Check:

@@ -1,4 +1,4 @@
-"""A MoEBERT as an ONNX graph of any batch size and length, in which a token visits one expert.
+"""A MoEBERT as an ONNX graph of any batch size and length, in which a token visits its experts.
 
 The usual loop over experts asks how many tokens each one has, which a graph cannot know. Here
 the rows of an expert's tokens are found by ``NonZero``, served, and scattered back, so that the
@@ -90,13 +90,19 @@ def _outputs(model: nn.Module) -> list[str]:
 
 
 def _rows(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """``moe_layer.Experts.forward`` without a count of tokens."""
+    """``moe_layer.Experts.forward`` without a count of tokens; a choice at a time."""
+    choices = zip(chosen.unbind(1), weights.split(1, dim=1), strict=True)
+    return sum(_served(experts, hidden, expert) * weight for expert, weight in choices)
+
+
+def _served(experts: nn.Module, hidden: Tensor, expert: Tensor) -> Tensor:
+    """Each token by one expert: ``hidden (N, D)``, ``expert (N,)``."""
     output = torch.zeros_like(hidden)
     for index, (w1, b1, w2, b2) in enumerate(zip(*experts.unbound(), strict=True)):
-        rows = (chosen[:, 0] == index).nonzero()[:, 0]
+        rows = (expert == index).nonzero()[:, 0]
         h = experts.act_fn(F.linear(hidden.index_select(0, rows), w1, b1))
         output = output.index_put((rows,), F.linear(h, w2, b2))
-    return output * weights
+    return output
 
 
 @contextmanager

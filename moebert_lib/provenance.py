@@ -71,6 +71,25 @@ def code_digests(*module_names: str) -> dict[str, str]:
     return {name: digest(_code(folder / f"{name}.py")) for name in names}
 
 
+def reached(name: str, *, but: tuple[str, ...] = ()) -> list[str]:
+    """This library's modules that one imports, itself and theirs too, anywhere in their text.
+
+    Args:
+        name: Of the module.
+        but: Modules that are not followed.
+    """
+    folder, found, left = Path(__file__).parent, set(), {name}
+    while left:
+        found.add(module := left.pop())
+        for node in ast.walk(ast.parse((folder / f"{module}.py").read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moebert_lib"):
+                own = node.module.removeprefix("moebert_lib").removeprefix(".")
+                names = {own} if own else {alias.name for alias in node.names}
+                left |= {one for one in names if (folder / f"{one}.py").is_file()}
+        left -= found | {*but}
+    return sorted(found)
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Python's and the libraries' versions, without importing them."""

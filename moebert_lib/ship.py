@@ -17,11 +17,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from moebert_lib import adapters, archive, card, checkpoints, onnx_file, receipt, spans, weights
 from moebert_lib.convert import load_dense, to_moebert
 from moebert_lib.evaluate import score, without_targets
-from moebert_lib.experiment import LEARNING, turned
+from moebert_lib.experiment import turned
 from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.inputs import Dataset, chosen, dataset, device, load
 from moebert_lib.intervals import resampled
 from moebert_lib.moe_layer import parameter_counts
+from moebert_lib.provenance import reached
 from moebert_lib.scales import TINY
 from moebert_lib.settings import Settings, UserError
 from moebert_lib.stages import CONVERSION, DATA, IMPORTANCE, TRAINING
@@ -31,6 +32,7 @@ from moebert_lib.teachers import judge, place, teacher
 from moebert_lib.train import distil
 
 SCORES = "importance.safetensors"
+AFTER = ("card", "onnx_file", "receipt")  # what a trained model does not depend on
 CHECKED = 16  #: validation sentences that the receipt is run on
 SENTENCES = ("A sentence.", "Another one, which is a little longer than the first.", "Short",
              "The receipt of a model without data is run on these four sentences.")  # fmt: skip
@@ -72,7 +74,7 @@ def from_scores(model: str, scores: Importance, **sizes: object) -> Made:
             *map(list, sentences),
             padding=True,
             truncation=True,
-            max_length=dense.config.max_position_embeddings,
+            max_length=adapters.longest(dense),
             return_tensors="pt",
         )
     )
@@ -106,7 +108,8 @@ def from_task(model: str, settings: Settings, *, train: bool = True) -> Made:
     batch = without_targets(next(iter(bundle.batches("validation", limit=CHECKED))))
     names = (*DATA, *IMPORTANCE, *CONVERSION, *(TRAINING if train else ()))
     told = {**entry.row, "settings": {"scale": settings.scale, **chosen(settings, names)},
-            "task": settings.task, "data": bundle.digest}  # fmt: skip
+            "task": settings.task, "data": bundle.digest,
+            "part": card.part(settings, entry.row["n"])}  # fmt: skip
     if base:
         told |= {
             "base": "" if base == TINY else base,
@@ -139,10 +142,10 @@ def write(made: Made, folder: Path, *, name: str, onnx: bool = False) -> dict:
     rows = receipt.checked(
         made.dense, made.scores, made.untrained, made.model, folder, made.batch
     )  # fmt: skip
-    proof = receipt.write(
-        folder, rows, dense=made.dense_digest, data=made.told["data"],
-        settings=made.told["settings"], sentences=made.told["sentences"],
-    )  # fmt: skip
+    proof = receipt.write(folder, rows, dense=made.dense_digest, **{
+        name: made.told[name] for name in ("data", "settings", "sentences", "task", "metrics", "n",
+                                           "part", "guessing")
+    })  # fmt: skip
     card.write(folder, {**made.told, "name": name}, proof)
     return proof
 
@@ -159,11 +162,11 @@ def push(folder: Path | str, repo: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    receipt.verify(folder)
-    hub = HfApi()
+    proof, hub = receipt.verify(folder), HfApi()
     try:
         repo = hub.create_repo(repo, exist_ok=True).repo_id  # with its owner
         sent = hub.upload_folder(repo_id=repo, folder_path=str(folder),
+                                 allow_patterns=[*proof["files"], *receipt.BESIDE],
                                  commit_message="MoEBERT with card and receipt")  # fmt: skip
     except Exception as error:  # no network, token or owner, in the words of its HTTP library
         why = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -205,9 +208,9 @@ def _check_fit(dense: PreTrainedModel, task: Task, settings: Settings) -> None:
     if sorted(own) == sorted(task.labels) and own != list(task.labels):
         raise UserError(f"the model's classes are {', '.join(own)}; task '{task.name}' has them as "
                         f"{', '.join(expected)}: reorder the classifier")  # fmt: skip
-    if settings.max_length > config.max_position_embeddings:
+    if settings.max_length > adapters.longest(dense):
         raise UserError(f"max_length={settings.max_length}: the model takes at most "
-                        f"{config.max_position_embeddings} tokens")  # fmt: skip
+                        f"{adapters.longest(dense)} tokens")  # fmt: skip
     if (settings.ranking, settings.grouping) != ("importance", "deal"):
         raise UserError(f"ranking={settings.ranking}, grouping={settings.grouping}: a model is "
                         "shipped by importance and deal; leave them out")  # fmt: skip
@@ -222,8 +225,7 @@ def _stage(dense: PreTrainedModel, settings: Settings, *, train: bool) -> Entry:
         **chosen(settings, names), "expert_size": expert_size, "n_shared": n_shared,
         "train": train, "weights": weights.digest(settings.model, hub=not settings.offline),
         "data": bundle.digest, "device": device().type, "versions": versions(),
-        "code": code_digest("ship", "convert", "modeling", "moe_layer", "routing", "experts",
-                            "importance", *LEARNING),
+        "code": code_digest(*reached("ship", but=AFTER)),
     }  # fmt: skip
 
     def build(folder: Path) -> dict:
@@ -288,11 +290,11 @@ def _made(
     counts, config, here = parameter_counts(model), model.config, Path(name).expanduser().is_dir()
     n = scores.n_examples
     told = {
-        "n": 0, "n_train": 0, "guessing": None, "base": "" if here else name,
+        "n": 0, "n_train": 0, "guessing": None, "part": "", "base": "" if here else name,
         "source": f"A fine-tuned {type(dense).__name__}" if here else f"`{name}`", **told,
         "config": {key: getattr(config, key) for key in
-                   ("n_experts", "expert_size", "n_shared", "routing")},
-        "spans": hasattr(model, "qa_outputs"),
+                   ("n_experts", "expert_size", "n_shared", "routing", "num_experts_per_tok")},
+        "spans": hasattr(model, "qa_outputs"), "scored_on": scores.meta.get("split", ""),
         "scored": "of a file, examples unknown" if n is None else f"{n:,} examples",
         "used": counts.effective, "stored": counts.stored, "sentences": len(batch["input_ids"]),
     }  # fmt: skip

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     BertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     ModernBertConfig,
     ModernBertForSequenceClassification,
 )
@@ -26,6 +28,7 @@ from moebert_lib.moe_layer import moe_layers
 from moebert_lib.packed import accelerate
 from moebert_lib.removal import without
 from moebert_lib.routing import ROUTINGS
+from moebert_lib.scores import ffn_scores
 
 KINDS = list(HEADS)
 CLASSIFIERS = [kind for kind in KINDS if kind.__name__.endswith("SequenceClassification")]
@@ -218,3 +221,25 @@ def test_an_unsupported_model_is_refused_in_a_line_that_names_the_supported():
     for score in (ffn_importance, lambda model, given: adapters.width(model.config)):
         with pytest.raises(ValueError, match="BERT, MiniLM, RoBERTa, ELECTRA, DistilBERT"):
             score(gated, [{}])
+
+
+def test_an_encoder_whose_layers_have_berts_names_is_not_scored_for_them():
+    config = DebertaV2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+                             vocab_size=9, intermediate_size=16)  # fmt: skip
+    other = DebertaV2ForSequenceClassification(config)
+    known = "type 'deberta-v2' cannot be converted; supported: BERT, MiniLM, RoBERTa"
+    for kind in ("importance", "weight"):
+        with pytest.raises(ValueError, match=known):
+            ffn_scores(other, [], kind)
+    with pytest.raises(ValueError, match=known):
+        ffn_importance(other, [])
+
+
+@every_family
+def test_the_longest_input_is_taken_and_no_longer_one(kind):
+    dense = tiny(kind)
+    longest = adapters.longest(dense)
+    assert longest == {"roberta": 62}.get(dense.config.model_type, 64)
+    dense(torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        dense(torch.full((1, longest + 1), 5))

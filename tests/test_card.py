@@ -7,11 +7,13 @@ from huggingface_hub import ModelCard, metadata_load
 from shipping import made, saved_bert
 
 from moebert_lib import card, receipt, ship
+from moebert_lib.settings import Settings
 
 ROW = {"metric": "accuracy", "dense": [0.9, 0.86, 0.93], "moebert": [0.875, 0.83, 0.91],
        "difference": [-0.025, -0.05, 0.0]}  # fmt: skip
 TRAINED = {"metrics": [ROW], "steps": 1234, "n": 400, "n_train": 9000, "guessing": 0.5,
-           "task": "sst2", "data": "d" * 64}  # fmt: skip
+           "task": "sst2", "data": "d" * 64, "part": "400 of validation, drawn at random",
+           "scored_on": "train"}  # fmt: skip
 
 
 @pytest.fixture
@@ -41,14 +43,16 @@ def test_the_card_of_an_untrained_model_says_so_and_claims_no_metric(shipped):
 
 def test_the_card_of_a_trained_model_has_its_metrics_with_n_and_interval(shipped):
     one, folder, proof = shipped
-    card.write(folder, {**one.told, **TRAINED, "name": "me/film", "base": "me/bert"}, proof)
+    told = {**one.told, **TRAINED, "name": "me/film", "base": "me/bert"}
+    card.write(folder, told, {**proof, **TRAINED})
     read = ModelCard.load(folder / "README.md")
     (result,) = read.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.875)
-    assert (result.dataset_type, result.dataset_split) == ("nyu-mll/glue", "validation")
+    assert (result.dataset_type, result.dataset_config) == ("nyu-mll/glue", "sst2")
+    assert result.dataset_split == TRAINED["part"]
     assert read.data.base_model == "me/bert" and read.data.datasets == ["nyu-mll/glue"]
     row = "| accuracy | 90.0 (86.0 to 93.0) | 87.5 (83.0 to 91.0) | -2.5 (-5.0 to +0.0) |"
-    assert row in read.text and "On 400 validation examples of `sst2`" in read.text
+    assert row in read.text and f"On 400 examples of `sst2` ({TRAINED['part']}), %" in read.text
     assert "9,000 training examples of `sst2`, 1,234 steps" in read.text
     assert "untrained" not in read.text.lower() and "most frequent class: 50.0" in read.text
 
@@ -56,8 +60,38 @@ def test_the_card_of_a_trained_model_has_its_metrics_with_n_and_interval(shipped
 def test_an_interval_that_is_not_known_is_left_out(shipped):
     one, folder, proof = shipped
     few = {**ROW, "dense": [0.5, float("nan"), float("nan")]}
-    card.write(folder, {**one.told, **TRAINED, "metrics": [few], "name": "x"}, proof)
+    changed = {**TRAINED, "metrics": [few]}
+    card.write(folder, {**one.told, **changed, "name": "x"}, {**proof, **changed})
     assert "| accuracy | 50.0 | 87.5 (" in text_of(folder)
+
+
+def test_neurons_chosen_on_what_the_metrics_are_of_is_a_limit(shipped):
+    one, folder, proof = shipped
+    for split in ("train", "validation"):
+        told = {**one.told, **TRAINED, "name": "x", "scored_on": split}
+        card.write(folder, told, {**proof, **TRAINED})
+        assert ("chosen on validation examples" in text_of(folder)) == (split == "validation")
+
+
+@pytest.mark.parametrize("k, serving, work", [
+    (1, "One expert serves a token", "is that of one."),
+    (2, "2 experts serve a token", "is that of 2."),
+])  # fmt: skip
+def test_it_tells_how_many_experts_serve_a_token(tmp_path, tiny_bert, tiny_batch, k, serving, work):
+    sizes = {"routing": "gate-token", "num_experts_per_tok": k}
+    one = made(saved_bert(tmp_path, tiny_bert), tiny_batch, **sizes)
+    proof = ship.write(one, tmp_path / "moe", name="moe")
+    assert serving in text_of(tmp_path / "moe") and work in text_of(tmp_path / "moe")
+    assert all(row["holds"] for row in proof["checks"])
+
+
+@pytest.mark.parametrize("task, n, cap, told", [
+    ("library", 48, 48, "first 48 of validation"), ("library", 40, 48, "validation"),
+    ("library", 40, None, "validation"), ("mnli", 9815, None, "validation_matched"),
+    ("sst2", 400, 400, "400 of validation, drawn at random"),
+])  # fmt: skip
+def test_a_part_of_a_split_is_told_as_one(task, n, cap, told):
+    assert card.part(Settings.at("small", task=task, max_eval_examples=cap), n) == told
 
 
 def test_a_check_that_failed_stands_in_the_card(shipped):

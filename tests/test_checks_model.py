@@ -3,12 +3,15 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
 
 from moebert_lib import checks_model as checks
+from moebert_lib import moe_layer
 from moebert_lib.convert import to_moebert
 from moebert_lib.distill import prediction_loss
 from moebert_lib.experts import random_ranking
+from moebert_lib.moe_layer import moe_layers
 from moebert_lib.routing import balanced_table, random_table
 
 
@@ -41,6 +44,15 @@ def test_a_gates_factor_is_at_least_an_even_share(moebert, tiny_batch):
     model.config.n_experts = 1  # then p would have to be 1
     with pytest.raises(AssertionError, match="FAILS: a gate's p lies"):
         checks.gate_takes_its_favourite(model, tiny_batch())
+
+
+def test_two_of_a_gates_factors_are_at_least_two_even_shares(moebert, tiny_batch):
+    model, batch = moebert("gate-token", num_experts_per_tok=2), tiny_batch()
+    assert "2 largest p add up" in checks.gate_takes_its_favourite(model, batch).claim
+    checks.sentence_stays_together(moebert("gate-sentence", num_experts_per_tok=2), batch)
+    model.config.n_experts = 2  # then both together would have to be 1
+    with pytest.raises(AssertionError, match="FAILS: a gate's 2 largest p add up to between 2/N"):
+        checks.gate_takes_its_favourite(model, batch)
 
 
 def test_balanced_tables_are_within_one_token_and_random_ones_need_not_be():
@@ -92,6 +104,61 @@ def test_outputs_that_are_the_same_do_not_differ():
     checks.outputs_differ(torch.zeros(2, 3), torch.full((2, 3), 0.1))
     with pytest.raises(AssertionError, match="FAILS: outputs differ, by up to 1e-05"):
         checks.outputs_differ(torch.zeros(2, 3), torch.full((2, 3), 1e-5))
+
+
+@pytest.mark.parametrize("name", [
+    "output.experts.down_proj_bias", "output.LayerNorm.weight", "output.LayerNorm.bias",
+    "attention.self.query.weight",
+])  # fmt: skip
+@pytest.mark.parametrize("norm", ["per-expert", "shared"])
+def test_a_bias_a_layer_norm_or_another_weight_that_moved_is_found(moebert, tiny_bert, name, norm):
+    model = moebert(expert_layer_norm=norm)
+    checks.experts_hold_the_dense_neurons(model, tiny_bert())
+    model.bert.encoder.layer[1].get_parameter(name).data[-1] += 1e-9
+    with pytest.raises(AssertionError, match="FAILS: before training every expert's"):
+        checks.experts_hold_the_dense_neurons(model, tiny_bert())
+
+
+@pytest.mark.parametrize("n_shared", [0, 10])
+def test_a_deal_in_another_order_is_found(tiny_bert, n_shared):
+    scores = torch.randint(9, (2, 64)).double()  # many alike
+    ranking = scores.argsort(dim=-1, descending=True, stable=True)
+    model, other = (
+        to_moebert(tiny_bert(), order, n_shared=n_shared) for order in (ranking, ranking.flip(-1))
+    )
+    checks.deal_follows_scores(model, scores)
+    with pytest.raises(AssertionError, match="FAILS: the highest scores are in every expert"):
+        checks.deal_follows_scores(other, scores)
+    neurons = moe_layers(model)[1].neurons
+    neurons[:, -1] = neurons[:, -1].roll(1)  # as many of each rank, to other experts
+    with pytest.raises(AssertionError, match="difference 4"):
+        checks.deal_follows_scores(model, scores)
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"routing": "gate-token", "num_experts_per_tok": 2, "shared_neurons": "tied"},
+    {"routing": "gate-sentence", "gate_scaling": "outside", "expert_layer_norm": "shared"},
+    {"routing": "gate-token", "num_experts_per_tok": 3, "expert_layer_norm": "shared"},
+])  # fmt: skip
+def test_a_token_served_by_another_expert_is_found(changes, monkeypatch):
+    model, inputs = tiny_models.moebert(**changes), tiny_models.batch([5, 9, 2])
+    assert checks.experts_serve_their_tokens(model, inputs).difference < 1e-12
+    usual = moe_layer.by_expert
+
+    def back_to_another_place(experts, n_experts):
+        order, back, counts = usual(experts, n_experts)
+        return order, back.roll(1), counts
+
+    monkeypatch.setattr(moe_layer, "by_expert", back_to_another_place)
+    with pytest.raises(AssertionError, match="FAILS: every token is served by its own"):
+        checks.experts_serve_their_tokens(model, inputs)
+
+
+def test_a_token_normalised_by_another_experts_layer_norm_is_found(monkeypatch):
+    model, inputs = tiny_models.moebert(), tiny_models.batch([5, 9, 2])
+    monkeypatch.setattr(moe_layer.ExpertLayerNorm, "_of", staticmethod(lambda own, *_: own[0]))
+    with pytest.raises(AssertionError, match="FAILS: every token is served by its own"):
+        checks.experts_serve_their_tokens(model, inputs)
 
 
 @pytest.mark.parametrize("tied", ["copied", "tied"])

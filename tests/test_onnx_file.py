@@ -7,22 +7,31 @@ import pytest
 import tiny_models
 import torch
 from shipping import made, saved_bert
+from transformers import (
+    DistilBertForSequenceClassification,
+    ElectraForSequenceClassification,
+    RobertaForQuestionAnswering,
+)
 
-from moebert_lib import onnx_file, receipt, ship
+from moebert_lib import encoder_checks, onnx_file, receipt, ship
+from moebert_lib.convert import to_moebert
+from moebert_lib.experts import random_ranking
 from moebert_lib.moe_layer import moe_layers
 from moebert_lib.settings import UserError
 
 SHAPES = ([7, 12, 3, 5], [1], [9], [1, 1], [4, 4, 4, 2, 8, 60])
 
 
-@pytest.mark.parametrize(
-    "routing, spans, tied",
-    [("hash-random", True, "copied"), ("gate-token", False, "tied"),
-     ("gate-sentence", False, "copied")],
-)  # fmt: skip
-def test_it_agrees_whatever_the_batch(routing, spans, tied, tmp_path):
-    model = tiny_models.moebert(spans=spans, dtype=torch.float32, routing=routing,
-                                shared_neurons=tied)  # fmt: skip
+@pytest.mark.parametrize("kind, changes", [
+    (RobertaForQuestionAnswering, {"routing": "hash-random"}),
+    (ElectraForSequenceClassification,
+     {"routing": "gate-token", "num_experts_per_tok": 2, "shared_neurons": "tied"}),
+    (DistilBertForSequenceClassification, {"routing": "gate-sentence"}),
+], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+def test_it_agrees_whatever_the_batch(kind, changes, tmp_path):
+    spans = kind is RobertaForQuestionAnswering
+    model = to_moebert(encoder_checks.tiny(kind), random_ranking(2, 64, seed=0), **changes)
+    model = tiny_models.perturbed(model, seed=1).float()
     onnx_file.export(model, tiny_models.batch([5, 3, 8]), tmp_path / "model.onnx")
     assert model.config._experts_implementation == "eager"  # its own stays as it was
     for lengths in SHAPES:

@@ -73,6 +73,15 @@ def test_it_is_shipped_with_a_receipt_whose_checks_hold(folder, tmp_path):
     assert receipt.verify(tmp_path / "moe")["files"].keys() >= {"model.safetensors"}
 
 
+def test_more_tokens_than_it_has_positions_for_are_refused(folder, capsys):
+    longest = {"roberta": 22}.get(folder.name, 24)  # of 24 embeddings
+    settings = Settings.at("smoke", model=str(folder))
+    dense = new_model(settings, data.TASKS["library"])
+    ship._check_fit(dense, data.TASKS["library"], settings.but(max_length=longest))
+    with pytest.raises(UserError, match=f"{longest + 1}: the model takes at most {longest} tok"):
+        ship._check_fit(dense, data.TASKS["library"], settings.but(max_length=longest + 1))
+
+
 def test_a_student_of_another_family_is_distilled_and_read_back(folder):
     settings = Settings.at("smoke", model=str(folder), routing="hash-balance", n_experts=2)
     _check_model(settings)

@@ -1,5 +1,7 @@
 """The receipt of a shipped model: it holds for every router, and fails where a model is touched."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
@@ -8,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from shipping import made, saved_bert
 
 from moebert_lib import receipt, ship
-from moebert_lib.moe_layer import moe_layers
+from moebert_lib.convert import to_moebert
+from moebert_lib.moe_layer import Experts, moe_layers
 from moebert_lib.provenance import file_digest
 from moebert_lib.settings import UserError
 
@@ -39,7 +42,7 @@ def test_every_check_holds_and_is_told_with_its_tolerance(
 ):
     one = made(saved_bert(tmp_path, tiny_bert, spans=spans), tiny_batch, routing=routing)
     proof = ship.write(one, tmp_path / "moe", name="moe")
-    assert len(proof["checks"]) >= 7 and failing(proof["checks"]) == []
+    assert len(proof["checks"]) >= 9 and failing(proof["checks"]) == []
     assert all(row["difference"] <= row["tolerance"] for row in proof["checks"])
     assert receipt.verify(tmp_path / "moe") == json.loads(json.dumps(proof))
 
@@ -62,6 +65,54 @@ def test_a_neuron_that_is_not_the_dense_layers_fails(shipped):
     assert not row["holds"] and row["difference"] == pytest.approx(1e-3, rel=1e-3)
     line = next(line for line in receipt.table({"checks": rows}).splitlines() if "own" in line)
     assert line.endswith("| 1.0e-03 | 0e+00 | **FAILS** |")
+
+
+def experts_but_the_first(layer, how):
+    """A layer's experts 1 to 3 with their LayerNorm or output bias changed."""
+    with torch.no_grad():
+        if how == "LayerNorm":
+            layer.LayerNorm.weight[1:] *= 1.5
+        else:
+            layer.experts.down_proj_bias[1:] += 1
+
+
+@pytest.mark.parametrize("how", ["LayerNorm", "bias"])
+def test_experts_that_were_given_another_bias_or_layer_norm_fail(
+    tmp_path, tiny_bert, tiny_batch, how
+):
+    one = made(saved_bert(tmp_path, tiny_bert), tiny_batch)
+    for layer in moe_layers(one.model):
+        experts_but_the_first(layer, how)
+    proof = ship.write(one, tmp_path / "moe", name="moe")
+    assert failing(proof["checks"]) == [
+        "before training every expert's neurons are the dense layer's own"
+    ]
+
+
+def test_a_conversion_by_the_ranking_turned_around_fails(tmp_path, tiny_bert, tiny_batch):
+    one = made(saved_bert(tmp_path, tiny_bert), tiny_batch)
+    turned = to_moebert(one.dense, one.scores.ranking.flip(-1), n_experts=4)
+    one = dataclasses.replace(one, untrained=turned, model=turned)
+    proof = ship.write(one, tmp_path / "moe", name="moe")
+    (claim,) = failing(proof["checks"])
+    assert claim == "the highest scores are in every expert, the next are dealt in turn"
+
+
+def test_a_model_that_serves_all_tokens_by_the_first_expert_fails(shipped, monkeypatch):
+    one, folder = shipped
+    usual = Experts.forward
+    monkeypatch.setattr(Experts, "forward", lambda self, a, e, p: usual(self, a, 0 * e, p))
+    failed = failing(checked(one, folder))
+    assert "every token is served by its own experts' weights (Eq. 2)" in failed
+
+
+def test_each_check_says_what_it_was_run_on(shipped):
+    one, folder = shipped
+    on = [row["on"] for row in receipt.verify(folder)["checks"]]
+    assert on == ["the dense model, as one expert", "the dense model", *["this model"] * 8]
+    rows = checked(one, folder, model=copy.deepcopy(one.model))
+    assert [row["on"] for row in rows][2:5] == ["its conversion", "its conversion", "this model"]
+    assert rows[3]["claim"] == rows[4]["claim"] and failing(rows) == []
 
 
 def test_a_table_that_moved_in_training_fails(shipped, tiny_batch):
@@ -99,3 +150,53 @@ def test_a_receipt_without_a_file_or_with_a_failure_or_none_is_refused(shipped, 
     (folder / receipt.FILE).write_text("[]")
     with pytest.raises(UserError, match="can be read"):
         receipt.verify(folder)
+
+
+@pytest.mark.parametrize("emptied", ["checks", "files"])
+def test_a_receipt_that_says_nothing_is_refused(shipped, emptied):
+    _, folder = shipped
+    proof = receipt.verify(folder)
+    (folder / receipt.FILE).write_text(json.dumps({**proof, emptied: type(proof[emptied])()}))
+    with pytest.raises(UserError, match="has no checks or no files"):
+        receipt.verify(folder)
+
+
+def test_a_file_that_is_not_in_the_receipt_is_refused_unless_hidden(shipped):
+    _, folder = shipped
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    for name in (".gitattributes", ".cache/huggingface/x.lock"):
+        (folder / name).write_text("")
+    receipt.verify(folder)
+    for name in ("pytorch_model.bin", "deep/x.py", ".cache.bin"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+        with pytest.raises(UserError, match=f"{name} is not in the receipt"):
+            receipt.verify(folder)
+        (folder / name).unlink()
+
+
+METRIC = {"metric": "accuracy", "dense": [0.9, 0.86, 0.93], "moebert": [0.875, 0.83, 0.91],
+          "difference": [-0.025, -0.05, 0.0]}  # fmt: skip
+
+
+def test_a_card_with_other_metrics_or_checks_than_the_receipt_is_refused(shipped):
+    one, folder = shipped
+    told = {**one.told, "metrics": [METRIC], "n": 400, "task": "sst2", "part": "validation"}
+    ship.write(dataclasses.replace(one, told=told), folder, name="moe")
+    assert receipt.verify(folder)["metrics"] == [METRIC]
+    card = (folder / "README.md").read_text()
+    for here, there in (
+        ("87.5 (83.0", "97.5 (83.0"), ("On 400 ", "On 40,000 "), ("value: 0.875", "value: 0.975"),
+        ("type: accuracy", "type: f1"), ("| holds |", "| **FAILS** |"), ("\nmodel-index:", "\nx:"),
+    ):  # fmt: skip
+        assert here in card
+        (folder / "README.md").write_text(card.replace(here, there, 1))
+        with pytest.raises(UserError, match="shows other checks or metrics than the receipt"):
+            receipt.verify(folder)
+    more = card.replace("\ntags:", "\nlicense: mit\ntags:") + "\nMore.\n"
+    (folder / "README.md").write_text(more)
+    receipt.verify(folder)
+    for text in ("", "---\na: [\n---\n"):
+        (folder / "README.md").write_text(text)
+        with pytest.raises(UserError, match="cannot be read as a model card"):
+            receipt.verify(folder)

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from conftest import make_home
@@ -46,7 +47,7 @@ def convert(*words):
 def test_a_bert_becomes_a_folder_that_holds_all_and_says_what_it_is(teacher, tmp_path, capsys):
     assert convert(teacher.entry.folder, *SMOKE, "--out", "moe") == 0
     out = capsys.readouterr().out
-    assert "student: step" in out and "receipt: 8 of 8 checks hold" in out
+    assert "student: step" in out and "receipt: 11 of 11 checks hold" in out
     names = {path.name for path in (tmp_path / "moe").iterdir()}
     assert names == {"README.md", "config.json", "importance.safetensors", "model.safetensors",
                      "receipt.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
@@ -65,6 +66,47 @@ def test_its_metrics_are_those_of_a_plain_loop(teacher):
     assert row["difference"][0] == row["moebert"][0] - row["dense"][0]
     assert one.told["n"] == len(bundle.validation) and one.told["steps"] == 4
     assert one.dense_digest != "" and one.scores.meta["data"] == bundle.digest
+
+
+def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monkeypatch, capsys):
+    truths = experiment.dataset(Settings.at("smoke")).truths()
+    wrong = [(label + 1) % 6 for label in truths]
+    few = [*truths[:12], *wrong[12:]]  # a quarter right
+    monkeypatch.setattr(ship, "judge", lambda settings, model: (
+        {}, np.array(few if hasattr(model.config, "n_experts") else truths)
+    ))  # fmt: skip
+    words = ("-p", "seed=5", "--untrained", "--out", "moe")
+    assert convert(teacher.entry.folder, *SMOKE, *words) == 0
+    assert "accuracy 25.0, dense 100.0, on 48 validation examples" in capsys.readouterr().out
+    (row,) = receipt.verify("moe")["metrics"]
+    assert [row[name][0] for name in ("dense", "moebert", "difference")] == [1.0, 0.25, -0.75]
+    assert row["difference"][1] < -0.75 < row["difference"][2] < 0
+    text = (tmp_path / "moe" / "README.md").read_text()
+    assert re.search(r"accuracy \| 100.0 \(.*\) \| 25.0 \(.*\) \| -75.0 \(", text)
+    assert "On 48 examples of `library` (first 48 of validation)" in text
+    assert "value: 0.25" in text and "split: first 48 of validation" in text
+
+
+def test_the_stages_key_holds_all_code_but_that_which_writes_the_folder(teacher, monkeypatch):
+    code = "import sys, moebert_lib.ship; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    loaded = {name.partition(".")[2] for name in done.stdout.split()
+              if name.startswith("moebert_lib.")}  # fmt: skip
+    asked = []
+    monkeypatch.setattr(ship, "code_digest", lambda *names: asked.append(names) or "x")
+    ship.from_task(str(teacher.entry.folder), Settings.at("smoke"), train=False)
+    (names,) = asked
+    after = {"card", "receipt", "onnx_file", "checks", "checks_model"}
+    assert loaded - set(names) == after and after.isdisjoint(names) and "intervals" in loaded
+
+
+def test_two_experts_a_token_are_shipped_as_two(tmp_path, capsys):
+    words = ("--routing", "gate-token", "-p", "gate_top_k=2", "--untrained", "--out", "moe")
+    assert convert(*SMOKE, *words) == 0
+    assert "receipt: 10 of 10 checks hold" in capsys.readouterr().out
+    claims = [row["claim"] for row in receipt.verify("moe")["checks"]]
+    assert "a gate's 2 largest p add up to between 2/N and 1" in claims
+    assert "2 experts serve a token" in (tmp_path / "moe" / "README.md").read_text()
 
 
 def test_training_moves_the_experts_and_untrained_leaves_them(teacher):
@@ -121,8 +163,9 @@ class Hub:
         assert exist_ok
         return SimpleNamespace(repo_id=repo)
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        Hub.sent[repo_id] = checksums(ship.Path(folder_path))
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
+        found = checksums(ship.Path(folder_path))
+        Hub.sent[repo_id] = {name: found[name] for name in found if name in allow_patterns}
         return f"hub/{repo_id}"
 
 
@@ -172,7 +215,7 @@ def test_a_check_that_fails_is_said_with_status_1(monkeypatch, capsys):
     monkeypatch.setattr(receipt, "checked", lambda *args: [
         {**row, "holds": row["claim"][:3] != "one"} for row in usual(*args)])  # fmt: skip
     assert convert(*SMOKE, "--out", "moe") == 1
-    assert "7 of 8 checks hold; FAILS: one full-width expert" in capsys.readouterr().out
+    assert "10 of 11 checks hold; FAILS: one full-width expert" in capsys.readouterr().out
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path, tiny_bert, capsys):
