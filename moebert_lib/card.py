@@ -28,7 +28,8 @@ def write(folder: Path, told: dict, proof: dict) -> None:
     sections = [
         _title(told), "## Load it", _load(folder, told),
         "## How good it is", receipt.metrics(proof), "## How it was made", _made(told, proof),
-        "## Equivalence receipt", _checked(told), receipt.table(proof), "## Limits", _limits(told),
+        "## Equivalence receipt", _checked(told, proof), receipt.table(proof),
+        "## Limits", _limits(told),
     ]  # fmt: skip
     text = "\n\n".join(sections)
     ModelCard(f"---\n{_metadata(told).to_yaml()}\n---\n\n{text}\n").save(folder / receipt.CARD)
@@ -96,11 +97,9 @@ def _load(folder: Path, told: dict) -> str:
     )
 
 
-def _checked(told: dict) -> str:
-    again = "" if told["steps"] is None else (
-        " Its conversion, before training, was made again for this from the dense model and the "
-        "scores."
-    )  # fmt: skip
+def _checked(told: dict, proof: dict) -> str:
+    apart = any(row["on"] == receipt.CONVERSION for row in proof["checks"])
+    again = " Its conversion was made again from the dense model and the scores." if apart else ""
     return (
         f"Each check was run on what its row names, and on {told['sentences']} sentences where it "
         f"needs any.{again} `{receipt.FILE}` has the SHA-256 of every file too."

@@ -126,7 +126,8 @@ def experts_hold_the_dense_neurons(moebert: nn.Module, dense: nn.Module) -> Chec
     alike = [name for name in own if name in other and own[name].shape == other[name].shape]
     pairs += [(own[name], other[name]) for name in alike]
     gap = torch.stack([(a.double() - b.double()).abs().max() for a, b in pairs]).max()
-    return _holds("before training every expert's neurons are the dense layer's own", gap, 0.0)
+    claim = "before training every expert's weights, and all others, are the dense model's own"
+    return _holds(claim, gap, 0.0)
 
 
 def deal_follows_scores(moebert: nn.Module, scores: Tensor) -> Check:

@@ -30,7 +30,7 @@ FILE, CARD = "receipt.json", "README.md"
 FLOAT32 = 1e-4  # two ways of computing in float32, on logits of a few units
 #: Written after the receipt, or not by us.
 BESIDE = (FILE, CARD, ".gitattributes")
-THIS = "this model"
+THIS, CONVERSION = "this model", "its conversion"
 
 
 def checked(
@@ -75,7 +75,7 @@ def checked(
     if (folder / onnx_file.FILE).is_file():
         runs.append(lambda: _onnx_agrees(model, folder / onnx_file.FILE, batch))
     return [*_of_the_dense(dense, scores, batch),
-            *(_row(THIS if model is untrained else "its conversion", run) for run in before),
+            *(_row(THIS if model is untrained else CONVERSION, run) for run in before),
             *(_row(THIS, run) for run in runs)]  # fmt: skip
 
 

@@ -111,10 +111,7 @@ def from_task(model: str, settings: Settings, *, train: bool = True) -> Made:
             "task": settings.task, "data": bundle.digest,
             "part": card.part(settings, entry.row["n"])}  # fmt: skip
     if base:
-        told |= {
-            "base": "" if base == TINY else base,
-            "source": f"`{base}` fine-tuned on this task",
-        }
+        told |= {"base": "" if base == TINY else base, "source": f"`{base}` fine-tuned on this task"}
     moebert = load(entry.folder, bundle.task).eval()
     return _made(model, dense, tokenizer, scores, untrained, moebert, batch, told)
 
@@ -139,9 +136,7 @@ def write(made: Made, folder: Path, *, name: str, onnx: bool = False) -> dict:
     made.scores.save(folder / SCORES)
     if onnx:
         onnx_file.export(made.model, made.batch, folder / onnx_file.FILE)
-    rows = receipt.checked(
-        made.dense, made.scores, made.untrained, made.model, folder, made.batch
-    )  # fmt: skip
+    rows = receipt.checked(made.dense, made.scores, made.untrained, made.model, folder, made.batch)
     proof = receipt.write(folder, rows, dense=made.dense_digest, **{
         name: made.told[name] for name in ("data", "settings", "sentences", "task", "metrics", "n",
                                            "part", "guessing")

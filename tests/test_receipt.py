@@ -61,7 +61,7 @@ def test_a_neuron_that_is_not_the_dense_layers_fails(shipped):
     with torch.no_grad():
         moe_layers(one.untrained)[1].experts.down_proj[2, 0, 3] += 1e-3
     rows = checked(one, folder, untrained=one.untrained)
-    (row,) = [row for row in rows if "dense layer's own" in row["claim"]]
+    (row,) = [row for row in rows if "dense model's own" in row["claim"]]
     assert not row["holds"] and row["difference"] == pytest.approx(1e-3, rel=1e-3)
     line = next(line for line in receipt.table({"checks": rows}).splitlines() if "own" in line)
     assert line.endswith("| 1.0e-03 | 0e+00 | **FAILS** |")
@@ -85,7 +85,7 @@ def test_experts_that_were_given_another_bias_or_layer_norm_fail(
         experts_but_the_first(layer, how)
     proof = ship.write(one, tmp_path / "moe", name="moe")
     assert failing(proof["checks"]) == [
-        "before training every expert's neurons are the dense layer's own"
+        "before training every expert's weights, and all others, are the dense model's own"
     ]
 
 

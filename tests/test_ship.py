@@ -84,6 +84,7 @@ def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monke
     text = (tmp_path / "moe" / "README.md").read_text()
     assert re.search(r"accuracy \| 100.0 \(.*\) \| 25.0 \(.*\) \| -75.0 \(", text)
     assert "On 48 examples of `library` (first 48 of validation)" in text
+    assert "Its conversion was made again" in text
     assert "value: 0.25" in text and "split: first 48 of validation" in text
 
 
