@@ -7,10 +7,9 @@ neurons that a deal would give out are grouped, into experts of exactly one size
 differs but the company a neuron is in. Tensors in, tensors out: no model is known here.
 """
 
-import itertools
-
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 ROUNDS = 100  # of k-means at most; it settles in some twenty
@@ -76,9 +75,7 @@ def balanced_kmeans(points: np.ndarray, k: int, *, seed: int) -> Tensor:
 def balanced_assignment(cost: np.ndarray) -> np.ndarray:
     """The column of each row, every column equally often, with the least total cost.
 
-    Each row begins where it costs least. Then, as long as columns have too many rows, one is
-    passed on along the chain of moves that costs least, from column to column until one with
-    room (successive shortest paths: exact, since no ring of moves ever lowers the total).
+    scipy's exact solver, each column offered as often as it may be taken.
 
     Args:
         cost: Shape ``(n, k)``; ``n`` is a multiple of ``k``.
@@ -87,38 +84,8 @@ def balanced_assignment(cost: np.ndarray) -> np.ndarray:
         Shape ``(n,)``, int64.
     """
     n, k = cost.shape
-    labels, least = cost.argmin(1), 1e-12 * np.abs(cost).max()
-    step, who = np.full((k, k), np.inf), np.zeros((k, k), dtype=np.int64)  # from, to
-    changed = np.unique(labels)
-    while (room := n // k - np.bincount(labels, minlength=k)).any():
-        for column in changed:
-            rows = np.flatnonzero(labels == column)
-            dearer = cost[rows] - cost[rows, column][:, None]
-            step[column], who[column] = dearer.min(0), rows[dearer.argmin(0)]
-        changed = _cheapest_chain(step, room, least)
-        for one, other in itertools.pairwise(changed):
-            labels[who[one, other]] = other
-    return labels
-
-
-def _cheapest_chain(step: np.ndarray, room: np.ndarray, least: float) -> list[int]:
-    """Columns from one with too many rows to one with room (Bellman and Ford).
-
-    Args:
-        step: Cost of a move from column to column, ``(k, k)``.
-        room: Rows that each column still takes, ``(k,)``; below zero where it has too many.
-        least: Gains that are not above it are rounding.
-    """
-    cost, before = np.where(room < 0, 0.0, np.inf), np.full(len(room), -1)
-    for _ in range(len(room) - 1):
-        through = cost[:, None] + step
-        cheaper = through.min(0) < cost - least
-        before[cheaper] = through.argmin(0)[cheaper]
-        cost[cheaper] = through.min(0)[cheaper]
-    chain = [int(np.where(room > 0, cost, np.inf).argmin())]
-    while before[chain[-1]] >= 0:
-        chain.append(int(before[chain[-1]]))
-    return chain[::-1]
+    _, places = linear_sum_assignment(np.repeat(cost, n // k, axis=1))
+    return places // (n // k)
 
 
 def _squared(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
