@@ -76,7 +76,8 @@ def _title(told: dict) -> str:
     return (
         f"# {told['name']}\n\n"
         f"{told['source']}, its feed-forward layers split into {n_experts} experts of {size:,} "
-        f"neurons, {shared:,} of them in every expert, by importance (MoEBERT, NAACL 2022), {how}. "
+        f"neurons, {shared:,} of them in every expert, by {_score(told)} (MoEBERT, NAACL 2022), "
+        f"{how}. {shared + n_experts * (size - shared):,} neurons of a layer are kept. "
         f"{serving} a token (`{config['routing']}`): {told['used']:,} of "
         f"{told['stored']:,} parameters per token."
     )
@@ -97,6 +98,11 @@ def _load(folder: Path, told: dict) -> str:
     )
 
 
+def _score(told: dict) -> str:
+    paper = told["score"] == "importance"
+    return "importance (Eq. 4)" if paper else f"`{told['score']}`, not the paper's score"
+
+
 def _checked(told: dict, proof: dict) -> str:
     apart = any(row["on"] == receipt.CONVERSION for row in proof["checks"])
     again = " Its conversion was made again from the dense model and the scores." if apart else ""
@@ -114,7 +120,7 @@ def _made(told: dict, proof: dict) -> str:
                    f"{told['steps']:,} steps")  # fmt: skip
     lines = [
         f"- Trained on: {learned}",
-        f"- Importance (Eq. 4): {told['scored']}, `importance.safetensors`, SHA-256 "
+        f"- Scored by {_score(told)}: {told['scored']}, `importance.safetensors`, SHA-256 "
         f"`{proof['files']['importance.safetensors']}`",
         f"- Dense model: `{proof['dense']}`",
     ]
@@ -135,9 +141,9 @@ def _limits(told: dict) -> str:
         lines.append("- One seed, and its metrics are on the split that its makers could look at.")
     if told["config"]["routing"].startswith("hash"):
         lines.append("- A token's expert follows from its id alone: `inputs_embeds` is refused.")
-        if told["scored_on"] == "validation":
-            lines.append("- Its neurons were chosen on validation examples, of which its metrics "
-                         "are too: expect less elsewhere.")  # fmt: skip
+    if told["scored_on"] == "validation":
+        lines.append("- Its neurons were chosen on validation examples, of which its metrics "
+                     "are too: expect less elsewhere.")  # fmt: skip
     k = told["config"]["num_experts_per_tok"]
     lines.append("- All experts are in memory; only the work of a token is that of "
                  f"{'one' if k == 1 else k}.")  # fmt: skip

@@ -111,7 +111,8 @@ def from_task(model: str, settings: Settings, *, train: bool = True) -> Made:
             "task": settings.task, "data": bundle.digest,
             "part": card.part(settings, entry.row["n"])}  # fmt: skip
     if base:
-        told |= {"base": "" if base == TINY else base, "source": f"`{base}` fine-tuned on this task"}
+        told |= {"base": "" if base == TINY else base,
+                 "source": f"`{base}` fine-tuned on this task"}  # fmt: skip
     moebert = load(entry.folder, bundle.task).eval()
     return _made(model, dense, tokenizer, scores, untrained, moebert, batch, told)
 
@@ -290,6 +291,7 @@ def _made(
         "config": {key: getattr(config, key) for key in
                    ("n_experts", "expert_size", "n_shared", "routing", "num_experts_per_tok")},
         "spans": hasattr(model, "qa_outputs"), "scored_on": scores.meta.get("split", ""),
+        "score": scores.meta.get("score", "importance"),
         "scored": "of a file, examples unknown" if n is None else f"{n:,} examples",
         "used": counts.effective, "stored": counts.stored, "sentences": len(batch["input_ids"]),
     }  # fmt: skip

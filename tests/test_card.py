@@ -65,10 +65,22 @@ def test_an_interval_that_is_not_known_is_left_out(shipped):
     assert "| accuracy | 50.0 | 87.5 (" in text_of(folder)
 
 
-def test_neurons_chosen_on_what_the_metrics_are_of_is_a_limit(shipped):
+@pytest.mark.parametrize("score, said", [
+    ("importance", "every expert, by importance (Eq. 4) ("),
+    ("fisher", "every expert, by `fisher`, not the paper's score ("),
+])  # fmt: skip
+def test_it_names_the_score_that_chose_the_neurons_and_how_many_are_kept(shipped, score, said):
+    one, folder, proof = shipped
+    card.write(folder, {**one.told, "name": "x", "score": score}, proof)
+    assert said in text_of(folder) and "neurons of a layer are kept" in text_of(folder)
+
+
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
+def test_neurons_chosen_on_what_the_metrics_are_of_is_a_limit(shipped, routing):
     one, folder, proof = shipped
     for split in ("train", "validation"):
         told = {**one.told, **TRAINED, "name": "x", "scored_on": split}
+        told["config"] = {**told["config"], "routing": routing}
         card.write(folder, told, {**proof, **TRAINED})
         assert ("chosen on validation examples" in text_of(folder)) == (split == "validation")
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+from types import SimpleNamespace
 
 import pandas as pd
 from checkout import LIBRARY, NOTEBOOKS, ROOT
@@ -34,7 +35,9 @@ def test_the_ten_lines_of_python_run(tiny_bert, tmp_path, monkeypatch, capsys):
 
 def test_a_model_is_shipped_as_it_shows(moebert_home, tmp_path, monkeypatch, capsys):
     sent = []
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.create_repo", lambda _, repo, **__: SimpleNamespace(repo_id=repo)
+    )
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, **how: sent.append(how))
     monkeypatch.chdir(tmp_path)
     lines = "".join(blocks("bash")).splitlines()
