@@ -12,6 +12,11 @@ if TYPE_CHECKING:
 TARGETS = ("labels", "start_positions", "end_positions")  # what a model's loss is computed from
 
 
+def without_targets(batch: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """What a model is given to predict from."""
+    return {name: value for name, value in batch.items() if name not in (*TARGETS, "index")}
+
+
 def batches(
     encoded: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from moebert_lib import bench
+from moebert_lib.batching import without_targets
 from moebert_lib.bench_models import BASE, LIMIT, VOCAB, glue_like, moebert
 from moebert_lib.distill import distillation_terms
-from moebert_lib.evaluate import without_targets
 from moebert_lib.packed import accelerate
 from moebert_lib.released import as_released
 from moebert_lib.settings import UserError

@@ -33,9 +33,7 @@ def _import(args: argparse.Namespace) -> int:
     """``moebert importance --import``: a file of the release in this library's own format."""
     given = {"--task": args.task, "--scale": args.scale, "-p": args.values,
              "--data-dir": args.data_dir}  # fmt: skip
-    for option, value in given.items():
-        if value:
-            raise UserError(f"--import reads a file and scores nothing; leave {option} out")
+    _leave_out("--import reads a file and scores nothing", given)
     _check_out(args.out)
     from moebert_lib import release
 
@@ -48,6 +46,13 @@ def _import(args: argparse.Namespace) -> int:
     say(f"importance held by the top {n_shared:,} {held.shared:.1%}, by the kept {n_kept:,} "
          f"{held.kept:.1%}: {args.out}")  # fmt: skip
     return 0
+
+
+def _leave_out(why: str, given: dict[str, Any]) -> None:
+    """Refuse the first option that was given a value and would not count."""
+    for option, value in given.items():
+        if value:
+            raise UserError(f"{why}; leave {option} out")
 
 
 def _check_out(out: Path) -> None:
@@ -110,9 +115,7 @@ def _check_convert(args: argparse.Namespace) -> None:
 def _check_scores(args: argparse.Namespace) -> None:
     given = {"--scale": args.scale, "-p": args.values, "--data-dir": args.data_dir,
              "--untrained": args.untrained}  # fmt: skip
-    for option, value in given.items():
-        if value:
-            raise UserError(f"--importance converts and trains nothing; leave {option} out")
+    _leave_out("--importance converts and trains nothing", given)
     if not args.model:
         raise UserError("--importance FILE needs the MODEL that was scored")
     if not args.importance.is_file():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moebert_lib import archive, groups
 from moebert_lib.adapters import ffns, watching, width
-from moebert_lib.evaluate import without_targets
+from moebert_lib.batching import without_targets
 from moebert_lib.experts import choose_ranking, deal_layers
 from moebert_lib.inputs import chosen, dataset
 from moebert_lib.settings import Settings, home

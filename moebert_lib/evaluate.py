@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 
-from moebert_lib.batching import TARGETS
+from moebert_lib.batching import without_targets
 from moebert_lib.distill import layer_distances
 from moebert_lib.packed import accelerate
 
@@ -67,11 +67,6 @@ def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarra
     longest = max(rows.shape[-1] for rows in logits)
     padded = [F.pad(rows, (0, longest - rows.shape[-1]), value=PADDING) for rows in logits]
     return torch.cat(padded)[torch.cat(places).argsort()].numpy()
-
-
-def without_targets(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a model is given to predict from."""
-    return {name: value for name, value in batch.items() if name not in (*TARGETS, "index")}
 
 
 def score(predicted: np.ndarray, labels: np.ndarray, metrics: Iterable[str]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moebert_lib import archive
 from moebert_lib.adapters import ffns, watching
-from moebert_lib.evaluate import without_targets
+from moebert_lib.batching import without_targets
 from moebert_lib.inputs import dataset
 from moebert_lib.scores import magnitudes
 from moebert_lib.settings import Settings
@@ -149,8 +149,7 @@ def excitation(settings: Settings) -> Excitation:
         return {"n_examples": len(pieces)}
 
     entry = archive.store().make("excitation", excitation_key(importance_key(settings)), build)
-    how = f"reused, runs/{entry.folder.name}" if entry.reused else f"made in {entry.seconds:.0f} s"
-    print(f"· excitation for {settings.task}: {how}", flush=True)
+    print(f"· excitation for {settings.task}: {entry.origin}", flush=True)
     return read(entry.folder)
 
 

@@ -1,6 +1,5 @@
 """The page "What we found", written from the tables that lie beside it: no number by hand."""
 
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -8,6 +7,7 @@ import pandas as pd
 from moebert_lib import found_rows, verdicts
 from moebert_lib.claims import CLAIMS
 from moebert_lib.found_beyond import beyond
+from moebert_lib.found_rows import interval
 from moebert_lib.intervals import agreed
 from moebert_lib.settings import UserError
 from moebert_lib.store import write_bytes
@@ -228,16 +228,6 @@ def switches(gaps: pd.DataFrame) -> str:
         seeds = ", ".join(f"{value:+.1f}" for value in each)
         lines.append(f"| {name} | {interval(each.mean(), low, high)} | {seeds} | {said} |")
     return "\n".join(lines)
-
-
-def interval(mean: float, low: float, high: float) -> str:
-    """A difference with its interval, where it has one.
-
-    Example:
-        >>> interval(0.52, -0.1, 1.14)
-        '+0.5 (-0.1 to +1.1)'
-    """
-    return f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
 
 
 def _pairs(row: tuple, main: str) -> str:

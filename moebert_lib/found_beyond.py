@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from moebert_lib.found_rows import interval
 from moebert_lib.intervals import student
 from moebert_lib.oracle import nearer
 
@@ -112,5 +113,5 @@ def scores(agreement: pd.DataFrame, removal: pd.DataFrame) -> str:
 
 def _cell(mean: float, low: float, high: float) -> str:
     """A difference with its interval, in bold where that excludes zero."""
-    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    text = interval(mean, low, high)
     return f"**{text}**" if low > 0 or high < 0 else text

@@ -1,5 +1,6 @@
 """What the page of findings says of its runs, from the rows that it is drawn from."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -22,6 +23,16 @@ LIMITS = """
 - **The development set is small.** One example is worth, in points of accuracy: {examples}.
 - **Nothing was tuned.** All hyper-parameters are those of scale {scale}, but for {departs}.
 """
+
+
+def interval(mean: float, low: float, high: float) -> str:
+    """A difference with its interval, where it has one.
+
+    Example:
+        >>> interval(0.52, -0.1, 1.14)
+        '+0.5 (-0.1 to +1.1)'
+    """
+    return f"{mean:+.1f}" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
 
 
 def provenance() -> str:

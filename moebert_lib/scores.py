@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moebert_lib.adapters import FFN, watching
-from moebert_lib.batching import TARGETS
+from moebert_lib.batching import without_targets
 from moebert_lib.experts import random_ranking
 from moebert_lib.importance import (
     Importance,
@@ -141,7 +141,7 @@ def _sums(scores: Tensor) -> Importance:
 
 def _over_tokens(encoder: nn.Module, batch: dict[str, Tensor], terms: Mapping) -> dict[str, Tensor]:
     """For each example the sums over its real tokens of ``terms`` of ``h``, ``(L, B, F)`` each."""
-    inputs = {name: value for name, value in batch.items() if name not in (*TARGETS, "index")}
+    inputs = without_targets(batch)
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
     packing, found = packing_of(encoder, inputs), {kind: [] for kind in terms}

@@ -37,7 +37,6 @@ def scorings(settings: Settings) -> dict[str, Tensor]:
         return {"n_examples": found["importance"].n_examples}
 
     entry = archive.store().make("scores", scorings_key(settings), build)
-    how = f"reused, runs/{entry.folder.name}" if entry.reused else f"made in {entry.seconds:.0f} s"
-    print(f"· scores for {settings.task}: {how}", flush=True)
+    print(f"· scores for {settings.task}: {entry.origin}", flush=True)
     kept = load_file(entry.folder / "scores.safetensors")
     return {kind: kept[kind] for kind in SCORES}

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from moebert_lib import adapters, archive, card, checkpoints, onnx_file, receipt, spans, weights
+from moebert_lib.batching import without_targets
 from moebert_lib.convert import load_dense, to_moebert
-from moebert_lib.evaluate import score, without_targets
+from moebert_lib.evaluate import score
 from moebert_lib.experiment import turned
 from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.inputs import Dataset, chosen, dataset, device, load

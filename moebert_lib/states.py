@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
-from moebert_lib.evaluate import without_targets
+from moebert_lib.batching import without_targets
 
 
 @torch.inference_mode()

@@ -57,6 +57,13 @@ class Entry:
     seconds: float
     reused: bool
 
+    @property
+    def origin(self) -> str:
+        """Whether it was there already or made now, in words."""
+        return (
+            f"reused, runs/{self.folder.name}" if self.reused else f"made in {self.seconds:.0f} s"
+        )
+
     def record(self) -> dict[str, Any]:
         """All of ``entry.json``: also files, versions, commit, machine and created (UTC)."""
         return json.loads((self.folder / RECORD).read_text("utf-8"))

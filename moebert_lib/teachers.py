@@ -179,5 +179,4 @@ def place(store: Store, folder: Path) -> Path:
 
 
 def _say(entry: Entry, what: str) -> None:
-    how = f"reused, runs/{entry.folder.name}" if entry.reused else f"made in {entry.seconds:.0f} s"
-    print(f"· {what}: {how}", flush=True)
+    print(f"· {what}: {entry.origin}", flush=True)

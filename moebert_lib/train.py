@@ -22,10 +22,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from moebert_lib.batching import TokenBatches, batches, lengths
+from moebert_lib.batching import TokenBatches, batches, lengths, without_targets
 from moebert_lib.checkpoints import keep
 from moebert_lib.distill import distillation_terms
-from moebert_lib.evaluate import faster, without_targets
+from moebert_lib.evaluate import faster
 from moebert_lib.packed import accelerate
 from moebert_lib.settings import Settings
 from moebert_lib.teacher_states import TeacherStates, known, remember

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import batch, dense, moebert, perturbed
 
-from moebert_lib.evaluate import without_targets
+from moebert_lib.batching import without_targets
 from moebert_lib.moe_layer import moe_layers
 from moebert_lib.oracle import Oracle, compare, nearer, nearest
 from moebert_lib.routing import Route
