@@ -17,22 +17,29 @@ try:
 except PackageNotFoundError:  # run from a checkout that is not installed
     __version__ = "0+unknown"
 
-_PUBLIC = {
-    "Importance": "importance", "ffn_importance": "importance",
-    "deal_neurons": "experts", "to_moebert": "convert",
-    "MoEBertConfig": "modeling", "MoEBertForSequenceClassification": "modeling",
+#: Public names, and the module that holds each.
+PUBLIC = {
+    "Importance": "importance",
+    "ffn_importance": "importance",
+    "deal_neurons": "experts",
+    "to_moebert": "convert",
+    "MoEBertConfig": "modeling",
+    "MoEBertForSequenceClassification": "modeling",
     "MoEBertForQuestionAnswering": "modeling",
     "accelerate": "packed",
-    "parameter_counts": "moe_layer", "record_routes": "moe_layer",
-    "DistillationTrainer": "train", "Settings": "settings",
-    "record": "records", "sweep": "sweeps",
-}  # fmt: skip
-__all__ = sorted(_PUBLIC)
+    "parameter_counts": "moe_layer",
+    "record_routes": "moe_layer",
+    "DistillationTrainer": "train",
+    "Settings": "settings",
+    "record": "records",
+    "sweep": "sweeps",
+}
+__all__ = sorted(PUBLIC)
 
 
 def __getattr__(name: str):
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f"moebert_lib.{_PUBLIC[name]}"), name)
+    if name in PUBLIC:
+        return getattr(importlib.import_module(f"moebert_lib.{PUBLIC[name]}"), name)
     raise AttributeError(f"module 'moebert_lib' has no attribute '{name}'")
 
 

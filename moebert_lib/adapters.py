@@ -65,15 +65,22 @@ FAMILIES = {
         Family("roberta", "RoBERTa"),
         Family("electra", "ELECTRA"),
         Family(
-            "distilbert", "DistilBERT", layers="transformer.layer",
+            "distilbert",
+            "DistilBERT",
+            layers="transformer.layer",
             parts=FFN("ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
-            hollow="ffn", seat="output_layer_norm",
-            config={"num_hidden_layers": "n_layers", "hidden_size": "dim",
-                    "intermediate_size": "hidden_dim", "num_attention_heads": "n_heads"},
+            hollow="ffn",
+            seat="output_layer_norm",
+            config={
+                "num_hidden_layers": "n_layers",
+                "hidden_size": "dim",
+                "intermediate_size": "hidden_dim",
+                "num_attention_heads": "n_heads",
+            },
             dropout=("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
         ),
     )
-}  # fmt: skip
+}
 
 #: Why a family is refused, where there is more to say than that it is none of these.
 WHY_NOT = {
@@ -95,8 +102,9 @@ def family(model_type: str | None) -> Family:
     if model_type in FAMILIES:
         return FAMILIES[model_type]
     reason = f" ({WHY_NOT[model_type]})" if model_type in WHY_NOT else ""
-    raise ValueError(f"a model of type '{model_type}' cannot be converted{reason}; "
-                     f"supported: {supported()}")  # fmt: skip
+    raise ValueError(
+        f"a model of type '{model_type}' cannot be converted{reason}; supported: {supported()}"
+    )
 
 
 def width(config: Any) -> int:

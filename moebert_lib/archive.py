@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moebert_lib.errors import UserError, nearest
 from moebert_lib.provenance import digest, input_digest, to_json
-from moebert_lib.settings import UserError, nearest
 from moebert_lib.shared import RECORD, parse
 from moebert_lib.store import Entry, Store
 
@@ -82,8 +82,10 @@ class Archive:
         self.source = folder
         for name in (ROWS, FILES):
             if not (folder / name).is_file():
-                raise UserError(f"no {name} in '{folder}'; expected a folder that "
-                                "moebert export --results wrote, such as figures/runs")  # fmt: skip
+                raise UserError(
+                    f"no {name} in '{folder}'; expected a folder that "
+                    "moebert export --results wrote, such as figures/runs"
+                )
         try:
             records = pd.read_parquet(folder / ROWS, columns=["record"])["record"]
             self.files = pd.read_parquet(folder / FILES).set_index(["digest", "name"])["content"]
@@ -92,8 +94,10 @@ class Archive:
             raise UserError(f"'{folder}' holds no results: {said}") from None
         parsed = [parse(text.encode()) for text in records]
         if None in parsed:
-            raise UserError(f"{folder / ROWS}: row {parsed.index(None)} has changed since it was "
-                            "made; restore the file")  # fmt: skip
+            raise UserError(
+                f"{folder / ROWS}: row {parsed.index(None)} has changed since it was "
+                "made; restore the file"
+            )
         self.records = {place(record["kind"], record["key"]): record for record in parsed}
         self.root = Path(tempfile.mkdtemp(prefix="moebert-"))
         atexit.register(shutil.rmtree, self.root, ignore_errors=True)
@@ -151,8 +155,10 @@ class Archive:
             return
         for name, content in self.files.loc[digest].items():
             if hashlib.sha256(content).hexdigest() != record["files"].get(name):
-                raise UserError(f"{self.source / FILES}: {name} of {record['kind']} {digest[:8]} "
-                                "has changed since it was made; restore the file")  # fmt: skip
+                raise UserError(
+                    f"{self.source / FILES}: {name} of {record['kind']} {digest[:8]} "
+                    "has changed since it was made; restore the file"
+                )
             yield name, content
 
     def _missing(self, kind: str, key: dict) -> str:

@@ -14,16 +14,22 @@ from filelock import FileLock
 
 from moebert_lib import publish, worker
 from moebert_lib.engines import Engine, Event, Local
+from moebert_lib.errors import UserError, home
 from moebert_lib.execution import WARNING, NotebookFailed
 from moebert_lib.notebook_files import notebooks, select
 from moebert_lib.planning import TIMED, Job, asked, describe, plan
-from moebert_lib.settings import UserError, home
 from moebert_lib.store import Entry, Store
 
 __all__ = [
-    "Job", "describe", "failed_runs", "notebooks", "plan", "published", "run",
+    "Job",
+    "describe",
+    "failed_runs",
+    "notebooks",
+    "plan",
+    "published",
+    "run",
     "select",
-]  # fmt: skip
+]
 
 
 QUIET = 30  # seconds between two progress lines where several notebooks run together
@@ -205,8 +211,9 @@ def _published(job: Job, entry: Entry, publishing: bool) -> Entry:
 def failed_runs() -> list[dict[str, Any]]:
     """What ``runs/failed`` keeps: notebook, cell, error and the executed copy, by name."""
     folders = sorted((home() / "runs" / "failed").glob("*"))
-    return [about | {"folder": str(folder)} for folder in folders
-            if (about := worker.failed_in(folder))]  # fmt: skip
+    return [
+        about | {"folder": str(folder)} for folder in folders if (about := worker.failed_in(folder))
+    ]
 
 
 def published(job: Job) -> Path:

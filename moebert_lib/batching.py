@@ -106,8 +106,13 @@ class TokenBatches:
         self.lengths, self.max_tokens = lengths, max_tokens
 
     def __len__(self) -> int:
-        return len(within(sorted(range(len(self.lengths)), key=self.lengths.__getitem__),
-                          self.lengths, self.max_tokens))  # fmt: skip
+        return len(
+            within(
+                sorted(range(len(self.lengths)), key=self.lengths.__getitem__),
+                self.lengths,
+                self.max_tokens,
+            )
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         import torch

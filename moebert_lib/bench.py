@@ -18,13 +18,29 @@ import torch
 from moebert_lib.archive import named
 from moebert_lib.bench_machine import machine, prepare
 from moebert_lib.bench_models import BASE, LIMIT, TINY_SHAPE, VOCAB, glue_like, models
-from moebert_lib.settings import UserError, home
+from moebert_lib.errors import UserError, home
 from moebert_lib.store import commit, versions, write_bytes
 
 __all__ = [
-    "BASE", "LIMIT", "TINY_SHAPE", "VOCAB", "frame", "gather", "glue_like", "judge", "keep",
-    "machine", "models", "paired", "prepare", "read", "say", "show", "summary", "time_interleaved",
-]  # fmt: skip
+    "BASE",
+    "LIMIT",
+    "TINY_SHAPE",
+    "VOCAB",
+    "frame",
+    "gather",
+    "glue_like",
+    "judge",
+    "keep",
+    "machine",
+    "models",
+    "paired",
+    "prepare",
+    "read",
+    "say",
+    "show",
+    "summary",
+    "time_interleaved",
+]
 
 #: Rounds where none are asked for: as many as fit in so many seconds, within these bounds.
 SECONDS, LEAST, MOST = 60, 5, 21
@@ -106,12 +122,18 @@ def summary(
         for variant in timed["variant"].unique():
             limit = LIMIT if limits is None else limits.get(variant)
             low, middle, high = 1000 * wide[variant].quantile([0.25, 0.5, 0.75])
-            rows.append({
-                "setting": setting, "variant": variant, "median_ms": middle, "low_ms": low,
-                "high_ms": high, "per_second": per_call / (middle / 1000),
-                **_named("ratio", paired(wide, variant, against)),
-                **_named("of_limit", paired(wide, variant, limit)),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "setting": setting,
+                    "variant": variant,
+                    "median_ms": middle,
+                    "low_ms": low,
+                    "high_ms": high,
+                    "per_second": per_call / (middle / 1000),
+                    **_named("ratio", paired(wide, variant, against)),
+                    **_named("of_limit", paired(wide, variant, limit)),
+                }
+            )
     table = pd.DataFrame(rows)
     return table if "setting" in timings else table.drop(columns="setting")
 
@@ -149,9 +171,18 @@ def judge(timings: pd.DataFrame, wishes: Iterable[Wish]) -> list[dict[str, Any]]
         if {variant, against} <= set(rounds.get(setting, ())):
             low, reached, high = map(float, paired(rounds[setting], variant, against))
             met = None if wanted is None else reached >= wanted
-            judged.append({"setting": setting, "variant": variant, "against": against,
-                           "wanted": wanted, "reached": reached, "low": low, "high": high,
-                           "met": met})  # fmt: skip
+            judged.append(
+                {
+                    "setting": setting,
+                    "variant": variant,
+                    "against": against,
+                    "wanted": wanted,
+                    "reached": reached,
+                    "low": low,
+                    "high": high,
+                    "met": met,
+                }
+            )
     return judged
 
 
@@ -175,9 +206,11 @@ def say(targets: Iterable[dict[str, Any]]) -> None:
     for row in targets:
         verdict = "" if row["met"] is None else f"; wanted {row['wanted']}: "
         verdict += {None: "", True: "met", False: "NOT met"}[row["met"]]
-        print(f"{row['setting']}: {row['variant']} is {_digits(row['reached'])} times as fast as "
-              f"{row['against']} ({_digits(row['low'])} to {_digits(row['high'])}){verdict}",
-              flush=True)  # fmt: skip
+        print(
+            f"{row['setting']}: {row['variant']} is {_digits(row['reached'])} times as fast as "
+            f"{row['against']} ({_digits(row['low'])} to {_digits(row['high'])}){verdict}",
+            flush=True,
+        )
 
 
 def _range(table: pd.DataFrame, low: str, high: str) -> list[str]:
@@ -212,9 +245,14 @@ def gather(measured: Iterable[pd.DataFrame]) -> tuple[pd.DataFrame, bool]:
 
 
 def keep(
-    what: str, timings: pd.DataFrame, table: pd.DataFrame, *,
-    targets: Sequence[dict[str, Any]] = (), out: Path | None = None, **about: Any,
-) -> Path:  # fmt: skip
+    what: str,
+    timings: pd.DataFrame,
+    table: pd.DataFrame,
+    *,
+    targets: Sequence[dict[str, Any]] = (),
+    out: Path | None = None,
+    **about: Any,
+) -> Path:
     """Write a benchmark's record to ``runs/bench-<what>-<time>.json``, or ``out``; say where.
 
     Args:
@@ -229,10 +267,16 @@ def keep(
     path = out or home() / "runs" / f"bench-{what}-{now:%Y%m%dT%H%M%S%f}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "what": what, "created": now.isoformat(timespec="seconds"), **about,
-        "machine": machine(), "versions": versions(), "commit": commit(),
-        "summary": _rows(table), "timings": _rows(timings), "targets": list(targets),
-    }  # fmt: skip
+        "what": what,
+        "created": now.isoformat(timespec="seconds"),
+        **about,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "summary": _rows(table),
+        "timings": _rows(timings),
+        "targets": list(targets),
+    }
     write_bytes(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"kept in {path}")
     return path

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from moebert_lib import bench
-from moebert_lib.settings import UserError, home
+from moebert_lib.errors import CHECKOUT, UserError, home
 
 BLOCK = 10  # runs in one timed command
 WORKERS = (1, 2)
@@ -45,8 +45,9 @@ def main(*, runs: int = 40, out: Path | None = None) -> None:
     table = bench.summary(timings, against=_name(WORKERS[0]), units=BLOCK)
     bench.show(table)
     print(f"{blocks * BLOCK} runs, all reused: {reused:.1f} s")
-    bench.keep("batch", timings, table, block=BLOCK, reused_seconds=reused, out=out,
-               conditions=conditions)  # fmt: skip
+    bench.keep(
+        "batch", timings, table, block=BLOCK, reused_seconds=reused, out=out, conditions=conditions
+    )
 
 
 def _name(workers: int) -> str:
@@ -65,7 +66,7 @@ def _sweep(where: Path, seeds: range, *, workers: int) -> float:
     grid.write_text(f"scale: smoke\nseeds: {list(seeds)}\n")
     command = [sys.executable, "-m", "moebert_lib", "sweep", str(grid), "--workers", str(workers)]
     environment = {**os.environ, "MOEBERT_HOME": str(where), "MOEBERT_STORE": ""}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = str(CHECKOUT)
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start

@@ -10,8 +10,8 @@ from torch import nn
 from moebert_lib import bench
 from moebert_lib.bench_inference import FAST, MOE, Inputs, limits, measured, one, tokens
 from moebert_lib.bench_models import BASE, LIMIT, RELEASE, VOCAB, glue_like, zipf
+from moebert_lib.errors import UserError
 from moebert_lib.packed import accelerate
-from moebert_lib.settings import UserError
 
 COMPILED = ", compiled"
 COMPILER = partial(torch.compile, dynamic=False)
@@ -35,9 +35,11 @@ def settings(vocab: int = VOCAB, *, device: str = "cuda", scale: int = 1) -> dic
 
 
 def variants(
-    shape: dict[str, int] = BASE, *, device: str = "cuda",
+    shape: dict[str, int] = BASE,
+    *,
+    device: str = "cuda",
     compiler: Callable[[nn.Module], nn.Module] = COMPILER,
-) -> dict[str, nn.Module]:  # fmt: skip
+) -> dict[str, nn.Module]:
     """Dense and equal-FLOP models ordinary, compiled and accelerated; MoEBERT; the release's.
 
     MoEBERT's experts run in one grouped product (transformers' ``grouped_mm``).
@@ -58,9 +60,13 @@ def variants(
 
 
 def main(
-    *, shape: dict[str, int] = BASE, batch: int | None = None, length: int | None = None,
-    repeats: int | None = None, out: Path | None = None,
-) -> bool:  # fmt: skip
+    *,
+    shape: dict[str, int] = BASE,
+    batch: int | None = None,
+    length: int | None = None,
+    repeats: int | None = None,
+    out: Path | None = None,
+) -> bool:
     """``moebert bench inference --device cuda``: as ``bench_inference.main``, on a GPU.
 
     Raises:
@@ -73,8 +79,11 @@ def main(
     batches = settings(vocab)
     if batch is not None or length is not None:
         batches = {name: _to(inputs, "cuda") for name, inputs in one(vocab, batch, length).items()}
-    print(f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
-          f"bfloat16, {torch.cuda.get_device_name()}", flush=True)  # fmt: skip
+    print(
+        f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
+        f"bfloat16, {torch.cuda.get_device_name()}",
+        flush=True,
+    )
     torch._dynamo.config.recompile_limit = 64  # each setting is a shape of its own
     models = variants(shape)
     timings, complete = bench.gather(measured(models, batches, repeats=repeats, against=AGAINST))
@@ -83,8 +92,17 @@ def main(
     targets = bench.judge(timings, WISHES)
     bench.say(targets)
     what = "inference-cuda" if batch is None and length is None else "inference-one-cuda"
-    bench.keep(what, timings, table, targets=targets, out=out, complete=complete,
-               shape=shape, tokens=tokens(batches), conditions=conditions)  # fmt: skip
+    bench.keep(
+        what,
+        timings,
+        table,
+        targets=targets,
+        out=out,
+        complete=complete,
+        shape=shape,
+        tokens=tokens(batches),
+        conditions=conditions,
+    )
     return complete
 
 

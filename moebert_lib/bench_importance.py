@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from moebert_lib import bench
 from moebert_lib.adapters import ffns
 from moebert_lib.bench_models import BASE, VOCAB, glue_like, zipf
+from moebert_lib.errors import UserError
 from moebert_lib.importance import batch_flows, ffn_importance, frozen
 from moebert_lib.inputs import dataset
 from moebert_lib.packed import accelerate
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 from moebert_lib.teachers import teacher
 
 Inputs = dict[str, Tensor]
@@ -44,10 +45,14 @@ WISHES: list[bench.Wish] = [
     (setting, variant, against, wanted)
     for setting in ("32 x 64", "GLUE-like")
     for variant, against, wanted in (
-        (PACKED, LOOP, 2.2), (HALF, LOOP, None), (PACKED, RELEASE, None), (PACKED, PADDED, None),
-        (PACKED, FORWARD, 0.303), (PACKED, FORWARD_PACKED, 0.303),
+        (PACKED, LOOP, 2.2),
+        (HALF, LOOP, None),
+        (PACKED, RELEASE, None),
+        (PACKED, PADDED, None),
+        (PACKED, FORWARD, 0.303),
+        (PACKED, FORWARD_PACKED, 0.303),
     )
-]  # fmt: skip
+]
 
 
 def settings(vocab: int = VOCAB, *, scale: int = 1) -> dict[str, Inputs]:
@@ -95,8 +100,10 @@ def release(model: nn.Module, batch: Inputs) -> Tensor:
 def _alone(batch: Inputs) -> Iterator[Inputs]:
     """Each example of a batch by itself, trimmed to its own length."""
     for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-        yield {name: x[i : i + 1, :length] if x.dim() > 1 else x[i : i + 1]
-               for name, x in batch.items()}  # fmt: skip
+        yield {
+            name: x[i : i + 1, :length] if x.dim() > 1 else x[i : i + 1]
+            for name, x in batch.items()
+        }
 
 
 def _weights(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -151,9 +158,11 @@ def agree(found: Mapping[str, Tensor], batch: Inputs) -> None:
         apart = (found[name] - slow).abs().amax((1, 2)) / slow.amax((1, 2))
         limit = TOLERANCE.get(name, 1e-4)
         if not float(apart.max()) <= limit:  # NaN too
-            raise UserError(f"the scores of '{name}' are {float(apart.max()):.2g} of the highest "
-                            f"one away from those of '{LOOP}' (at most {limit}); nothing is "
-                            "timed that scores differently")  # fmt: skip
+            raise UserError(
+                f"the scores of '{name}' are {float(apart.max()):.2g} of the highest "
+                f"one away from those of '{LOOP}' (at most {limit}); nothing is "
+                "timed that scores differently"
+            )
 
 
 def measure(
@@ -199,8 +208,9 @@ def rank_error(model: nn.Module, batches: Iterable[Inputs]) -> pd.DataFrame:
             both = torch.isin(exact.ranking[layer, :size], half.ranking[layer, :size])
             tops[name] = both.double().mean().item()
         error = ((other - one).abs() / one).median().item()
-        rows.append({"layer": layer, **tops, "spearman": spearmanr(one, other).statistic,
-                     "error": error})  # fmt: skip
+        rows.append(
+            {"layer": layer, **tops, "spearman": spearmanr(one, other).statistic, "error": error}
+        )
     return pd.DataFrame(rows)
 
 
@@ -212,9 +222,12 @@ def teacher_rank_error(scale: str = "quick", *, n_examples: int = 256) -> pd.Dat
 
 
 def main(
-    *, repeats: int | None = None, out: Path | None = None, shape: dict[str, int] = BASE,
+    *,
+    repeats: int | None = None,
+    out: Path | None = None,
+    shape: dict[str, int] = BASE,
     scale: str = "quick",
-) -> bool:  # fmt: skip
+) -> bool:
     """``moebert bench importance``: compare, time, print, keep the record as JSON.
 
     Args:
@@ -228,9 +241,12 @@ def main(
     """
     moved = _said_rank_error(scale)
     conditions = bench.prepare()
-    print(f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
-          f"{torch.get_num_threads()} threads, {repeats or REPEATS} interleaved rounds; "
-          f"'{RELEASE}' on {SLOW} sentences, scaled by tokens", flush=True)  # fmt: skip
+    print(
+        f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
+        f"{torch.get_num_threads()} threads, {repeats or REPEATS} interleaved rounds; "
+        f"'{RELEASE}' on {SLOW} sentences, scaled by tokens",
+        flush=True,
+    )
     timings, complete = bench.gather(measure(shape, repeats=repeats))
     limits = {name: FORWARD_PACKED for name in (PADDED, PACKED, HALF)}
     table = bench.summary(timings, against=LOOP, limits=limits, units=32)
@@ -238,10 +254,18 @@ def main(
     bench.show(table)
     bench.say(targets)
     bench.keep(
-        "importance", timings, table, targets=targets, out=out, conditions=conditions,
-        complete=complete, shape=shape, release_examples=SLOW, rank_error_scale=scale,
+        "importance",
+        timings,
+        table,
+        targets=targets,
+        out=out,
+        conditions=conditions,
+        complete=complete,
+        shape=shape,
+        release_examples=SLOW,
+        rank_error_scale=scale,
         rank_error=moved.to_dict("records"),
-    )  # fmt: skip
+    )
     return complete
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from moebert_lib import bench, roofline
 from moebert_lib.bench_models import BASE, LIMIT, RELEASE, VOCAB, glue_like, zipf
+from moebert_lib.errors import UserError
 from moebert_lib.packed import accelerate
-from moebert_lib.settings import UserError
 
 Inputs = dict[str, Tensor]
 
@@ -29,11 +29,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 #: How many times as fast, on a CPU in float32.
 WISHES: list[bench.Wish] = [
-    ("32 x 128", MOE, "dense", 2.3), ("GLUE-like", MOE, "dense", 6.5),
-    ("1 x 64", MOE, "dense", 2.3), ("32 x 128", MOE, LIMIT + FAST, 0.93),
-    ("GLUE-like", MOE, LIMIT + FAST, 0.95), ("1 x 64", MOE, LIMIT + FAST, 0.85),
+    ("32 x 128", MOE, "dense", 2.3),
+    ("GLUE-like", MOE, "dense", 6.5),
+    ("1 x 64", MOE, "dense", 2.3),
+    ("32 x 128", MOE, LIMIT + FAST, 0.93),
+    ("GLUE-like", MOE, LIMIT + FAST, 0.95),
+    ("1 x 64", MOE, LIMIT + FAST, 0.85),
     *((setting, MOE, "dense" + FAST, None) for setting in ("32 x 128", "GLUE-like", "1 x 64")),
-]  # fmt: skip
+]
 
 
 def settings(vocab: int = VOCAB, *, scale: int = 1) -> dict[str, Inputs]:
@@ -45,9 +48,11 @@ def settings(vocab: int = VOCAB, *, scale: int = 1) -> dict[str, Inputs]:
     """
     n, long, short = 32 // scale, 128 // scale, 64 // scale
     return {
-        "32 x 128": zipf(vocab, n=n, length=long), "GLUE-like": glue_like(vocab, n=n, longest=long),
-        "1 x 64": zipf(vocab, n=1, length=short), "1 x 128": zipf(vocab, n=1, length=long),
-    }  # fmt: skip
+        "32 x 128": zipf(vocab, n=n, length=long),
+        "GLUE-like": glue_like(vocab, n=n, longest=long),
+        "1 x 64": zipf(vocab, n=1, length=short),
+        "1 x 128": zipf(vocab, n=1, length=long),
+    }
 
 
 def variants(shape: dict[str, int] = BASE) -> dict[str, nn.Module]:
@@ -105,8 +110,10 @@ def agree(logits: Mapping[str, Tensor]) -> None:
         expected = logits[origin].float()
         apart = float((found.float() - expected).abs().max() / expected.abs().max())
         if not apart <= limit:  # NaN too
-            raise UserError(f"'{name}' is {apart:.2g} of the largest logit from '{origin}', over "
-                            f"{limit}; nothing is timed that answers differently")  # fmt: skip
+            raise UserError(
+                f"'{name}' is {apart:.2g} of the largest logit from '{origin}', over "
+                f"{limit}; nothing is timed that answers differently"
+            )
 
 
 def limits(names: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -116,9 +123,12 @@ def limits(names: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def measured(
-    models: Mapping[str, nn.Module], batches: Mapping[str, Inputs], *,
-    repeats: int | None = None, against: str = "dense",
-) -> Iterator[pd.DataFrame]:  # fmt: skip
+    models: Mapping[str, nn.Module],
+    batches: Mapping[str, Inputs],
+    *,
+    repeats: int | None = None,
+    against: str = "dense",
+) -> Iterator[pd.DataFrame]:
     """Timings of one setting after the other, each printed as it is finished.
 
     Args:
@@ -133,8 +143,10 @@ def measured(
         timings = time_variants(chosen, inputs, repeats=repeats).assign(setting=setting)
         table = bench.summary(timings, against=against, limits=limits(models), units={setting: n})
         rounds = timings["repeat"].nunique()
-        print(f"\n{setting}: {n} sentence{'s' * (n > 1)}, {tokens(batches)[setting]} tokens, "
-              f"{rounds} rounds; speed over {against}, and of the equal-FLOP limit's")  # fmt: skip
+        print(
+            f"\n{setting}: {n} sentence{'s' * (n > 1)}, {tokens(batches)[setting]} tokens, "
+            f"{rounds} rounds; speed over {against}, and of the equal-FLOP limit's"
+        )
         bench.show(table.drop(columns="setting"))
         yield timings[["setting", "variant", "repeat", "seconds"]]
 
@@ -148,9 +160,13 @@ def measure(
 
 
 def main(
-    *, shape: dict[str, int] = BASE, batch: int | None = None, length: int | None = None,
-    repeats: int | None = None, out: Path | None = None,
-) -> bool:  # fmt: skip
+    *,
+    shape: dict[str, int] = BASE,
+    batch: int | None = None,
+    length: int | None = None,
+    repeats: int | None = None,
+    out: Path | None = None,
+) -> bool:
     """``moebert bench inference``: time, print tables and targets, keep the record.
 
     Args:
@@ -169,9 +185,11 @@ def main(
     conditions = bench.prepare()
     vocab = shape.get("vocab_size", VOCAB)
     batches = settings(vocab) if batch is None and length is None else one(vocab, batch, length)
-    print(f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
-          f"float32 unless it says bf16, {torch.get_num_threads()} threads",
-          flush=True)  # fmt: skip
+    print(
+        f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
+        f"float32 unless it says bf16, {torch.get_num_threads()} threads",
+        flush=True,
+    )
     models = variants(shape)
     ceiling = roofline.ceilings()
     timings, complete = bench.gather(measured(models, batches, repeats=repeats))
@@ -182,9 +200,19 @@ def main(
     bench.say(targets)
     rows = roof(table, models, batches, ceiling)
     what = "inference" if batch is None and length is None else "inference-one"
-    bench.keep(what, timings, table, targets=targets, out=out, complete=complete,
-               shape=shape, tokens=tokens(batches), ceilings=ceiling.record(),
-               roofline=rows.to_dict("records"), conditions=conditions)  # fmt: skip
+    bench.keep(
+        what,
+        timings,
+        table,
+        targets=targets,
+        out=out,
+        complete=complete,
+        shape=shape,
+        tokens=tokens(batches),
+        ceilings=ceiling.record(),
+        roofline=rows.to_dict("records"),
+        conditions=conditions,
+    )
     return complete
 
 
@@ -204,16 +232,20 @@ def tokens(batches: Mapping[str, Inputs]) -> dict[str, int]:
 
 
 def roof(
-    table: pd.DataFrame, models: Mapping[str, nn.Module], batches: Mapping[str, Inputs],
+    table: pd.DataFrame,
+    models: Mapping[str, nn.Module],
+    batches: Mapping[str, Inputs],
     ceiling: roofline.Ceilings,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """The roofline of what was timed; prints why the MoE is where it is against its limit."""
     named = list(zip(table["setting"], table["variant"], strict=True))
     works = {(s, v): roofline.work(models[v], batches[s]) for s, v in named}
     rows = roofline.table(table, works, ceiling)
-    print(f"\nthis machine: {ceiling.float32 / 1e9:,.0f} GFLOP/s in float32, "
-          f"{ceiling.bfloat16 / 1e9:,.0f} in bfloat16, "
-          f"{ceiling.bandwidth / 1e9:,.1f} GB/s of memory")  # fmt: skip
+    print(
+        f"\nthis machine: {ceiling.float32 / 1e9:,.0f} GFLOP/s in float32, "
+        f"{ceiling.bfloat16 / 1e9:,.0f} in bfloat16, "
+        f"{ceiling.bandwidth / 1e9:,.1f} GB/s of memory"
+    )
     reached = table.set_index(["setting", "variant"])["of_limit"]
     for setting in table["setting"].unique():
         print(roofline.why(rows, setting, MOE, LIMIT + FAST, measured=reached[setting, MOE]))

@@ -18,11 +18,18 @@ BUSY = 0.5  # of a core: other work that a timing would show
 def machine() -> dict[str, Any]:
     """CPU, cores, threads, instructions, memory, how torch was built, and the GPU or "none"."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    libraries = {"mkl": torch.backends.mkl.is_available(),
-                 "onednn": torch.backends.mkldnn.is_available(),
-                 "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
-    return {**provenance.machine(), "instructions": _instructions(), "ram_gb": _ram(),
-            "torch_build": libraries, "gpu": gpu}  # fmt: skip
+    libraries = {
+        "mkl": torch.backends.mkl.is_available(),
+        "onednn": torch.backends.mkldnn.is_available(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    return {
+        **provenance.machine(),
+        "instructions": _instructions(),
+        "ram_gb": _ram(),
+        "torch_build": libraries,
+        "gpu": gpu,
+    }
 
 
 def prepare() -> dict[str, Any]:

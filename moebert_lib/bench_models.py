@@ -18,11 +18,20 @@ from moebert_lib.released import as_released
 from moebert_lib.routing import random_table
 
 #: BERT-base, the model of Fig. 4.
-BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-        "intermediate_size": 3072}  # fmt: skip
+BASE = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
 #: Two small layers: for tests.
-TINY_SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "intermediate_size": 64, "vocab_size": 99}  # fmt: skip
+TINY_SHAPE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+}
 VOCAB = BertConfig().vocab_size
 #: Names that are asked for elsewhere too.
 LIMIT, RELEASE = "equal FLOPs", "release style"
@@ -74,17 +83,22 @@ def _bert(shape: dict[str, int]) -> nn.Module:
 
 def _distilbert(shape: dict[str, int]) -> nn.Module:
     config = DistilBertConfig(
-        vocab_size=shape.get("vocab_size", VOCAB), dim=shape["hidden_size"],
-        n_layers=max(shape["num_hidden_layers"] // 2, 1), n_heads=shape["num_attention_heads"],
+        vocab_size=shape.get("vocab_size", VOCAB),
+        dim=shape["hidden_size"],
+        n_layers=max(shape["num_hidden_layers"] // 2, 1),
+        n_heads=shape["num_attention_heads"],
         hidden_dim=shape["intermediate_size"],
-    )  # fmt: skip
+    )
     return DistilBertForSequenceClassification(config)
 
 
 def moebert(
-    shape: dict[str, int], *, routing: str = "hash-random", n_experts: int = 4,
+    shape: dict[str, int],
+    *,
+    routing: str = "hash-random",
+    n_experts: int = 4,
     expert_size: int | None = None,
-) -> MoEBertForSequenceClassification:  # fmt: skip
+) -> MoEBertForSequenceClassification:
     """A MoEBERT of random weights; its experts share the FFN's width unless a size is given."""
     size = expert_size or shape["intermediate_size"] // n_experts
     config = MoEBertConfig(

@@ -88,9 +88,12 @@ def models(point: Point, shape: dict[str, int] = SHAPE) -> dict[str, nn.Module]:
 
 
 def measured(
-    chosen: Sequence[Point], shape: dict[str, int], *, repeats: int,
+    chosen: Sequence[Point],
+    shape: dict[str, int],
+    *,
+    repeats: int,
     works: dict[tuple[str, str], roofline.Work],
-) -> Iterator[pd.DataFrame]:  # fmt: skip
+) -> Iterator[pd.DataFrame]:
     """Timings of each point, one after the other; ``works`` is filled with what each has to do."""
     sizes, built = None, {}
     for point in chosen:
@@ -102,8 +105,10 @@ def measured(
         for name, model in built.items():
             works[point.name, name] = roofline.work(model, inputs)
         median = 1000 * timings.groupby("variant", sort=False)["seconds"].median()
-        print(f"{point.name}: " + ", ".join(f"{v} {ms:.1f} ms" for v, ms in median.items()),
-              flush=True)  # fmt: skip
+        print(
+            f"{point.name}: " + ", ".join(f"{v} {ms:.1f} ms" for v, ms in median.items()),
+            flush=True,
+        )
         named = timings.assign(axis=point.axis, value=point.value, setting=point.name)
         yield named[["axis", "value", "setting", "variant", "repeat", "seconds"]]
 
@@ -118,9 +123,10 @@ def measure(
 
 
 def summary(
-    timings: pd.DataFrame, works: Mapping[tuple[str, str], roofline.Work],
+    timings: pd.DataFrame,
+    works: Mapping[tuple[str, str], roofline.Work],
     ceiling: roofline.Ceilings,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """:func:`bench.summary` of each point with ``axis``, ``value`` and the roofline's columns."""
     table = bench.summary(timings, against=DENSE, limits={MOE: LIMIT + FAST})
     rows = roofline.table(table, works, ceiling)
@@ -147,16 +153,27 @@ def slopes(table: pd.DataFrame) -> pd.DataFrame:
             continue
         fit = stats.linregress(x, np.log(part["median_ms"]))
         half = fit.stderr * stats.t.ppf(0.975, len(x) - 2)
-        own = {name: stats.linregress(x, np.log(part[column].astype(float))).slope
-               for name, column in (("flops", "flops"), ("bytes", "bytes"),
-                                    ("in_turn", "in_turn_ms"))}  # fmt: skip
-        words = (f"{axis}, {variant}: time goes with the power {fit.slope:.2f} "
-                 f"({fit.slope - half:.2f} to {fit.slope + half:.2f}), operations "
-                 f"{own['flops']:.2f}, bytes {own['bytes']:.2f}, both in turn "
-                 f"{own['in_turn']:.2f}: {REASONS[str(axis)]}")  # fmt: skip
-        rows.append({"axis": axis, "variant": variant, "exponent": fit.slope,
-                     "low": fit.slope - half, "high": fit.slope + half, **own,
-                     "words": words})  # fmt: skip
+        own = {
+            name: stats.linregress(x, np.log(part[column].astype(float))).slope
+            for name, column in (("flops", "flops"), ("bytes", "bytes"), ("in_turn", "in_turn_ms"))
+        }
+        words = (
+            f"{axis}, {variant}: time goes with the power {fit.slope:.2f} "
+            f"({fit.slope - half:.2f} to {fit.slope + half:.2f}), operations "
+            f"{own['flops']:.2f}, bytes {own['bytes']:.2f}, both in turn "
+            f"{own['in_turn']:.2f}: {REASONS[str(axis)]}"
+        )
+        rows.append(
+            {
+                "axis": axis,
+                "variant": variant,
+                "exponent": fit.slope,
+                "low": fit.slope - half,
+                "high": fit.slope + half,
+                **own,
+                "words": words,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -167,9 +184,11 @@ def main(*, shape: dict[str, int] = SHAPE, repeats: int = 7, out: Path | None = 
         Whether all points were timed; Ctrl-C keeps those that were.
     """
     conditions = bench.prepare()
-    print(f"hidden size {shape['hidden_size']}, FFN {shape['intermediate_size']}, float32, "
-          f"{torch.get_num_threads()} threads; {repeats} interleaved rounds",
-          flush=True)  # fmt: skip
+    print(
+        f"hidden size {shape['hidden_size']}, FFN {shape['intermediate_size']}, float32, "
+        f"{torch.get_num_threads()} threads; {repeats} interleaved rounds",
+        flush=True,
+    )
     ceiling = roofline.ceilings()
     works: dict[tuple[str, str], roofline.Work] = {}
     chosen = points(shape["intermediate_size"])
@@ -179,7 +198,15 @@ def main(*, shape: dict[str, int] = SHAPE, repeats: int = 7, out: Path | None = 
     print()
     for row in fits[fits["variant"] == MOE].itertuples():
         print(row.words)
-    bench.keep("scaling", timings, table, out=out, complete=complete, shape=shape,
-               ceilings=ceiling.record(), slopes=fits.to_dict("records"),
-               conditions=conditions)  # fmt: skip
+    bench.keep(
+        "scaling",
+        timings,
+        table,
+        out=out,
+        complete=complete,
+        shape=shape,
+        ceilings=ceiling.record(),
+        slopes=fits.to_dict("records"),
+        conditions=conditions,
+    )
     return complete

@@ -21,9 +21,9 @@ from moebert_lib import bench
 from moebert_lib.batching import without_targets
 from moebert_lib.bench_models import BASE, LIMIT, VOCAB, glue_like, moebert
 from moebert_lib.distill import distillation_terms
+from moebert_lib.errors import UserError
 from moebert_lib.packed import accelerate
 from moebert_lib.released import as_released
-from moebert_lib.settings import UserError
 from moebert_lib.teacher_states import STATES, TeacherStates
 
 RELEASE, PACKED = "release style", "packed"
@@ -31,8 +31,12 @@ HALF, CACHED = f"{PACKED} bf16", f"{PACKED}, cached teacher"
 PADDED_LIMIT, PACKED_LIMIT = f"{LIMIT}, padded", f"{LIMIT}, packed"
 HALF_LIMIT = f"{PACKED_LIMIT} bf16"
 #: What each variant could reach at best: a dense student as wide as one expert, the same way.
-LIMITS = {RELEASE: PADDED_LIMIT, "ordinary, padded": PADDED_LIMIT, PACKED: PACKED_LIMIT,
-          HALF: HALF_LIMIT}  # fmt: skip
+LIMITS = {
+    RELEASE: PADDED_LIMIT,
+    "ordinary, padded": PADDED_LIMIT,
+    PACKED: PACKED_LIMIT,
+    HALF: HALF_LIMIT,
+}
 
 DRY, WET = "GLUE-like, dropout 0", "GLUE-like, dropout 0.1"
 #: Attention with dropout has no fast kernel on a CPU: few variants, about half the rounds.
@@ -41,10 +45,14 @@ REPEATS = 5
 
 #: How many times as fast as the release's step, on a CPU.
 WISHES: list[bench.Wish] = [
-    (DRY, PACKED, RELEASE, 3.0), (DRY, HALF, RELEASE, 4.5), (DRY, CACHED, RELEASE, None),
-    (DRY, PACKED, PACKED_LIMIT, None), (DRY, HALF, HALF_LIMIT, None),
-    (WET, PACKED, RELEASE, None), (WET, HALF, RELEASE, None),
-]  # fmt: skip
+    (DRY, PACKED, RELEASE, 3.0),
+    (DRY, HALF, RELEASE, 4.5),
+    (DRY, CACHED, RELEASE, None),
+    (DRY, PACKED, PACKED_LIMIT, None),
+    (DRY, HALF, HALF_LIMIT, None),
+    (WET, PACKED, RELEASE, None),
+    (WET, HALF, RELEASE, None),
+]
 
 #: Largest difference of losses, relative, between variants of one student.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -136,8 +144,9 @@ def wet(student: nn.Module, dropout: float) -> None:
 def _cached(teacher: nn.Module, batch: dict[str, Tensor], folder: Path) -> Callable[[], Any]:
     lengths, config = batch["attention_mask"].sum(1).tolist(), teacher.config
     layers = list(range(config.num_hidden_layers + 1))
-    told = TeacherStates(folder / STATES, lengths, layers=layers, width=config.hidden_size,
-                         dtype=torch.float32)  # fmt: skip
+    told = TeacherStates(
+        folder / STATES, lengths, layers=layers, width=config.hidden_size, dtype=torch.float32
+    )
     with torch.no_grad():
         told.fill(lambda asked: ask(teacher, asked, "packed"), [batch])
     return lambda: told.of(batch, teacher)
@@ -161,8 +170,10 @@ def agree(steps: Mapping[str, Step]) -> dict[str, float]:
         origin = PADDED_LIMIT if name.startswith(LIMIT) else RELEASE
         close = TOLERANCE[torch.bfloat16 if step.half else torch.float32] * abs(losses[origin])
         if not abs(losses[name] - losses[origin]) <= close:  # NaN too
-            raise UserError(f"the loss of '{name}' is {losses[name]:.6g}, that of '{origin}' "
-                            f"{losses[origin]:.6g}; nothing is timed that differs")  # fmt: skip
+            raise UserError(
+                f"the loss of '{name}' is {losses[name]:.6g}, that of '{origin}' "
+                f"{losses[origin]:.6g}; nothing is timed that differs"
+            )
     return losses
 
 
@@ -175,8 +186,11 @@ def measured(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         steps = variants(shape, batch, dropout=0.0, folder=folder)
         losses = agree(steps)
-        print(f"losses agree: {losses[PACKED]:.5f} packed, {losses[RELEASE]:.5f} release style, "
-              f"{losses[HALF]:.5f} in bf16", flush=True)  # fmt: skip
+        print(
+            f"losses agree: {losses[PACKED]:.5f} packed, {losses[RELEASE]:.5f} release style, "
+            f"{losses[HALF]:.5f} in bf16",
+            flush=True,
+        )
         yield bench.time_interleaved(steps, repeats=repeats).assign(setting=DRY)
         for name in WITH_DROPOUT:
             wet(steps[name].student, 0.1)
@@ -199,9 +213,7 @@ def measure(
     return frames[["setting", "variant", "repeat", "seconds"]]
 
 
-def main(
-    *, shape: dict[str, int] = BASE, repeats: int = REPEATS, out: Path | None = None
-) -> bool:  # fmt: skip
+def main(*, shape: dict[str, int] = BASE, repeats: int = REPEATS, out: Path | None = None) -> bool:
     """``moebert bench training``: time, print the table and the targets, keep the record.
 
     Returns:
@@ -213,20 +225,35 @@ def main(
     conditions = bench.prepare()
     batch = glue(shape.get("vocab_size", VOCAB))
     n, tokens = len(batch["input_ids"]), int(batch["attention_mask"].sum())
-    print(f"a step of distillation: hidden size {shape['hidden_size']}, "
-          f"{shape['num_hidden_layers']} layers, {n} sentences, {tokens} tokens, float32 unless it "
-          f"says bf16, {torch.get_num_threads()} threads; {repeats} rounds, about half as many "
-          "with dropout", flush=True)  # fmt: skip
+    print(
+        f"a step of distillation: hidden size {shape['hidden_size']}, "
+        f"{shape['num_hidden_layers']} layers, {n} sentences, {tokens} tokens, float32 unless it "
+        f"says bf16, {torch.get_num_threads()} threads; {repeats} rounds, about half as many "
+        "with dropout",
+        flush=True,
+    )
     timings, complete = bench.gather(measured(shape, repeats=repeats))
     timings = timings[["setting", "variant", "repeat", "seconds"]]
     table = bench.summary(timings, against=RELEASE, limits=LIMITS, units=n)
     targets = bench.judge(timings, WISHES)
     for setting, rows in table.groupby("setting", sort=False):
-        print(f"\n{setting}: speed over '{RELEASE}', and of the equal-FLOP student computed alike, "
-              "with quartiles")  # fmt: skip
+        print(
+            f"\n{setting}: speed over '{RELEASE}', and of the equal-FLOP student computed alike, "
+            "with quartiles"
+        )
         bench.show(rows.drop(columns="setting"))
     print()
     bench.say(targets)
-    bench.keep("training", timings, table, targets=targets, out=out, complete=complete, shape=shape,
-               tokens={DRY: tokens, WET: tokens}, device="cpu", conditions=conditions)  # fmt: skip
+    bench.keep(
+        "training",
+        timings,
+        table,
+        targets=targets,
+        out=out,
+        complete=complete,
+        shape=shape,
+        tokens={DRY: tokens, WET: tokens},
+        device="cpu",
+        conditions=conditions,
+    )
     return complete

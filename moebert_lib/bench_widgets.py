@@ -92,11 +92,21 @@ def _source() -> Source:
     judged = pd.DataFrame(sizes, columns=["n_experts", "expert_size", "n_shared"])
     shape = (L, F, 6)
     excited = Excitation(
-        *torch.rand(2, L, F), torch.rand(shape), torch.randint(100, shape),
-        torch.randint(20, shape), [["word"] * 20] * 100,
-    )  # fmt: skip
-    return Source("made up", scores, accuracy=judged.assign(seed=0, value=0.5), metric="accuracy",
-                  sizes=SHAPES[BASE], dense=0.6, excited=excited)  # fmt: skip
+        *torch.rand(2, L, F),
+        torch.rand(shape),
+        torch.randint(100, shape),
+        torch.randint(20, shape),
+        [["word"] * 20] * 100,
+    )
+    return Source(
+        "made up",
+        scores,
+        accuracy=judged.assign(seed=0, value=0.5),
+        metric="accuracy",
+        sizes=SHAPES[BASE],
+        dense=0.6,
+        excited=excited,
+    )
 
 
 def _deal() -> Move:
@@ -133,5 +143,7 @@ def _gated(*, seed: int) -> MoEBertForSequenceClassification:
 
 WIDGETS: dict[str, Callable[[], Move]] = {
     **{f"explorer, {n} column{'s' * (n > 1)}": partial(_explorer, n) for n in (1, 2, 3)},
-    "deal": _deal, "states": _states, "routing": _routing,
-}  # fmt: skip
+    "deal": _deal,
+    "states": _states,
+    "routing": _routing,
+}

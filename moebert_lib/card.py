@@ -13,8 +13,10 @@ from moebert_lib.onnx_file import FILE as ONNX
 from moebert_lib.settings import Settings
 from moebert_lib.tasks import TASKS
 
-HEADS = {True: ("question-answering", "AutoModelForQuestionAnswering"),
-         False: ("text-classification", "AutoModelForSequenceClassification")}  # fmt: skip
+HEADS = {
+    True: ("question-answering", "AutoModelForQuestionAnswering"),
+    False: ("text-classification", "AutoModelForSequenceClassification"),
+}
 
 
 def write(folder: Path, told: dict, proof: dict) -> None:
@@ -26,11 +28,19 @@ def write(folder: Path, told: dict, proof: dict) -> None:
         proof: The receipt.
     """
     sections = [
-        _title(told), "## Load it", _load(folder, told),
-        "## How good it is", receipt.metrics(proof), "## How it was made", _made(told, proof),
-        "## Equivalence receipt", _checked(told, proof), receipt.table(proof),
-        "## Limits", _limits(told),
-    ]  # fmt: skip
+        _title(told),
+        "## Load it",
+        _load(folder, told),
+        "## How good it is",
+        receipt.metrics(proof),
+        "## How it was made",
+        _made(told, proof),
+        "## Equivalence receipt",
+        _checked(told, proof),
+        receipt.table(proof),
+        "## Limits",
+        _limits(told),
+    ]
     text = "\n\n".join(sections)
     ModelCard(f"---\n{_metadata(told).to_yaml()}\n---\n\n{text}\n").save(folder / receipt.CARD)
 
@@ -56,15 +66,22 @@ def _metadata(told: dict) -> ModelCardData:
         known |= {"model_name": told["name"], "metrics": [row["metric"] for row in told["metrics"]]}
         known["eval_results"] = [
             EvalResult(
-                task_type=kind, dataset_type=hub or told["task"], dataset_name=told["task"],
+                task_type=kind,
+                dataset_type=hub or told["task"],
+                dataset_name=told["task"],
                 dataset_config=told["task"] if task.source == "glue" else None,
-                dataset_split=told["part"], metric_type=row["metric"],
+                dataset_split=told["part"],
+                metric_type=row["metric"],
                 metric_value=round(row["moebert"][0], 4),
             )
             for row in told["metrics"]
-        ]  # fmt: skip
-    return ModelCardData(library_name="transformers", pipeline_tag=kind,
-                         tags=["moebert", "mixture-of-experts"], **known)  # fmt: skip
+        ]
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=kind,
+        tags=["moebert", "mixture-of-experts"],
+        **known,
+    )
 
 
 def _title(told: dict) -> str:
@@ -116,8 +133,9 @@ def _made(told: dict, proof: dict) -> str:
     trained = told["steps"] is not None
     learned = "nothing since conversion"
     if trained:
-        learned = (f"{told['n_train']:,} training examples of `{told['task']}`, "
-                   f"{told['steps']:,} steps")  # fmt: skip
+        learned = (
+            f"{told['n_train']:,} training examples of `{told['task']}`, {told['steps']:,} steps"
+        )
     lines = [
         f"- Trained on: {learned}",
         f"- Scored by {_score(told)}: {told['scored']}, `importance.safetensors`, SHA-256 "
@@ -126,9 +144,14 @@ def _made(told: dict, proof: dict) -> str:
     ]
     if told["data"]:
         lines.append(f"- Data: SHA-256 `{told['data']}`")
-    lines.append(f"- Code: commit {proof['commit'] or 'unknown'}; " + ", ".join(
-        f"{name} {proof['versions'][name]}" for name in ("moebert", "torch", "transformers")
-        if name in proof["versions"]))  # fmt: skip
+    lines.append(
+        f"- Code: commit {proof['commit'] or 'unknown'}; "
+        + ", ".join(
+            f"{name} {proof['versions'][name]}"
+            for name in ("moebert", "torch", "transformers")
+            if name in proof["versions"]
+        )
+    )
     rows = [f"| {name} | {value} |" for name, value in told["settings"].items()]
     return "\n".join([*lines, "", "| setting | value |", "|---|---|", *rows])
 
@@ -142,9 +165,13 @@ def _limits(told: dict) -> str:
     if told["config"]["routing"].startswith("hash"):
         lines.append("- A token's expert follows from its id alone: `inputs_embeds` is refused.")
     if told["scored_on"] == "validation":
-        lines.append("- Its neurons were chosen on validation examples, of which its metrics "
-                     "are too: expect less elsewhere.")  # fmt: skip
+        lines.append(
+            "- Its neurons were chosen on validation examples, of which its metrics "
+            "are too: expect less elsewhere."
+        )
     k = told["config"]["num_experts_per_tok"]
-    lines.append("- All experts are in memory; only the work of a token is that of "
-                 f"{'one' if k == 1 else k}.")  # fmt: skip
+    lines.append(
+        "- All experts are in memory; only the work of a token is that of "
+        f"{'one' if k == 1 else k}."
+    )
     return "\n".join(lines)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from moebert_lib.errors import UserError
 from moebert_lib.provenance import checksums, to_json
-from moebert_lib.settings import UserError
 
 CHECKPOINT_SECONDS = 300  # between two checkpoints, unless the environment says otherwise
 VARIABLE = "MOEBERT_CHECKPOINT_SECONDS"
@@ -40,8 +40,10 @@ def seconds() -> float:
     except ValueError:
         value = math.nan
     if not value >= 0:
-        raise UserError(f"{VARIABLE}={given!r}: expected seconds, 0 or more, "
-                        f"as in {VARIABLE}={CHECKPOINT_SECONDS}")  # fmt: skip
+        raise UserError(
+            f"{VARIABLE}={given!r}: expected seconds, 0 or more, "
+            f"as in {VARIABLE}={CHECKPOINT_SECONDS}"
+        )
     return value
 
 

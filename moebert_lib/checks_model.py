@@ -117,11 +117,16 @@ def experts_hold_the_dense_neurons(moebert: nn.Module, dense: nn.Module) -> Chec
     for layer, old in zip(_expert_layers(moebert), adapters.ffns(dense), strict=True):
         up, down, experts = old.up, old.down, layer.experts
         for e, dealt in enumerate(layer.neurons):
-            pairs += [(experts.up_proj[e], up.weight[dealt]),
-                      (experts.up_proj_bias[e], up.bias[dealt]),
-                      (experts.down_proj[e], down.weight[:, dealt])]  # fmt: skip
-        pairs += [(experts.down_proj_bias, down.bias), (layer.LayerNorm.weight, old.norm.weight),
-                  (layer.LayerNorm.bias, old.norm.bias)]  # fmt: skip
+            pairs += [
+                (experts.up_proj[e], up.weight[dealt]),
+                (experts.up_proj_bias[e], up.bias[dealt]),
+                (experts.down_proj[e], down.weight[:, dealt]),
+            ]
+        pairs += [
+            (experts.down_proj_bias, down.bias),
+            (layer.LayerNorm.weight, old.norm.weight),
+            (layer.LayerNorm.bias, old.norm.bias),
+        ]
     own, other = moebert.state_dict(), dense.state_dict()
     alike = [name for name in own if name in other and own[name].shape == other[name].shape]
     pairs += [(own[name], other[name]) for name in alike]
@@ -159,8 +164,10 @@ def experts_serve_their_tokens(moebert: nn.Module, batch: dict[str, Tensor]) -> 
     """
     model, seen = copy.deepcopy(moebert).double(), []
     layers = _expert_layers(model)
-    hooks = [layer.register_forward_hook(lambda _m, given, output: seen.append((given[0], output)))
-             for layer in layers]  # fmt: skip
+    hooks = [
+        layer.register_forward_hook(lambda _m, given, output: seen.append((given[0], output)))
+        for layer in layers
+    ]
     ways = routes(model, batch)
     for hook in hooks:
         hook.remove()
@@ -201,8 +208,9 @@ def same_logits(
     claim: str, left: nn.Module, right: nn.Module, batch: dict[str, Tensor], *, tolerance: float
 ) -> Check:
     """Two models answer a batch alike, in their own dtype; at real tokens where spans are found."""
-    return equal(claim, *(_logits(model.eval(), batch) for model in (left, right)),
-                 tolerance=tolerance)  # fmt: skip
+    return equal(
+        claim, *(_logits(model.eval(), batch) for model in (left, right)), tolerance=tolerance
+    )
 
 
 def swapping_changes_nothing(

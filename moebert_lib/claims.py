@@ -46,19 +46,34 @@ _GLUE = [task for task in paper.TABLE7 if task not in SPANS]
 _SQUAD = [task for task in paper.TABLE7 if task in SPANS]
 
 ARMS: dict[str, Arm] = {
-    **{f"1/{f} wide": Arm({"fraction": f}, paper.FIGURES["figure2a"][size])
-       for f, size in {2: 1536, 4: 768, 8: 384, 24: 128}.items()},
-    **{f"{n} expert{'s' * (n > 1)}": Arm({"n_experts": n}, paper.FIGURES["figure2b"][n])
-       for n in (1, 2, 4, 8)},
-    **{f"{share} shared": Arm({"thirds": thirds}, paper.FIGURES["figure2c"][256 * thirds])
-       for thirds, share in enumerate(("none", "1/3", "2/3", "all"))},
-    **{deal: Arm({"ranking": deal}, paper.FIGURES["figure3a"][deal])
-       for deal in ("importance", "random", "inverse")},
-    **{name: Arm({"distill": layers}, paper.FIGURES["figure3b"][layers])
-       for name, layers in
-       {"all layers": "all", "every other layer": "skip", "last layer": "last"}.items()},
-    **{router: Arm({"routing": router}, value)
-       for router, value in paper.FIGURES["figure3c"].items()},
+    **{
+        f"1/{f} wide": Arm({"fraction": f}, paper.FIGURES["figure2a"][size])
+        for f, size in {2: 1536, 4: 768, 8: 384, 24: 128}.items()
+    },
+    **{
+        f"{n} expert{'s' * (n > 1)}": Arm({"n_experts": n}, paper.FIGURES["figure2b"][n])
+        for n in (1, 2, 4, 8)
+    },
+    **{
+        f"{share} shared": Arm({"thirds": thirds}, paper.FIGURES["figure2c"][256 * thirds])
+        for thirds, share in enumerate(("none", "1/3", "2/3", "all"))
+    },
+    **{
+        deal: Arm({"ranking": deal}, paper.FIGURES["figure3a"][deal])
+        for deal in ("importance", "random", "inverse")
+    },
+    **{
+        name: Arm({"distill": layers}, paper.FIGURES["figure3b"][layers])
+        for name, layers in {
+            "all layers": "all",
+            "every other layer": "skip",
+            "last layer": "last",
+        }.items()
+    },
+    **{
+        router: Arm({"routing": router}, value)
+        for router, value in paper.FIGURES["figure3c"].items()
+    },
     "distilled": Arm({"distill": "all"}, _printed("MoEBERT", grids.TABLE3_TASKS)),
     "not distilled": Arm({"distill": "none"}, _printed("-distill", grids.TABLE3_TASKS)),
     "MoEBERT": Arm({}, _printed("MoEBERT", _GLUE), spans=False),
@@ -66,9 +81,10 @@ ARMS: dict[str, Arm] = {
     "MoEBERT (spans)": Arm({}, _printed("MoEBERT", _SQUAD), spans=True),
     "its BERT (spans)": Arm({}, _printed("BERT-base", _SQUAD), spans=True, teacher=True),
     "MoEBERT-large": Arm({"model": LARGE}, _printed("MoEBERT-large", grids.TABLE4_TASKS)),
-    "its BERT-large": Arm({"model": LARGE}, _printed("BERT-large", grids.TABLE4_TASKS),
-                          teacher=True),
-}  # fmt: skip
+    "its BERT-large": Arm(
+        {"model": LARGE}, _printed("BERT-large", grids.TABLE4_TASKS), teacher=True
+    ),
+}
 
 
 class Comparison(NamedTuple):
@@ -106,38 +122,90 @@ def _over(worse: str, *better: str) -> tuple[Comparison, ...]:
 
 _ROUTERS = ("hash-random", "hash-balance", "gate-sentence")
 CLAIMS = (
-    Claim("width", "Wider experts are better.", "Figure 2a",
-          _chain("1/2 wide", "1/4 wide", "1/8 wide", "1/24 wide")),
-    Claim("several", "Several experts beat one.", "Figure 2b",
-          _over("1 expert", "2 experts", "4 experts", "8 experts")),
-    Claim("more", "More experts are better.", "Figure 2b",
-          _chain("8 experts", "4 experts", "2 experts")),
-    Claim("share none", "Sharing no neuron is worst.", "Figure 2c",
-          _over("none shared", "1/3 shared", "2/3 shared", "all shared")),
-    Claim("share all", "Sharing all neurons is worse than sharing a part.", "Figure 2c",
-          _over("all shared", "1/3 shared", "2/3 shared")),
-    Claim("importance", "A split by importance beats a random one.", "Figure 3a",
-          _chain("importance", "random")),
-    Claim("inverse", "A random split beats the inverse one.", "Figure 3a",
-          _chain("random", "inverse")),
-    Claim("last", "Distilling the last layer alone is worse.", "Figure 3b",
-          _over("last layer", "all layers", "every other layer")),
-    Claim("skip", "Every other layer is about as good as all.", "Figure 3b",
-          (Comparison("every other layer", "all layers", "equal"),)),
-    Claim("routers", "Routing hardly matters.", "Figure 3c",
-          tuple(Comparison(a, b, "equal") for i, a in enumerate(_ROUTERS)
-                for b in _ROUTERS[i + 1:])),
-    Claim("distillation", "Layer-wise distillation helps.", "Table 3",
-          _chain("distilled", "not distilled")),
-    Claim("keeps up", "MoEBERT keeps up with its BERT.", "Table 1",
-          (Comparison("MoEBERT", "its BERT", "not worse"),)),
+    Claim(
+        "width",
+        "Wider experts are better.",
+        "Figure 2a",
+        _chain("1/2 wide", "1/4 wide", "1/8 wide", "1/24 wide"),
+    ),
+    Claim(
+        "several",
+        "Several experts beat one.",
+        "Figure 2b",
+        _over("1 expert", "2 experts", "4 experts", "8 experts"),
+    ),
+    Claim(
+        "more",
+        "More experts are better.",
+        "Figure 2b",
+        _chain("8 experts", "4 experts", "2 experts"),
+    ),
+    Claim(
+        "share none",
+        "Sharing no neuron is worst.",
+        "Figure 2c",
+        _over("none shared", "1/3 shared", "2/3 shared", "all shared"),
+    ),
+    Claim(
+        "share all",
+        "Sharing all neurons is worse than sharing a part.",
+        "Figure 2c",
+        _over("all shared", "1/3 shared", "2/3 shared"),
+    ),
+    Claim(
+        "importance",
+        "A split by importance beats a random one.",
+        "Figure 3a",
+        _chain("importance", "random"),
+    ),
+    Claim(
+        "inverse", "A random split beats the inverse one.", "Figure 3a", _chain("random", "inverse")
+    ),
+    Claim(
+        "last",
+        "Distilling the last layer alone is worse.",
+        "Figure 3b",
+        _over("last layer", "all layers", "every other layer"),
+    ),
+    Claim(
+        "skip",
+        "Every other layer is about as good as all.",
+        "Figure 3b",
+        (Comparison("every other layer", "all layers", "equal"),),
+    ),
+    Claim(
+        "routers",
+        "Routing hardly matters.",
+        "Figure 3c",
+        tuple(Comparison(a, b, "equal") for i, a in enumerate(_ROUTERS) for b in _ROUTERS[i + 1 :]),
+    ),
+    Claim(
+        "distillation",
+        "Layer-wise distillation helps.",
+        "Table 3",
+        _chain("distilled", "not distilled"),
+    ),
+    Claim(
+        "keeps up",
+        "MoEBERT keeps up with its BERT.",
+        "Table 1",
+        (Comparison("MoEBERT", "its BERT", "not worse"),),
+    ),
     Claim("beats", "On average MoEBERT beats its BERT.", "Table 1", _chain("MoEBERT", "its BERT")),
-    Claim("spans", "On SQuAD MoEBERT is a little below its BERT.", "Table 2",
-          _chain("its BERT (spans)", "MoEBERT (spans)")),
-    Claim("large", "MoEBERT-large keeps up with BERT-large.", "Table 4",
-          (Comparison("MoEBERT-large", "its BERT-large", "not worse"),)),
+    Claim(
+        "spans",
+        "On SQuAD MoEBERT is a little below its BERT.",
+        "Table 2",
+        _chain("its BERT (spans)", "MoEBERT (spans)"),
+    ),
+    Claim(
+        "large",
+        "MoEBERT-large keeps up with BERT-large.",
+        "Table 4",
+        (Comparison("MoEBERT-large", "its BERT-large", "not worse"),),
+    ),
     Claim("speed", "MoEBERT is much faster than BERT.", "Figure 4", ()),
-)  # fmt: skip
+)
 
 
 def point(arm: str, base: Settings, width: int) -> Settings | None:

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from moebert_lib.errors import UserError, home, nearest
 from moebert_lib.execution import NotebookFailed
 from moebert_lib.options import parser
-from moebert_lib.settings import UserError, home, nearest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +51,9 @@ def _dispatch(argv: list[str]) -> int:
     if argv[0].startswith("-"):
         option = argv[0].partition("=")[0]
         if option not in ("-h", "--help"):
-            raise UserError(f"unknown option '{option}' of moebert; give a command first: "
-                            f"{', '.join(choices)}")  # fmt: skip
+            raise UserError(
+                f"unknown option '{option}' of moebert; give a command first: {', '.join(choices)}"
+            )
         top.print_help()
         return 0
     if argv[0] not in choices:

@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moebert_lib.engines import PASSIVE, PATIENCE, RETRIES, Event
+from moebert_lib.errors import UserError, home
 from moebert_lib.nodes import identity, serve
 from moebert_lib.planning import Job
 from moebert_lib.provenance import cores
-from moebert_lib.settings import UserError, home
 from moebert_lib.store import MIRROR
 from moebert_lib.worker import kept
 
@@ -106,9 +106,12 @@ class Ray:
         from ray.util.scheduling_strategies import NodeLabelSchedulingStrategy, NotIn
 
         options: dict[str, Any] = {
-            "name": task.request["name"], "num_cpus": self.cpus, "num_gpus": self.gpus,
-            "num_returns": "streaming", "max_retries": 0,
-        }  # fmt: skip
+            "name": task.request["name"],
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "num_returns": "streaming",
+            "max_retries": 0,
+        }
         if task.left_behind:
             soft = {"ray.io/node-id": NotIn(*task.left_behind)}
             options["scheduling_strategy"] = NodeLabelSchedulingStrategy({}, soft=soft)
@@ -195,8 +198,12 @@ def _check(gpus: float | None, cpus: float) -> None:
 
 def _connect(ray: Any, address: str) -> None:
     if address == "local":
-        own = {"_node_ip_address": LOOPBACK, "num_cpus": cores(), "include_dashboard": False,
-               "object_store_memory": OBJECTS}  # fmt: skip
+        own = {
+            "_node_ip_address": LOOPBACK,
+            "num_cpus": cores(),
+            "include_dashboard": False,
+            "object_store_memory": OBJECTS,
+        }
     else:
         own = {}
         _reach(address)
@@ -214,8 +221,10 @@ def _reach(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if "://" in address or not host or not port.isdecimal():
-        raise UserError(f"Ray cluster '{address}': expected auto or HOST:PORT, from a machine "
-                        "that `ray start --address=HOST:PORT` made a node")  # fmt: skip
+        raise UserError(
+            f"Ray cluster '{address}': expected auto or HOST:PORT, from a machine "
+            "that `ray start --address=HOST:PORT` made a node"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), REACH).close()
     except (OSError, OverflowError) as error:

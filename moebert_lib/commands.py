@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebert_lib import batch, yamls
-from moebert_lib.settings import UserError, nearest
+from moebert_lib.errors import UserError, nearest
 
 ENGINES = ("local", "ray")
 
@@ -163,8 +163,10 @@ def _preview(one: Any, args: argparse.Namespace) -> None:
         say(line)
     counts = Counter(does for _, does, _ in states)
     where = f", {fitting(todo).workers} at a time here" if todo else ""
-    say(f"{counts['run']} to run{where}, {counts['reuse']} reused, {counts['skip']} skipped; "
-        "nothing was executed")  # fmt: skip
+    say(
+        f"{counts['run']} to run{where}, {counts['reuse']} reused, {counts['skip']} skipped; "
+        "nothing was executed"
+    )
 
 
 def _check_engine(args: argparse.Namespace) -> None:
@@ -173,8 +175,9 @@ def _check_engine(args: argparse.Namespace) -> None:
     if args.workers is not None and args.workers < 1:
         raise UserError(f"--workers {args.workers}: expected at least 1")
     if args.engine == "ray" and args.workers is not None:
-        raise UserError("--workers is for the local engine; a Ray cluster says itself "
-                        "how many runs fit")  # fmt: skip
+        raise UserError(
+            "--workers is for the local engine; a Ray cluster says itself how many runs fit"
+        )
     if args.engine != "ray" and args.address is not None:
         raise UserError("--address is for --engine ray; give both, or neither")
 

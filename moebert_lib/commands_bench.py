@@ -5,7 +5,7 @@ import importlib
 from typing import Any
 
 from moebert_lib.commands import say
-from moebert_lib.settings import UserError, nearest
+from moebert_lib.errors import UserError, nearest
 
 #: The options that each benchmark has a use for, beside ``--out``.
 TAKES = {

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from moebert_lib.commands import given, say
-from moebert_lib.settings import Routing, Settings, UserError, nearest
+from moebert_lib.errors import UserError, nearest
+from moebert_lib.settings import Routing, Settings
 
 
 def importance(args: argparse.Namespace) -> int:
@@ -24,15 +25,21 @@ def importance(args: argparse.Namespace) -> int:
     scores = experiment.importance(settings)
     scores.save(args.out)
     layers, neurons = scores.scores.shape
-    say(f"{layers} layers of {neurons} neurons scored on {scores.n_examples} examples of "
-         f"{settings.task}: {args.out}")  # fmt: skip
+    say(
+        f"{layers} layers of {neurons} neurons scored on {scores.n_examples} examples of "
+        f"{settings.task}: {args.out}"
+    )
     return 0
 
 
 def _import(args: argparse.Namespace) -> int:
     """``moebert importance --import``: a file of the release in this library's own format."""
-    given = {"--task": args.task, "--scale": args.scale, "-p": args.values,
-             "--data-dir": args.data_dir}  # fmt: skip
+    given = {
+        "--task": args.task,
+        "--scale": args.scale,
+        "-p": args.values,
+        "--data-dir": args.data_dir,
+    }
     _leave_out("--import reads a file and scores nothing", given)
     _check_out(args.out)
     from moebert_lib import release
@@ -43,8 +50,10 @@ def _import(args: argparse.Namespace) -> int:
     n_shared, n_kept = release.proportions(width)
     held = release.shares(scores)
     say(f"{layers} layers of {width:,} neurons, examples unknown; SHA-256 {scores.meta['sha256']}")
-    say(f"importance held by the top {n_shared:,} {held.shared:.1%}, by the kept {n_kept:,} "
-         f"{held.kept:.1%}: {args.out}")  # fmt: skip
+    say(
+        f"importance held by the top {n_shared:,} {held.shared:.1%}, by the kept {n_kept:,} "
+        f"{held.kept:.1%}: {args.out}"
+    )
     return 0
 
 
@@ -74,17 +83,25 @@ def convert(args: argparse.Namespace) -> int:
         os.rename(scratch, args.out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    used, stored = (f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
-                    for n in (made.told["used"], made.told["stored"]))  # fmt: skip
+    used, stored = (
+        f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}"
+        for n in (made.told["used"], made.told["stored"])
+    )
     for row in made.told["metrics"]:
-        say(f"{row['metric']} {100 * row['moebert'][0]:.1f}, dense {100 * row['dense'][0]:.1f}, on "
-             f"{made.told['n']:,} validation examples")  # fmt: skip
+        say(
+            f"{row['metric']} {100 * row['moebert'][0]:.1f}, dense {100 * row['dense'][0]:.1f}, on "
+            f"{made.told['n']:,} validation examples"
+        )
     failed = [row["claim"] for row in proof["checks"] if not row["holds"]]
-    say(f"receipt: {len(proof['checks']) - len(failed)} of {len(proof['checks'])} checks hold"
-        + "".join(f"; FAILS: {claim}" for claim in failed))  # fmt: skip
+    say(
+        f"receipt: {len(proof['checks']) - len(failed)} of {len(proof['checks'])} checks hold"
+        + "".join(f"; FAILS: {claim}" for claim in failed)
+    )
     todo = "; train it with distillation before use" if made.told["steps"] is None else ""
-    say(f"{made.told['config']['n_experts']} experts a layer, {used} of {stored} parameters per "
-         f"token: {args.out}{todo}")  # fmt: skip
+    say(
+        f"{made.told['config']['n_experts']} experts a layer, {used} of {stored} parameters per "
+        f"token: {args.out}{todo}"
+    )
     if args.push_to_hub:
         say(f"sent: {ship.push(args.out, args.push_to_hub)}")
     return 1 if failed else 0
@@ -93,8 +110,10 @@ def convert(args: argparse.Namespace) -> int:
 def _check_convert(args: argparse.Namespace) -> None:
     """Refuse what does not go together, before anything is loaded."""
     if args.routing == "hash-balance" and not args.task:
-        raise UserError("routing 'hash-balance' needs a training set's token counts; give --task "
-                        "in place of --importance")  # fmt: skip
+        raise UserError(
+            "routing 'hash-balance' needs a training set's token counts; give --task "
+            "in place of --importance"
+        )
     if args.routing and args.routing not in get_args(Routing):
         raise UserError(f"no routing '{args.routing}'; {nearest(args.routing, get_args(Routing))}")
     for name in ("n_experts", "expert_size"):
@@ -113,16 +132,22 @@ def _check_convert(args: argparse.Namespace) -> None:
 
 
 def _check_scores(args: argparse.Namespace) -> None:
-    given = {"--scale": args.scale, "-p": args.values, "--data-dir": args.data_dir,
-             "--untrained": args.untrained}  # fmt: skip
+    given = {
+        "--scale": args.scale,
+        "-p": args.values,
+        "--data-dir": args.data_dir,
+        "--untrained": args.untrained,
+    }
     _leave_out("--importance converts and trains nothing", given)
     if not args.model:
         raise UserError("--importance FILE needs the MODEL that was scored")
     if not args.importance.is_file():
         raise UserError(f"no file {args.importance}; make one with moebert importance")
     if args.importance.suffix == ".pkl":
-        raise UserError(f"{args.importance} is a pickle; read it with moebert importance --import "
-                        f"{args.importance} --out FILE first")  # fmt: skip
+        raise UserError(
+            f"{args.importance} is a pickle; read it with moebert importance --import "
+            f"{args.importance} --out FILE first"
+        )
 
 
 def _by_scores(args: argparse.Namespace) -> Any:

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from moebert_lib.commands import given, near, say
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import Settings
 
 PAGE = """\
 import contextlib, io
@@ -31,9 +32,12 @@ def explore(args: argparse.Namespace) -> int:
     if port != args.port:
         say(f"port {args.port} is taken; using {port}")
     explore_page.serve(
-        code, ip=args.ip, port=port, browser=not args.no_browser,
+        code,
+        ip=args.ip,
+        port=port,
+        browser=not args.no_browser,
         opened=lambda address: say(f"page      {address}  (Ctrl-C ends it)"),
-    )  # fmt: skip
+    )
     say("page closed")
     return 0
 
@@ -49,8 +53,9 @@ def site(args: argparse.Namespace) -> int:
 def _readable(path: Path) -> Path:
     if not path.is_file():
         why = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{path} {why}; expected a file from moebert importance, or a .pkl "
-                        "of the release")  # fmt: skip
+        raise UserError(
+            f"{path} {why}; expected a file from moebert importance, or a .pkl of the release"
+        )
     return path.resolve()
 
 
@@ -76,8 +81,10 @@ def _made(files: list[Path], settings: Settings | None) -> str:
         sources.from_file(path)
     if settings is None and not files and not sources.from_store():
         settings = Settings.at()
-        say(f"nothing is scored here yet: training and scoring {settings.model} on "
-            f"{settings.task}, about two minutes on two cores")  # fmt: skip
+        say(
+            f"nothing is scored here yet: training and scoring {settings.model} on "
+            f"{settings.task}, about two minutes on two cores"
+        )
     if settings is None and not files:
         return "sources.from_store()"
     shown = [f"sources.from_file({str(path)!r})" for path in files]

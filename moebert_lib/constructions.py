@@ -10,9 +10,10 @@ from torch import Tensor
 from moebert_lib import archive, groups
 from moebert_lib.adapters import ffns, watching, width
 from moebert_lib.batching import without_targets
+from moebert_lib.errors import home
 from moebert_lib.experts import choose_ranking, deal_layers
 from moebert_lib.inputs import chosen, dataset
-from moebert_lib.settings import Settings, home
+from moebert_lib.settings import Settings
 from moebert_lib.stages import IMPORTANCE
 from moebert_lib.store import code_digest
 from moebert_lib.teachers import (
@@ -60,9 +61,13 @@ def neurons(settings: Settings) -> Tensor:
         return {"layers": len(grouped)}
 
     key = {
-        **order_key(settings), **grouping_key(settings), "ranking": settings.ranking,
-        "n_experts": settings.n_experts, "expert_size": dealt.shape[2], "n_shared": n_shared,
-    }  # fmt: skip
+        **order_key(settings),
+        **grouping_key(settings),
+        "ranking": settings.ranking,
+        "n_experts": settings.n_experts,
+        "expert_size": dealt.shape[2],
+        "n_shared": n_shared,
+    }
     entry = archive.store().make("grouped", key, build)
     return load_file(entry.folder / "neurons.safetensors")["neurons"]
 

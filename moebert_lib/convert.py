@@ -18,16 +18,23 @@ from transformers.utils import logging as transformers_logging
 
 from moebert_lib import adapters
 from moebert_lib.encoders import HEADS
+from moebert_lib.errors import nearest
 from moebert_lib.experts import deal_layers
 from moebert_lib.importance import Importance, ffn_digest
 from moebert_lib.moe_layer import MoEOutput, moe_layers
 from moebert_lib.routing import BalancedHash, ClusteredHash, HashRouter, RandomHash
-from moebert_lib.settings import nearest
 from moebert_lib.sizes import check_sizes, proportions
 
 #: What may follow the named arguments of :func:`to_moebert`.
-OPTIONS = ("shared_neurons", "expert_layer_norm", "gate_scaling", "num_experts_per_tok",
-           "router_aux_loss_coef", "padding_in_balance", "allow_identical")  # fmt: skip
+OPTIONS = (
+    "shared_neurons",
+    "expert_layer_norm",
+    "gate_scaling",
+    "num_experts_per_tok",
+    "router_aux_loss_coef",
+    "padding_in_balance",
+    "allow_identical",
+)
 
 #: Where to find what other parts of the library call so.
 ELSEWHERE = {
@@ -141,17 +148,23 @@ def _assigned(
     """An assignment as it was passed; refused where its sizes are others than were asked for."""
     shape = (model.config.num_hidden_layers, n_experts, expert_size)
     if tuple(neurons.shape) != shape:
-        raise ValueError(f"the assignment has shape {tuple(neurons.shape)} (layers, experts, "
-                         f"neurons of each), expected {shape}")  # fmt: skip
+        raise ValueError(
+            f"the assignment has shape {tuple(neurons.shape)} (layers, experts, "
+            f"neurons of each), expected {shape}"
+        )
     width, held = adapters.width(model.config), neurons.sort(-1).values
     if held.min() < 0 or held.max() >= width:
-        raise ValueError(f"the assignment names neuron {int(held.max())} or {int(held.min())}; "
-                         f"expected 0..{width - 1}")  # fmt: skip
+        raise ValueError(
+            f"the assignment names neuron {int(held.max())} or {int(held.min())}; "
+            f"expected 0..{width - 1}"
+        )
     if (held[..., 1:] == held[..., :-1]).any():
         raise ValueError("the assignment gives an expert the same neuron twice; once is expected")
     if (neurons[..., :n_shared] != neurons[:, :1, :n_shared]).any():
-        raise ValueError(f"the first n_shared={n_shared} neurons differ between experts; expected "
-                         "the shared ones first")  # fmt: skip
+        raise ValueError(
+            f"the first n_shared={n_shared} neurons differ between experts; expected "
+            "the shared ones first"
+        )
     return neurons
 
 

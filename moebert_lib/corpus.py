@@ -27,14 +27,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moebert_lib import provenance
-from moebert_lib.settings import UserError, home
+from moebert_lib.errors import UserError, home
 
 #: Package to the name it is installed under.
 PACKAGES = {
-    "matplotlib": "matplotlib", "networkx": "networkx", "numpy": "numpy", "pandas": "pandas",
-    "scipy": "scipy", "sklearn": "scikit-learn", "sympy": "sympy", "torch": "torch",
+    "matplotlib": "matplotlib",
+    "networkx": "networkx",
+    "numpy": "numpy",
+    "pandas": "pandas",
+    "scipy": "scipy",
+    "sklearn": "scikit-learn",
+    "sympy": "sympy",
+    "torch": "torch",
     "transformers": "transformers",
-}  # fmt: skip
+}
 VALIDATION_SHARE = 0.2  # of the docstrings
 SHORTEST, LONGEST = 6, 25  # words
 

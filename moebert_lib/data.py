@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from moebert_lib import corpus, files, provenance, spans
 from moebert_lib.batching import batches
-from moebert_lib.settings import Settings, UserError, nearest
+from moebert_lib.errors import UserError, nearest
+from moebert_lib.settings import Settings
 from moebert_lib.tasks import TASKS, Task, build
 
 # datasets and torch take seconds to import; a refusal should not wait for them.
@@ -60,8 +61,10 @@ def check(settings: Settings) -> None:
     if wrong:
         raise UserError(f"task '{task.name}': {wrong}")
     if settings.cache_teacher and task.kind == "span":
-        raise UserError(f"task '{task.name}': cache_teacher=True keeps a teacher that classifies "
-                        "sentences; expected cache_teacher=False")  # fmt: skip
+        raise UserError(
+            f"task '{task.name}': cache_teacher=True keeps a teacher that classifies "
+            "sentences; expected cache_teacher=False"
+        )
     if settings.data_dir:
         files.check(task, settings.data_dir)
     elif task.source != "built-in" and settings.offline:
@@ -135,9 +138,12 @@ def encode(
 
     with _no_progress_bars():
         return dataset.map(
-            tokenize, batched=True, remove_columns=dataset.column_names,
-            keep_in_memory=True, load_from_cache_file=False,
-        )  # fmt: skip
+            tokenize,
+            batched=True,
+            remove_columns=dataset.column_names,
+            keep_in_memory=True,
+            load_from_cache_file=False,
+        )
 
 
 def _limit(settings: Settings) -> int | None:
@@ -160,9 +166,11 @@ def _read(task: Task, settings: Settings, use: str) -> "Dataset":
     """One split of a GLUE or SQuAD task from local files or the hub, capped."""
     split = files.splits(task)[use]
     with _no_progress_bars():
-        dataset = _local(task, settings.data_dir, split) if settings.data_dir else (
-            _downloaded(task, split)
-        )  # fmt: skip
+        dataset = (
+            _local(task, settings.data_dir, split)
+            if settings.data_dir
+            else (_downloaded(task, split))
+        )
     dataset = dataset.select_columns([*task.columns])
     dataset = dataset.add_column("idx", list(range(len(dataset))))
     return _subsample(dataset, _cap(settings, use))

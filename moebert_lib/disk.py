@@ -17,8 +17,8 @@ import psutil
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from moebert_lib.errors import UserError
 from moebert_lib.provenance import to_json
-from moebert_lib.settings import UserError
 
 WORK = re.compile(r"(.+-[0-9a-f]{16})-[0-9a-f]{8}")  # a folder in tmp/, and its entry
 FULL = {errno.ENOSPC, errno.EDQUOT}

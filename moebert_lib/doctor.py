@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from moebert_lib.settings import MINILM, Settings, UserError, home
+from moebert_lib.errors import UserError, home
+from moebert_lib.settings import MINILM, Settings
 from moebert_lib.store import cores
 
 WANTED_MEMORY = 6  # GiB, the most that a quick run takes

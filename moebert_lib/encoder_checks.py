@@ -12,8 +12,14 @@ from moebert_lib.encoders import HEADS
 from moebert_lib.importance import ffn_importance
 from moebert_lib.moe_layer import parameter_counts
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "intermediate_size": 64, "vocab_size": 99, "max_position_embeddings": 64}  # fmt: skip
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+}
 
 
 @torch.no_grad()
@@ -40,8 +46,10 @@ def batch(model: PreTrainedModel, *, n: int = 4, length: int = 10, seed: int = 0
     noise = torch.Generator().manual_seed(seed)
     mask = (torch.arange(length) < length - torch.arange(n)[:, None] % 4).long()
     ids = torch.randint(3, model.config.vocab_size, mask.shape, generator=noise)
-    inputs = {"input_ids": ids.masked_fill(mask == 0, model.config.pad_token_id),
-              "attention_mask": mask}  # fmt: skip
+    inputs = {
+        "input_ids": ids.masked_fill(mask == 0, model.config.pad_token_id),
+        "attention_mask": mask,
+    }
     drawn: Tensor = torch.randint(2, (n,), generator=noise)
     if hasattr(model, "qa_outputs"):
         return {**inputs, "start_positions": drawn, "end_positions": drawn + 2}
@@ -65,13 +73,16 @@ def table() -> pd.DataFrame:
         scores = ffn_importance(dense, [inputs])
         one, four = (to_moebert(dense, scores, n_experts=n, n_shared=n // 4 * 8) for n in (1, 4))
         counts = parameter_counts(four)
-        rows.append({
-            "encoder": FAMILIES[dense.config.model_type].name,
-            "one expert - dense": checks.one_expert_is_dense(dense, one, inputs).difference,
-            "scores - slow loop": checks.importance_equals_slow_loop(
-                ffn_importance, dense, inputs
-            ).difference,
-            "dense": parameter_counts(dense).stored,
-            "effective": counts.effective, "stored": counts.stored,
-        })  # fmt: skip
+        rows.append(
+            {
+                "encoder": FAMILIES[dense.config.model_type].name,
+                "one expert - dense": checks.one_expert_is_dense(dense, one, inputs).difference,
+                "scores - slow loop": checks.importance_equals_slow_loop(
+                    ffn_importance, dense, inputs
+                ).difference,
+                "dense": parameter_counts(dense).stored,
+                "effective": counts.effective,
+                "stored": counts.stored,
+            }
+        )
     return pd.DataFrame(rows)

@@ -89,9 +89,11 @@ class MoEDistilBertConfig(ExpertsConfig, DistilBertConfig):
 
     model_type = "moedistilbert"
     attribute_map: ClassVar = {
-        **DistilBertConfig.attribute_map, "intermediate_size": "hidden_dim",
-        "hidden_act": "activation", "hidden_dropout_prob": "dropout",
-    }  # fmt: skip
+        **DistilBertConfig.attribute_map,
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+        "hidden_dropout_prob": "dropout",
+    }
     layer_norm_eps: float = 1e-12  # which DistilBERT's own code fixes
 
 
@@ -114,14 +116,20 @@ class MoEDistilBertForQuestionAnswering(MoESpans, DistilBertForQuestionAnswering
 
 
 register(
-    MoERobertaConfig, MoERobertaModel, MoERobertaForSequenceClassification,
+    MoERobertaConfig,
+    MoERobertaModel,
+    MoERobertaForSequenceClassification,
     MoERobertaForQuestionAnswering,
-)  # fmt: skip
+)
 register(
-    MoEElectraConfig, MoEElectraModel, MoEElectraForSequenceClassification,
+    MoEElectraConfig,
+    MoEElectraModel,
+    MoEElectraForSequenceClassification,
     MoEElectraForQuestionAnswering,
-)  # fmt: skip
+)
 register(
-    MoEDistilBertConfig, MoEDistilBertModel, MoEDistilBertForSequenceClassification,
+    MoEDistilBertConfig,
+    MoEDistilBertModel,
+    MoEDistilBertForSequenceClassification,
     MoEDistilBertForQuestionAnswering,
-)  # fmt: skip
+)

@@ -19,9 +19,9 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
 
 from moebert_lib import forecast
+from moebert_lib.errors import CHECKOUT, UserError
 from moebert_lib.planning import Job
 from moebert_lib.provenance import cores, versions
-from moebert_lib.settings import UserError
 
 RETRIES = 2  # of a run whose process died
 PATIENCE = 10.0  # seconds that a process has to leave by itself
@@ -57,13 +57,17 @@ class Worker:
     """A child process that answers requests; it leaves when this process does."""
 
     def __init__(self, environment: Mapping[str, str]):
-        library = str(Path(__file__).parents[1])
+        library = str(CHECKOUT)
         path = os.pathsep.join(filter(None, [library, environment.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "moebert_lib.worker"], env={**environment, "PYTHONPATH": path},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8",
+            [sys.executable, "-m", "moebert_lib.worker"],
+            env={**environment, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
             start_new_session=True,  # Ctrl-C is ours to handle
-        )  # fmt: skip
+        )
 
     def ask(self, request: dict, say: Callable[[str], Any]) -> dict[str, Any]:
         """The outcome of a request; ``died`` where the process ended before it had one."""
@@ -113,8 +117,9 @@ class Local:
         if workers < 1:
             raise UserError(f"{workers} workers: expected at least 1")
         if gpus and workers > len(gpus):
-            raise UserError(f"{workers} workers: each run has a GPU to itself, and here are "
-                            f"{len(gpus)}")  # fmt: skip
+            raise UserError(
+                f"{workers} workers: each run has a GPU to itself, and here are {len(gpus)}"
+            )
         self.workers, self.threads, self.gpus = workers, threads, tuple(gpus)
 
     def run(self, requests: Sequence[dict], *, busy: Callable[[int], bool]) -> Iterator[Event]:

@@ -23,20 +23,39 @@ from moebert_lib.tasks import TASKS
 #: rounds them, and has QNLI's first release. MNLI validates on both of its sets. Built-in
 #: tasks: from the pinned libraries.
 SIZES = {
-    "cola": (8_551, 1_043), "sst2": (67_349, 872), "mrpc": (3_668, 408), "stsb": (5_749, 1_500),
-    "qqp": (363_846, 40_430), "mnli": (392_702, 19_647), "qnli": (104_743, 5_463),
-    "rte": (2_490, 277), **TABLE5,
-    "library": (17_790, 4_188), "acceptability": (33_982, 7_840), "follows": (5_414, 1_208),
+    "cola": (8_551, 1_043),
+    "sst2": (67_349, 872),
+    "mrpc": (3_668, 408),
+    "stsb": (5_749, 1_500),
+    "qqp": (363_846, 40_430),
+    "mnli": (392_702, 19_647),
+    "qnli": (104_743, 5_463),
+    "rte": (2_490, 277),
+    **TABLE5,
+    "library": (17_790, 4_188),
+    "acceptability": (33_982, 7_840),
+    "follows": (5_414, 1_208),
     "passage": (3_866, 904),
-}  # fmt: skip
+}
 
 #: Tokens of a mean example, a window where answers are spans. Counted with BERT's uncased
 #: vocabulary for CoLA, SST-2, MRPC, RTE and the built-in tasks, assumed for the others.
 MEAN_TOKENS = {
-    "cola": 11, "sst2": 13, "mrpc": 53, "stsb": 30, "qqp": 30, "mnli": 40, "qnli": 50, "rte": 70,
-    "squad": 170, "squad_v2": 170, "library": 19, "acceptability": 17, "follows": 33,
+    "cola": 11,
+    "sst2": 13,
+    "mrpc": 53,
+    "stsb": 30,
+    "qqp": 30,
+    "mnli": 40,
+    "qnli": 50,
+    "rte": 70,
+    "squad": 170,
+    "squad_v2": 170,
+    "library": 19,
+    "acceptability": 17,
+    "follows": 33,
     "passage": 51,
-}  # fmt: skip
+}
 LONGEST = 5  # times the mean: the longest example of a batch, which decides its memory
 
 CPU_EFFICIENCY = 0.4  # training over a large matrix product; measured with MiniLM on two cores
@@ -78,8 +97,14 @@ class Cost(NamedTuple):
 
 def shape(model: str) -> Shape:
     """Sizes of a model the scales name, or of a saved encoder; BERT-base's for any other name."""
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-             "vocab_size", "max_position_embeddings")  # fmt: skip
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
     try:
         config = json.loads((Path(model).expanduser() / "config.json").read_text("utf-8"))
         row = family(config["model_type"])
@@ -136,8 +161,9 @@ def examples(settings: Settings) -> tuple[int, int]:
     else:
         found = SIZES[settings.task]
     caps = (settings.max_train_examples, settings.max_eval_examples)
-    train, validation = (n if cap is None else min(n, cap)
-                         for n, cap in zip(found, caps, strict=True))  # fmt: skip
+    train, validation = (
+        n if cap is None else min(n, cap) for n, cap in zip(found, caps, strict=True)
+    )
     return train, validation
 
 

@@ -61,9 +61,11 @@ class Excitation:
         """
         found = []
         for value, row, place in zip(
-            self.top[layer, neuron].tolist(), self.example[layer, neuron].tolist(),
-            self.token[layer, neuron].tolist(), strict=True,
-        ):  # fmt: skip
+            self.top[layer, neuron].tolist(),
+            self.example[layer, neuron].tolist(),
+            self.token[layer, neuron].tolist(),
+            strict=True,
+        ):
             pieces, end = self.tokens[row], place + 1
             while place > 0 and pieces[place].startswith("##"):
                 place -= 1
@@ -111,9 +113,12 @@ def excite(model: nn.Module, batches, *, top: int = TOP) -> dict[str, Tensor]:
         model.train(training)
     value, example, token = (torch.stack(found) for found in zip(*best, strict=True))
     return {
-        "mean": torch.stack(totals) / n_tokens, "magnitude": magnitudes(layers), "top": value,
-        "example": example.int(), "token": token.short(),
-    }  # fmt: skip
+        "mean": torch.stack(totals) / n_tokens,
+        "magnitude": magnitudes(layers),
+        "top": value,
+        "example": example.int(),
+        "token": token.short(),
+    }
 
 
 def _merge(best: tuple | None, h: Tensor, index: Tensor, top: int) -> tuple[Tensor, ...]:
@@ -128,8 +133,12 @@ def _merge(best: tuple | None, h: Tensor, index: Tensor, top: int) -> tuple[Tens
 
 def excitation_key(scored: dict) -> dict:
     """What the pass depends on, given what the importance scores depend on."""
-    return {"importance": scored, "examples": EXAMPLES, "top": TOP,
-            "code": code_digest("excitation", "scores")}  # fmt: skip
+    return {
+        "importance": scored,
+        "examples": EXAMPLES,
+        "top": TOP,
+        "code": code_digest("excitation", "scores"),
+    }
 
 
 def excitation(settings: Settings) -> Excitation:

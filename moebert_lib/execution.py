@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from moebert_lib import disk
 from moebert_lib.disk import Unwritable
-from moebert_lib.settings import home
+from moebert_lib.errors import CHECKOUT, home
 from moebert_lib.shared import Unreachable
 
 WARNING = "moebert: "  # of the library, such as a damaged file that is made again
@@ -55,7 +55,7 @@ class Tee:
 
 def kernel_environment(figures: Path, *, offline: bool) -> dict[str, str]:
     """Environment of a notebook's kernel that writes figures to ``figures``."""
-    library = str(Path(__file__).parents[1])  # the kernel runs the library that planned the run
+    library = str(CHECKOUT)  # the kernel runs the library that planned the run
     env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
     env |= {
         "MOEBERT_HOME": str(home()),
@@ -105,12 +105,19 @@ def execute(
         out, err = Tee(log, echo), Tee(log, echo)
         with _failures(name, output):
             notebook = papermill.execute_notebook(
-                _literal(output), _literal(output), parameters,
-                kernel_name="python3", language="python", progress_bar=False, start_timeout=300,
+                _literal(output),
+                _literal(output),
+                parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                start_timeout=300,
                 config=_private(folder),
                 iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
-                stdout_file=out, stderr_file=err, extra_arguments=["--log-level=50"],
-            )  # fmt: skip
+                stdout_file=out,
+                stderr_file=err,
+                extra_arguments=["--log-level=50"],
+            )
     broken = widget_error(notebook)
     if broken:
         raise NotebookFailed(name, None, f"a widget's callback raised {broken}")

@@ -54,21 +54,29 @@ def objective_of_a_sentence(mine: Callable) -> Attempt:
 
 def gaps_by_seed(mine: Callable) -> Attempt:
     """Notebook 4: paired differences of two settings, from ``(a, b)``, score by seed of each."""
-    return attempt(mine, [
-        Case(({0: 0.75, 1: 0.5}, {0: 0.5, 1: 0.75}), [0.25, -0.25]),
-        Case(({2: 0.5, 0: 0.75}, {0: 0.25, 2: 0.125}), [0.5, 0.375]),  # kept in another order
-        Case(({0: 1.0, 1: 0.5, 3: 0.5}, {3: 0.25, 1: 0.0}), [0.5, 0.25]),  # seed 0 has no partner
-    ])  # fmt: skip
+    return attempt(
+        mine,
+        [
+            Case(({0: 0.75, 1: 0.5}, {0: 0.5, 1: 0.75}), [0.25, -0.25]),
+            Case(({2: 0.5, 0: 0.75}, {0: 0.25, 2: 0.125}), [0.5, 0.375]),  # kept in another order
+            Case(
+                ({0: 1.0, 1: 0.5, 3: 0.5}, {3: 0.25, 1: 0.0}), [0.5, 0.25]
+            ),  # seed 0 has no partner
+        ],
+    )
 
 
 def verdicts_by_chance(mine: Callable) -> Attempt:
     """Notebook 4: verdicts that chance gives, from ``(n, m)``: pairs, and comparisons."""
-    return attempt(mine, [
-        Case((1, 1), 1.0),  # a single pair always agrees with itself
-        Case((2, 1), 0.5),
-        Case((3, 12), 3.0),
-        Case((4, 20), 2.5),
-    ])  # fmt: skip
+    return attempt(
+        mine,
+        [
+            Case((1, 1), 1.0),  # a single pair always agrees with itself
+            Case((2, 1), 0.5),
+            Case((3, 12), 3.0),
+            Case((4, 20), 2.5),
+        ],
+    )
 
 
 def least_shared(mine: Callable) -> Attempt:

@@ -43,14 +43,41 @@ from moebert_lib.teachers import (
 from moebert_lib.train import distil
 
 __all__ = [
-    "About", "Student", "Teacher", "about", "compare", "conversion", "converted", "dataset",
-    "describe", "device", "distances", "evaluate", "grid", "importance", "measured", "said",
-    "states", "student", "teacher", "truths", "turned", "width",
-]  # fmt: skip
+    "About",
+    "Student",
+    "Teacher",
+    "about",
+    "compare",
+    "conversion",
+    "converted",
+    "dataset",
+    "describe",
+    "device",
+    "distances",
+    "evaluate",
+    "grid",
+    "importance",
+    "measured",
+    "said",
+    "states",
+    "student",
+    "teacher",
+    "truths",
+    "turned",
+    "width",
+]
 
 QUIET = 15  # seconds between two lines of a grid's progress
-LEARNING = ("distill", "train", "teacher_states", "checkpoints", "evaluate", "states",
-            "experiment", *FORWARD)  # code  # fmt: skip
+LEARNING = (
+    "distill",
+    "train",
+    "teacher_states",
+    "checkpoints",
+    "evaluate",
+    "states",
+    "experiment",
+    *FORWARD,
+)  # code
 NEAR = 64  # validation examples whose states are compared, layer by layer
 
 
@@ -80,11 +107,24 @@ def conversion_key(settings: Settings) -> dict:
     """What the student depends on before it is trained."""
     sizes = settings.sizes(width(settings))
     return {
-        **told(chosen(settings, CONVERSION)), "expert_size": sizes[0], "n_shared": sizes[1],
-        **constructions.order_key(settings), **constructions.grouping_key(settings),
-        "code": code_digest("experts", "constructions", "routing", "moe_layer", "modeling",
-                            "encoders", "adapters", "convert", "experiment", *FORWARD),
-    }  # fmt: skip
+        **told(chosen(settings, CONVERSION)),
+        "expert_size": sizes[0],
+        "n_shared": sizes[1],
+        **constructions.order_key(settings),
+        **constructions.grouping_key(settings),
+        "code": code_digest(
+            "experts",
+            "constructions",
+            "routing",
+            "moe_layer",
+            "modeling",
+            "encoders",
+            "adapters",
+            "convert",
+            "experiment",
+            *FORWARD,
+        ),
+    }
 
 
 def width(settings: Settings) -> int:
@@ -103,14 +143,22 @@ def turned(settings: Settings, dense: PreTrainedModel, neurons: object) -> PreTr
     expert_size, n_shared = settings.sizes(adapters.width(dense.config))
     frequencies = token_frequencies(settings) if settings.routing == "hash-balance" else None
     return to_moebert(
-        dense, neurons,
-        n_experts=settings.n_experts, expert_size=expert_size, n_shared=n_shared,
-        routing=settings.routing, seed=settings.seed, token_frequencies=frequencies,
+        dense,
+        neurons,
+        n_experts=settings.n_experts,
+        expert_size=expert_size,
+        n_shared=n_shared,
+        routing=settings.routing,
+        seed=settings.seed,
+        token_frequencies=frequencies,
         num_experts_per_tok=settings.gate_top_k,
-        expert_layer_norm=settings.expert_layer_norm, gate_scaling=settings.gate_scaling,
-        shared_neurons=settings.shared_neurons, padding_in_balance=settings.padding_in_loss,
-        router_aux_loss_coef=settings.balance_weight, allow_identical=True,
-    )  # fmt: skip
+        expert_layer_norm=settings.expert_layer_norm,
+        gate_scaling=settings.gate_scaling,
+        shared_neurons=settings.shared_neurons,
+        padding_in_balance=settings.padding_in_loss,
+        router_aux_loss_coef=settings.balance_weight,
+        allow_identical=True,
+    )
 
 
 def conversion(settings: Settings) -> dict[str, float]:
@@ -164,9 +212,14 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         model = converted(settings)
         set_seed(settings.seed)
         curve = distil(
-            model, dense.model, bundle.train, bundle.tokenizer, settings, folder,
+            model,
+            dense.model,
+            bundle.train,
+            bundle.tokenizer,
+            settings,
+            folder,
             checkpoints=place(store, store.folder("student", named)),
-        )  # fmt: skip
+        )
         curve.to_csv(folder / "curve.csv", index=False)
         apart = pd.Series(distances(settings, model), name="distance").rename_axis("layer")
         apart.to_csv(folder / "distances.csv")
@@ -177,13 +230,15 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             bundle.tokenizer.save_pretrained(folder)
         counts = parameter_counts(model)
         return {
-            "task": settings.task, "guessing": bundle.guessing(),
+            "task": settings.task,
+            "guessing": bundle.guessing(),
             **{f"teacher_{name}": value for name, value in dense.metrics.items()},
             **{f"converted_{name}": value for name, value in before.items()},
             **keep_judged(settings, model, folder),
-            "effective_parameters": counts.effective, "stored_parameters": counts.stored,
+            "effective_parameters": counts.effective,
+            "stored_parameters": counts.stored,
             "steps": len(curve),
-        }  # fmt: skip
+        }
 
     with_model = store.find("student", {**key, "keep_model": True})
     entry = with_model or store.make("student", named, build)
@@ -226,8 +281,11 @@ def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
         if not entry.reused and time.monotonic() - said > QUIET:
             said = time.monotonic()
             left = (said - started) / done * (len(points) - index) / 60
-            print(f"· run {index}/{len(points)} took {entry.seconds:.0f} s, "
-                  f"at most {left:.1f} min left", flush=True)  # fmt: skip
+            print(
+                f"· run {index}/{len(points)} took {entry.seconds:.0f} s, "
+                f"at most {left:.1f} min left",
+                flush=True,
+            )
         rows[number] = {**point.model_dump(), **entry.row}
     print(f"· grid: {len(points)} points, {done} run now, {len(points) - done} reused", flush=True)
     return pd.DataFrame([rows[number] for number in range(len(points))])

@@ -15,7 +15,7 @@ from typing import Any
 
 import nbformat
 
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 TITLE = "Which neurons matter, and who gets them?"
 INTRO = f"""\
@@ -77,8 +77,10 @@ def free_port(ip: str, first: int) -> int:
             raise UserError(f"port {port} is not allowed here; one above 1023 is") from None
         except (socket.gaierror, OSError) as error:
             if isinstance(error, socket.gaierror) or _not_here(error):
-                raise UserError(f"--ip {ip} is no address of this machine; expected localhost, "
-                                "0.0.0.0 for all of them, or one of its own") from None  # fmt: skip
+                raise UserError(
+                    f"--ip {ip} is no address of this machine; expected localhost, "
+                    "0.0.0.0 for all of them, or one of its own"
+                ) from None
     raise UserError(f"ports {ports[0]} to {ports[-1]} are all taken; name another --port")
 
 
@@ -106,9 +108,14 @@ def serve(code: str, *, ip: str, port: int, browser: bool, opened: Callable[[str
 
 
 def _options(page: Path, ip: str, port: int, browser: bool) -> Sequence[str]:
-    options = [f"--Voila.ip={ip}", f"--port={port}", "--Voila.port_retries=0",
-               "--template=moebert", "--Application.log_level=ERROR",
-               "--VoilaConfiguration.preheat_kernel=True"]  # fmt: skip
+    options = [
+        f"--Voila.ip={ip}",
+        f"--port={port}",
+        "--Voila.port_retries=0",
+        "--template=moebert",
+        "--Application.log_level=ERROR",
+        "--VoilaConfiguration.preheat_kernel=True",
+    ]
     options += [] if browser else ["--no-browser"]
     if sys.platform == "linux":  # as the kernels of a run: sockets that only this user can open
         options.append("--KernelManager.transport=ipc")

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moebert_lib.errors import UserError, nearest
 from moebert_lib.explorer_widget import COLUMNS, Explorer, views
 from moebert_lib.layer_view import fit
 from moebert_lib.plots_explorer import MOST, Picture
-from moebert_lib.settings import UserError, nearest
 from moebert_lib.sizes import proportions
 from moebert_lib.sources import EQ4, Source
 from moebert_lib.widgets import ready
@@ -98,11 +98,20 @@ def numbers(
     frames = []
     shown_views = views(chosen, **start)
     for n, ((source, name), one) in enumerate(zip(chosen, shown_views, strict=True), start=1):
-        frames.append(pd.DataFrame({
-            "column": n, "score": name, "layer": min(start["layer"], source.shape[0]),
-            "rank": np.arange(1, len(one.ranking) + 1), "neuron": one.ranking,
-            "value": one.ordered, "over_mean": one.relative, "holders": one.holds.sum(0),
-        }))  # fmt: skip
+        frames.append(
+            pd.DataFrame(
+                {
+                    "column": n,
+                    "score": name,
+                    "layer": min(start["layer"], source.shape[0]),
+                    "rank": np.arange(1, len(one.ranking) + 1),
+                    "neuron": one.ranking,
+                    "value": one.ordered,
+                    "over_mean": one.relative,
+                    "holders": one.holds.sum(0),
+                }
+            )
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -116,8 +125,10 @@ def chosen_columns(
     """
     by_name = {source.name: source for source in _listed(sources)}
     if not by_name:
-        raise UserError("nothing to explore: no scores were given; expected some of "
-                        "sources.from_settings, from_store or from_file")  # fmt: skip
+        raise UserError(
+            "nothing to explore: no scores were given; expected some of "
+            "sources.from_settings, from_store or from_file"
+        )
     shown = _usual(list(by_name.values())) if shown is None else list(shown)
     if not 1 <= len(shown) <= COLUMNS:
         raise UserError(f"shown has {len(shown)} columns; expected 1 to {COLUMNS}")

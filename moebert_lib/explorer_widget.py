@@ -28,10 +28,15 @@ def views(chosen: Sequence[tuple[Source, str]], *, layer: int, **sizes: int) -> 
         size, shared = (round(sizes[n] * width / lead) for n in ("expert_size", "n_shared"))
         size, shared = fit(width, sizes["n_experts"], max(size, 1), shared)
         at = min(layer, n_layers)
-        found.append(view(
-            source.heading(name, at), source.scores[name][at - 1], n_experts=sizes["n_experts"],
-            expert_size=size, n_shared=shared,
-        ))  # fmt: skip
+        found.append(
+            view(
+                source.heading(name, at),
+                source.scores[name][at - 1],
+                n_experts=sizes["n_experts"],
+                expert_size=size,
+                n_shared=shared,
+            )
+        )
     return found
 
 
@@ -207,12 +212,19 @@ def _canvas_classes() -> tuple[type, type]:
 def _sliders(source: Source, layer: int, sizes: dict[str, int]) -> dict[str, Any]:
     from ipywidgets import IntSlider, Layout
 
-    words = {"layer": "layer", "n_experts": "experts", "expert_size": "neurons in each",
-             "n_shared": "of them shared", "rank": "look at rank"}  # fmt: skip
+    words = {
+        "layer": "layer",
+        "n_experts": "experts",
+        "expert_size": "neurons in each",
+        "n_shared": "of them shared",
+        "rank": "look at rank",
+    }
     start = {"layer": layer, **sizes, "rank": 1}
     options = dict(style={"description_width": "8.4em"}, layout=Layout(width="390px"))
-    sliders = {name: IntSlider(description=word, min=1, max=2**31 - 1, value=start[name], **options)
-               for name, word in words.items()}  # fmt: skip
+    sliders = {
+        name: IntSlider(description=word, min=1, max=2**31 - 1, value=start[name], **options)
+        for name, word in words.items()
+    }
     _rescale(sliders, source, keep=False)
     return sliders
 
@@ -221,8 +233,13 @@ def _rescale(sliders: dict[str, Any], source: Source, *, keep: bool = True) -> N
     """Give the sliders a source's range; sizes keep their share of the width."""
     n_layers, width = source.shape
     share = width / sliders["rank"].max if keep else 1
-    most = {"layer": n_layers, "n_experts": min(MOST, width), "expert_size": width,
-            "n_shared": width, "rank": width}  # fmt: skip
+    most = {
+        "layer": n_layers,
+        "n_experts": min(MOST, width),
+        "expert_size": width,
+        "n_shared": width,
+        "rank": width,
+    }
     for name, slider in sliders.items():
         scaled = name not in ("layer", "n_experts")
         value = round(slider.value * share) if scaled else slider.value
@@ -240,7 +257,15 @@ def _menus(
     source, score = chosen[n] if n < len(chosen) else (None, None)
     options = dict(style={"description_width": "4.8em"}, layout=Layout(width="276px"))
     names = [*sources] if n == 0 else [NONE, *sources]
-    menu = Dropdown(options=names, value=source.name if source else NONE,
-                    description=f"column {n + 1}", **options)  # fmt: skip
-    return menu, Dropdown(options=list(source.scores) if source else [], value=score,
-                          description=f"score {n + 1}", **options)  # fmt: skip
+    menu = Dropdown(
+        options=names,
+        value=source.name if source else NONE,
+        description=f"column {n + 1}",
+        **options,
+    )
+    return menu, Dropdown(
+        options=list(source.scores) if source else [],
+        value=score,
+        description=f"score {n + 1}",
+        **options,
+    )

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import ZipFile
 
 from moebert_lib import columns
+from moebert_lib.errors import UserError, home, nearest
 from moebert_lib.provenance import digest
-from moebert_lib.settings import UserError, home, nearest
 from moebert_lib.shared import RECORD, RECORD_BYTES, Shared, parse
 from moebert_lib.store import write_bytes
 
@@ -156,8 +156,11 @@ def _merged(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         differ = _differences([columns.metrics(record) for record in copies])
         if differ:
             kept, *others = (record["store"] for record in copies)
-            print(f"moebert: run {name[:16]} of {kept}, the oldest, is kept; copies differ "
-                  f"({', '.join(others)}): {differ}", file=sys.stderr)  # fmt: skip
+            print(
+                f"moebert: run {name[:16]} of {kept}, the oldest, is kept; copies differ "
+                f"({', '.join(others)}): {differ}",
+                file=sys.stderr,
+            )
         yield copies[0]
 
 

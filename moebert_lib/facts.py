@@ -56,9 +56,11 @@ def about(settings: Settings) -> About:
         guess = bundle.guessing()
         return {
             "n_train": len(bundle.examples["train"]),
-            "n_examples": len(bundle.examples["validation"]), "n_answers": len(bundle.truths()),
-            "guessing": guess if guess == guess else None, "digest": bundle.digest,
-        }  # fmt: skip
+            "n_examples": len(bundle.examples["validation"]),
+            "n_answers": len(bundle.truths()),
+            "guessing": guess if guess == guess else None,
+            "digest": bundle.digest,
+        }
 
     key = {**chosen(settings, DATA), "model": settings.model}
     if not archive.named():

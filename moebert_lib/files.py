@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moebert_lib.settings import UserError, nearest
+from moebert_lib.errors import UserError, nearest
 from moebert_lib.tasks import TASKS, Task
 
 EXPECTED = "sst2/train.jsonl or the like"
@@ -109,8 +109,10 @@ def _nested(path: Path) -> Iterator[tuple[str, Any]]:
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
         asked = [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not SQuAD's JSON ('data', 'paragraphs', 'qas'): "
-                        f"{type(error).__name__} {error}") from None  # fmt: skip
+        raise UserError(
+            f"{path} is not SQuAD's JSON ('data', 'paragraphs', 'qas'): "
+            f"{type(error).__name__} {error}"
+        ) from None
     for number, (context, qa) in enumerate(asked, start=1):
         place = f"question {qa.get('id', number) if isinstance(qa, dict) else number}"
         try:
@@ -118,8 +120,10 @@ def _nested(path: Path) -> Iterator[tuple[str, Any]]:
             answers = {key: [a[key] for a in found] for key in ("text", "answer_start")}
             row = {"question": qa["question"], "context": context, "answers": answers}
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, {place}: expected 'question' and a list of 'answers' with "
-                            f"'text' and 'answer_start' ({error})") from None  # fmt: skip
+            raise UserError(
+                f"{path}, {place}: expected 'question' and a list of 'answers' with "
+                f"'text' and 'answer_start' ({error})"
+            ) from None
         if bool(impossible) == bool(found):
             said = "has answers" if found else "has no answer"
             raise UserError(f"{path}, {place}: is_impossible={impossible}, but it {said}")
@@ -168,8 +172,9 @@ def _answers_problem(row: dict[str, Any], task: Task) -> str:
         pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
         wrong = [t for t, at in pairs if row["context"][at : at + len(t)] != t or at < 0]
     except (TypeError, KeyError, ValueError):
-        return (f"answers {str(answers)[:60]}; expected lists 'text' and 'answer_start' of equal "
-                "length")  # fmt: skip
+        return (
+            f"answers {str(answers)[:60]}; expected lists 'text' and 'answer_start' of equal length"
+        )
     if not row["question"].strip():
         return "the question is empty"
     if not all(text for text, _ in pairs):

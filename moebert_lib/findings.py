@@ -6,10 +6,10 @@ import pandas as pd
 
 from moebert_lib import found_rows, verdicts
 from moebert_lib.claims import CLAIMS
+from moebert_lib.errors import UserError
 from moebert_lib.found_beyond import beyond
 from moebert_lib.found_rows import interval
 from moebert_lib.intervals import agreed
-from moebert_lib.settings import UserError
 from moebert_lib.store import write_bytes
 from moebert_lib.tasks import TASKS as METRICS
 from moebert_lib.verdicts import CONTRADICTED, MARGIN, REPRODUCED, TOLD, UNDECIDED, judge
@@ -125,18 +125,26 @@ def guessing(beside: pd.DataFrame) -> str:
 def claims(compared: pd.DataFrame) -> str:
     """A row for each claim; how many comparisons are decided, and would be by luck."""
     table = verdicts.verdicts(compared)
-    lines = [f"| {row.claim.rstrip('.')} | {row[2]} | {row.tested} of {row.comparisons} | "
-             f"{row.verdict} |" for row in table.itertuples()]  # fmt: skip
+    lines = [
+        f"| {row.claim.rstrip('.')} | {row[2]} | {row.tested} of {row.comparisons} | "
+        f"{row.verdict} |"
+        for row in table.itertuples()
+    ]
     head = "| claim | shown in | comparisons with runs | verdict |\n|:--|:--|:--|:--|"
     asked = ((compared["kind"] == "better") & (compared["pairs"] > 0)).sum()
     decided, after, luck = verdicts.by_chance(compared)
     least = 2.0 ** (1 - compared.loc[compared["pairs"] > 0, "pairs"].max())
     floor = f"; it could not be otherwise, since so few pairs give no p below {least:g}"
     return CLAIMED.format(
-        claims=_counted(table["verdict"]), table="\n".join([head, *lines]), asked=asked,
-        decided=decided, after=after, are="is" if after == 1 else "are", luck=luck,
+        claims=_counted(table["verdict"]),
+        table="\n".join([head, *lines]),
+        asked=asked,
+        decided=decided,
+        after=after,
+        are="is" if after == 1 else "are",
+        luck=luck,
         floor=floor if least > 0.05 and not after else "",
-    )  # fmt: skip
+    )
 
 
 def sides(compared: pd.DataFrame, main: str) -> str:
@@ -158,10 +166,12 @@ def lists(compared: pd.DataFrame, main: str) -> str:
     parts = []
     for verdict in TOLD:
         rows = compared[(compared["verdict"] == verdict) & (compared["pairs"] > 0)]
-        lines = [f"| {said[row.claim].statement.rstrip('.')} ({said[row.claim].shown_in}) | "
-                 f"{row.comparison} | {interval(row.mean, row.low, row.high)} | "
-                 f"{row.paper:+.1f} | {_pairs(row, main)} |"
-                 for row in rows.itertuples()]  # fmt: skip
+        lines = [
+            f"| {said[row.claim].statement.rstrip('.')} ({said[row.claim].shown_in}) | "
+            f"{row.comparison} | {interval(row.mean, row.low, row.high)} | "
+            f"{row.paper:+.1f} | {_pairs(row, main)} |"
+            for row in rows.itertuples()
+        ]
         if lines:
             head = "| claim | comparison | here | paper | pairs |\n|:--|:--|--:|--:|:--|"
             parts.append("\n".join([f"\n**{verdict.capitalize()}**\n", head, *lines, ""]))

@@ -21,13 +21,28 @@ OWN = {
     "importance": IMPORTANCE,
     "student": tuple(name for name in (*CONVERSION, *TRAINING) if name != "seed"),
 }
-_COST = {"teacher": estimate.teacher, "importance": estimate.importance,
-         "student": estimate.student}  # fmt: skip
+_COST = {
+    "teacher": estimate.teacher,
+    "importance": estimate.importance,
+    "student": estimate.student,
+}
 #: Settings that a line names in words of its own, or that are its first column.
-_IN_WORDS = {"task", "data_dir", "model", "max_length", "distill_weight", "epochs",
-             "learning_rate", "batch_size", "weight_decay", "teacher_epochs",
-             "teacher_learning_rate", "teacher_batch_size", "teacher_weight_decay",
-             "importance_examples"}  # fmt: skip
+_IN_WORDS = {
+    "task",
+    "data_dir",
+    "model",
+    "max_length",
+    "distill_weight",
+    "epochs",
+    "learning_rate",
+    "batch_size",
+    "weight_decay",
+    "teacher_epochs",
+    "teacher_learning_rate",
+    "teacher_batch_size",
+    "teacher_weight_decay",
+    "importance_examples",
+}
 
 
 @dataclass(frozen=True)
@@ -117,12 +132,16 @@ def summary(jobs: Sequence[Job]) -> Iterator[str]:
 
 def _small_print() -> Iterator[str]:
     cpu, gpu = estimate.cpu_flops() / 1e9, estimate.GPU_FLOPS / 1e12
-    yield (f"Estimates, good to a factor of about three. CPU: this machine, {cpu:.0f} GFLOP/s, "
-           f"a matrix product timed just now, times {estimate.CPU_EFFICIENCY:g}. GPU: assumed to "
-           f"sustain {gpu:.0f} TFLOP/s in bf16, and {1000 * estimate.GPU_PASS:.0f} ms at least "
-           "for a pass.")  # fmt: skip
-    yield ("Memory: weights, gradients, Adam's moments and activations at the peak, beside about "
-           "1 GB for Python and data.")  # fmt: skip
+    yield (
+        f"Estimates, good to a factor of about three. CPU: this machine, {cpu:.0f} GFLOP/s, "
+        f"a matrix product timed just now, times {estimate.CPU_EFFICIENCY:g}. GPU: assumed to "
+        f"sustain {gpu:.0f} TFLOP/s in bf16, and {1000 * estimate.GPU_PASS:.0f} ms at least "
+        "for a pass."
+    )
+    yield (
+        "Memory: weights, gradients, Adam's moments and activations at the peak, beside about "
+        "1 GB for Python and data."
+    )
     yield "What runs/ holds of these is reused; a plan does not look there for single runs."
 
 
@@ -152,8 +171,14 @@ def _table(found: Sequence[Run]) -> Iterator[str]:
 def _row(group: Sequence[Run]) -> tuple[str, ...]:
     first = group[0]
     costs = [run.cost for run in group]
-    return (first.settings.task, first.stage, _changes(first), _seeds([run.seed for run in group]),
-            _words(first), *_price(costs))  # fmt: skip
+    return (
+        first.settings.task,
+        first.stage,
+        _changes(first),
+        _seeds([run.seed for run in group]),
+        _words(first),
+        *_price(costs),
+    )
 
 
 def _changes(run: Run) -> str:
@@ -164,8 +189,9 @@ def _changes(run: Run) -> str:
     names = [
         n for stage in dict.fromkeys([*uses, run.stage]) for n in OWN[stage] if n not in _IN_WORDS
     ]
-    changed = {name: getattr(mine, name) for name in names
-               if getattr(mine, name) != getattr(usual, name)}  # fmt: skip
+    changed = {
+        name: getattr(mine, name) for name in names if getattr(mine, name) != getattr(usual, name)
+    }
     if run.stage == "student":
         both = zip(("expert_size", "n_shared"), _sizes(mine), _sizes(usual), strict=True)
         changed |= {name: size for name, size, known in both if size != known}
@@ -185,8 +211,10 @@ def _words(run: Run) -> str:
     names = ("learning_rate", "batch_size", "epochs", "weight_decay")
     rate, batch, epochs, decay = (getattr(s, prefix + name) for name in names)
     weight = "" if run.stage == "teacher" else f", lambda {s.distill_weight:g}"
-    return (f"{model}, {train:,} examples, lr {rate:g}, batch {batch}, epochs {epochs:g}, "
-            f"{s.max_length} tokens, decay {decay:g}{weight}")  # fmt: skip
+    return (
+        f"{model}, {train:,} examples, lr {rate:g}, batch {batch}, epochs {epochs:g}, "
+        f"{s.max_length} tokens, decay {decay:g}{weight}"
+    )
 
 
 def _sizes(settings: Settings) -> tuple[int, int]:
@@ -204,16 +232,21 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def _total(found: Sequence[Run]) -> str:
     names = {"teacher": "teachers", "importance": "scorings", "student": "students"}
-    counts = [f"{n} {names[stage]}".removesuffix("s" if n == 1 else "") for stage in OWN
-              if (n := sum(run.stage == stage for run in found))]  # fmt: skip
+    counts = [
+        f"{n} {names[stage]}".removesuffix("s" if n == 1 else "")
+        for stage in OWN
+        if (n := sum(run.stage == stage for run in found))
+    ]
     return f"{', '.join(counts)}: {', '.join(_price([run.cost for run in found]))}"
 
 
 def _price(costs: Sequence[Cost]) -> tuple[str, str]:
     cpu = sum(map(estimate.cpu_seconds, costs)), max(cost.cpu_bytes for cost in costs)
     gpu = sum(map(estimate.gpu_seconds, costs)), max(cost.gpu_bytes for cost in costs)
-    return (f"CPU {_time(cpu[0])}, {cpu[1] / 1e9:.1f} GB",
-            f"GPU {_time(gpu[0])}, {gpu[1] / 1e9:.1f} GB")  # fmt: skip
+    return (
+        f"CPU {_time(cpu[0])}, {cpu[1] / 1e9:.1f} GB",
+        f"GPU {_time(gpu[0])}, {gpu[1] / 1e9:.1f} GB",
+    )
 
 
 def _time(seconds: float) -> str:

@@ -108,7 +108,7 @@ def scores(agreement: pd.DataFrame, removal: pd.DataFrame) -> str:
     return SCORES.format(
         rho=", ".join(f"{name} {x:.2f}" for name, x in rho[::-1].items()),
         kept=", ".join(f"{name} {x:+.1f}" for name, x in over.items()),
-    )  # fmt: skip
+    )
 
 
 def _cell(mean: float, low: float, high: float) -> str:

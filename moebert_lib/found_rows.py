@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from moebert_lib import archive, columns
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import Settings
 
 #: Settings that a scale leaves to the model's width.
 BY_WIDTH = {"expert_size", "n_shared"}
@@ -46,10 +47,13 @@ def provenance() -> str:
     teachers = sum(record["kind"] == "teacher" for record in records)
     hours = sum(record["seconds"] for record in records) / 3600
     days = sorted({record["created"][:10] for record in records})
-    machines = sorted({
-        f"{one['cpu']}, {one['cores']} cores, {one['torch_threads']} thread"
-        f"{'s' * (one['torch_threads'] > 1)} a run" for one in (r["machine"] for r in records)
-    })  # fmt: skip
+    machines = sorted(
+        {
+            f"{one['cpu']}, {one['cores']} cores, {one['torch_threads']} thread"
+            f"{'s' * (one['torch_threads'] > 1)} a run"
+            for one in (r["machine"] for r in records)
+        }
+    )
     tasks = {of["task"]: of["data"] for of in map(_values, students)}
     data = ", ".join(f"{task} `{digest[:8]}`" for task, digest in sorted(tasks.items()))
     return (
@@ -64,8 +68,10 @@ def provenance() -> str:
 
 def _versions(records: Iterable[dict[str, Any]]) -> str:
     """Each version of the main libraries that any of these runs had."""
-    named = {name: sorted({str(record["versions"][name]) for record in records})
-             for name in ("python", "torch", "transformers")}  # fmt: skip
+    named = {
+        name: sorted({str(record["versions"][name]) for record in records})
+        for name in ("python", "torch", "transformers")
+    }
     return ", ".join(f"{name} {' and '.join(each)}" for name, each in named.items())
 
 
@@ -85,8 +91,10 @@ def brief() -> str:
         spent[_values(record)["padding_in_loss"]].append(record["seconds"])
     text = f"These students had {steps} steps of {_values(short[0])['batch_size']} sentences"
     if all(spent.values()):
-        text += (f"; one that counts padding took {_span(spent[True])} seconds, any other "
-                 f"{_span(spent[False])}")  # fmt: skip
+        text += (
+            f"; one that counts padding took {_span(spent[True])} seconds, any other "
+            f"{_span(spent[False])}"
+        )
     worth = 100 / _sizes()[_values(short[0])["task"]]
     return f"{text}. One sentence of the development set is {worth:.2f} points."
 
@@ -94,8 +102,10 @@ def brief() -> str:
 def trained() -> str:
     """For how long teachers and most students were trained."""
     each = [_values(record) for record in _students()]
-    teachers, students = (Counter(of[name] for of in each).most_common(1)[0][0]
-                          for name in ("teacher_epochs", "epochs"))  # fmt: skip
+    teachers, students = (
+        Counter(of[name] for of in each).most_common(1)[0][0]
+        for name in ("teacher_epochs", "epochs")
+    )
     return f"Teachers were trained for {teachers:g} epochs, students for {students:g}."
 
 
@@ -114,9 +124,11 @@ def limits() -> str:
     number = (TEN[seeds] if seeds < len(TEN) else str(seeds)).capitalize()
     return LIMITS.format(
         teachers="One teacher per task." if one else f"{len(teachers)} teachers.",
-        seeds=f"{number} seed{'s' * (seeds != 1)}", examples=", ".join(examples),
-        scale=_scale(), departs=departs(),
-    )  # fmt: skip
+        seeds=f"{number} seed{'s' * (seeds != 1)}",
+        examples=", ".join(examples),
+        scale=_scale(),
+        departs=departs(),
+    )
 
 
 def departs() -> str:
@@ -124,8 +136,11 @@ def departs() -> str:
     scale, each = _scale(), [_values(record) for record in _students()]
     names = [name for name in Settings.model_fields if name not in {"scale", *BY_WIDTH}]
     usual = {of["task"]: Settings.at(scale, task=of["task"]).model_dump() for of in each}
-    pairs = {name: Counter((of[name], usual[of["task"]][name]) for of in each)
-             for name in names if all(name in of for of in each)}  # fmt: skip
+    pairs = {
+        name: Counter((of[name], usual[of["task"]][name]) for of in each)
+        for name in names
+        if all(name in of for of in each)
+    }
     told = []
     for name, values in pairs.items():
         if all(mine != scales for mine, scales in values):

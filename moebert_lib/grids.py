@@ -27,11 +27,13 @@ BRIEF = {"max_train_examples": 1000, "max_eval_examples": 200, "importance_examp
 
 #: Ways to build experts: the paper's deal, the others of Fig. 3a, and MoEfication's groups.
 CONSTRUCTIONS = {
-    "deal": {}, "random": {"ranking": "random"}, "inverse": {"ranking": "inverse"},
+    "deal": {},
+    "random": {"ranking": "random"},
+    "inverse": {"ranking": "inverse"},
     "k-means, weights": {"grouping": "kmeans-weights"},
     "k-means, activations": {"grouping": "kmeans-activations"},
     "co-activation": {"grouping": "coactivation"},
-}  # fmt: skip
+}
 
 #: What a conversion does by default; the explorer's accuracies are of these.
 PLAIN = ("routing", "ranking", "shared_neurons", "expert_layer_norm", "gate_scaling")
@@ -95,8 +97,10 @@ def ablations(
         "figure3a": [base.but(ranking=deal) for deal in ("importance", "random", "inverse")],
         "figure3b": [base.but(distill=which) for which in ("all", "skip", "last")],
     }
-    return {name: [run for point in points for run in over_seeds(point)]
-            for name, points in varied.items()}  # fmt: skip
+    return {
+        name: [run for point in points for run in over_seeds(point)]
+        for name, points in varied.items()
+    }
 
 
 def conversions(settings: Settings, width: int) -> list[Settings]:
@@ -113,11 +117,17 @@ def conversions(settings: Settings, width: int) -> list[Settings]:
     plain = {name: Settings.model_fields[name].default for name in PLAIN}
     fair = settings.but(teacher_seed=settings.dense_seed, **plain)
     return [
-        fair.but(n_experts=n, expert_size=width // n, seed=settings.seed + k,
-                 n_shared=round(width // n * part))
-        for n in (2, 4, 8) if n <= width for part in SHARED_PARTS
+        fair.but(
+            n_experts=n,
+            expert_size=width // n,
+            seed=settings.seed + k,
+            n_shared=round(width // n * part),
+        )
+        for n in (2, 4, 8)
+        if n <= width
+        for part in SHARED_PARTS
         for k in range(1 + (n == settings.n_experts))
-    ]  # fmt: skip
+    ]
 
 
 def constructions(settings: Settings, width: int) -> Grid:
@@ -221,11 +231,18 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
     return {
         "tables 1 and 2": [run for task in names for run in over_seeds(each[task])],
         "table3": [run for task in plain for run in over_seeds(each[task].but(distill="none"))],
-        "deals": [run for task in dealt for deal in ("random", "inverse")
-                  for run in over_seeds(each[task].but(ranking=deal))],
-        "table4": [run for task in large
-                   for run in over_seeds(base.on(task, model=LARGE, expert_size=None))],
-    }  # fmt: skip
+        "deals": [
+            run
+            for task in dealt
+            for deal in ("random", "inverse")
+            for run in over_seeds(each[task].but(ranking=deal))
+        ],
+        "table4": [
+            run
+            for task in large
+            for run in over_seeds(base.on(task, model=LARGE, expert_size=None))
+        ],
+    }
 
 
 def claims(settings: Settings, names: Sequence[str], width: int, *, ablate: bool = True) -> Grid:

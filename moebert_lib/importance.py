@@ -98,8 +98,10 @@ class Importance:
 
     def _n_blocks(self) -> int:
         if not len(self.blocks):
-            raise ValueError("these scores are sums only, without blocks of examples; what other "
-                             "examples would change cannot be known")  # fmt: skip
+            raise ValueError(
+                "these scores are sums only, without blocks of examples; what other "
+                "examples would change cannot be known"
+            )
         return len(self.blocks)
 
     def save(self, path: str | Path) -> None:
@@ -127,9 +129,12 @@ class Importance:
 
 
 def ffn_importance(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], *,
-    meta: dict | None = None, dtype: torch.dtype | None = None,
-) -> Importance:  # fmt: skip
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    meta: dict | None = None,
+    dtype: torch.dtype | None = None,
+) -> Importance:
     """Score every feed-forward neuron of a fine-tuned encoder by Eq. 4: ``(L, F)``, on the CPU.
 
     Exact per example, though batches are processed whole; memory does not grow with their number.
@@ -153,15 +158,21 @@ def ffn_importance(
         raise ValueError(f"dtype={dtype}: expected None, the model's own, or torch.bfloat16")
     with frozen(model):
         fast = fast_eval(model)
-        return summed(model, batches, lambda batch: {
-            "importance": sum(batch_flows(fast, batch, dtype=dtype)).abs()
-        }, meta=meta)["importance"]  # fmt: skip
+        return summed(
+            model,
+            batches,
+            lambda batch: {"importance": sum(batch_flows(fast, batch, dtype=dtype)).abs()},
+            meta=meta,
+        )["importance"]
 
 
 def summed(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]],
-    terms: Callable[[dict[str, Tensor]], dict[str, Tensor]], *, meta: dict | None = None,
-) -> dict[str, Importance]:  # fmt: skip
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    terms: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    *,
+    meta: dict | None = None,
+) -> dict[str, Importance]:
     """Scores that are sums over examples, by name; errors as :func:`ffn_importance`.
 
     Args:
@@ -183,8 +194,10 @@ def summed(
     if not counts.sum():
         raise ValueError("no batches: importance needs at least one example")
     used, meta = counts > 0, {**(meta or {}), "ffn": ffn_digest(model)}
-    return {name: Importance(sums.sum(0), sums[used], counts[used], meta)
-            for name, sums in blocks.items()}  # fmt: skip
+    return {
+        name: Importance(sums.sum(0), sums[used], counts[used], meta)
+        for name, sums in blocks.items()
+    }
 
 
 def ffn_digest(model: nn.Module) -> str:
@@ -215,8 +228,10 @@ def batch_flows(
         ValueError: a batch without targets.
     """
     if "labels" not in batch and not {"start_positions", "end_positions"} <= {*batch}:
-        raise ValueError("importance needs labels, or start_positions and end_positions: "
-                         "Eq. 4 scores the task loss")  # fmt: skip
+        raise ValueError(
+            "importance needs labels, or start_positions and end_positions: "
+            "Eq. 4 scores the task loss"
+        )
     layers, start, hooks = [*ffns(model)], [], []
     sums: tuple = [0] * len(layers), [0] * len(layers)  # through a, through h
     inputs = {name: value for name, value in batch.items() if name != "index"}
@@ -279,8 +294,9 @@ def scored_ffns(model: nn.Module) -> list[FFN]:
     """The dense feed-forward networks of a model; a ValueError where it has none."""
     if layers := [*ffns(model)]:
         return layers
-    raise ValueError(f"{type(model).__name__} has no dense feed-forward layers to score of "
-                     f"{supported()}")  # fmt: skip
+    raise ValueError(
+        f"{type(model).__name__} has no dense feed-forward layers to score of {supported()}"
+    )
 
 
 @contextmanager

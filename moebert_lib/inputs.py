@@ -20,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from moebert_lib import data, spans, weights
 from moebert_lib.adapters import family
+from moebert_lib.errors import home
 from moebert_lib.evaluate import score
 from moebert_lib.scales import MINILM, TINY
-from moebert_lib.settings import Settings, home
+from moebert_lib.settings import Settings
 from moebert_lib.stages import DATA
 
 HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sentence is classified
@@ -89,10 +90,13 @@ class Dataset:
         chosen = self.settings
         with_null = self.task.name == "squad_v2"
         found = spans.texts(
-            logits, self.rows(split, limit), self.examples[split]["context"][:],
-            n_best=chosen.n_best, max_answer_length=chosen.max_answer_length,
+            logits,
+            self.rows(split, limit),
+            self.examples[split]["context"][:],
+            n_best=chosen.n_best,
+            max_answer_length=chosen.max_answer_length,
             null_threshold=chosen.null_threshold if with_null else None,
-        )  # fmt: skip
+        )
         return np.array([found[example] for example in sorted(found)], dtype=object)
 
     def truths(self, split: str = "validation", limit: int | None = None) -> list:
@@ -183,9 +187,13 @@ def new_model(settings: Settings, task: data.Task) -> PreTrainedModel:
         head |= dict(num_labels=len(labels), id2label=labels, label2id=names)
     if tiny:
         config = BertConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-            max_position_embeddings=settings.max_length, **head,
-        )  # fmt: skip
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=settings.max_length,
+            **head,
+        )
         return auto.from_config(config)
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the head is new, and meant to be

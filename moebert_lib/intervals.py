@@ -100,9 +100,14 @@ def bca_interval(values: Iterable[float]) -> Interval:
 def _bca(samples: np.ndarray, n_resamples: int) -> tuple[np.ndarray, np.ndarray]:
     """Ends of the interval along the last axis."""
     return stats.bootstrap(
-        (samples,), np.mean, axis=-1, confidence_level=LEVEL, method="BCa",
-        n_resamples=n_resamples, rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+        (samples,),
+        np.mean,
+        axis=-1,
+        confidence_level=LEVEL,
+        method="BCa",
+        n_resamples=n_resamples,
+        rng=np.random.default_rng(0),
+    ).confidence_interval
 
 
 def resampled(measure: Callable[[np.ndarray], float], n: int) -> tuple[float, float]:
@@ -136,9 +141,14 @@ def chance(n: int, *, n_samples: int = 1000) -> float:
 
 
 def differences(
-    frame: pd.DataFrame, metric: str, *,
-    column: str, better: object, worse: object, by: str = "seed",
-) -> pd.Series:  # fmt: skip
+    frame: pd.DataFrame,
+    metric: str,
+    *,
+    column: str,
+    better: object,
+    worse: object,
+    by: str = "seed",
+) -> pd.Series:
     """``better`` minus ``worse``, run by run: what a pair shares cancels out.
 
     Args:

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from moebert_lib import batch, disk
+from moebert_lib.errors import UserError, home
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, defaults
-from moebert_lib.settings import Settings, UserError, home
+from moebert_lib.settings import Settings
 from moebert_lib.store import Entry, Store
 from moebert_lib.worker import failed_in
 
@@ -39,8 +40,10 @@ def lines(*, whole: bool = False) -> Iterator[str]:
         given = "".join(f" {name}={value}" for name, value in run.get("given", {}).items())
         cell = f", cell {run['cell']}" if run["cell"] else ""
         yield f"failed      {run['notebook']}{given}{cell}: {run['error']}; copy: {run['folder']}"
-    yield (f"{len(entries)} stored, notebooks took {_minutes(kinds['notebook']):.1f} min, "
-           f"{len(failed)} failed")  # fmt: skip
+    yield (
+        f"{len(entries)} stored, notebooks took {_minutes(kinds['notebook']):.1f} min, "
+        f"{len(failed)} failed"
+    )
 
 
 def _sweep(record: dict[str, Any], *, whole: bool) -> Iterator[str]:
@@ -109,8 +112,11 @@ def _unlike(chosen: dict[str, Any], scale: str) -> dict[str, Any]:
         experts = chosen.get("n_experts", own["n_experts"])
         sizes = usual.model_copy(update={"n_experts": experts}).sizes(width)
         own |= dict(zip(("expert_size", "n_shared"), sizes, strict=True))
-    return {name: value for name, value in chosen.items()
-            if name != "task" and (name not in own or own[name] != value)}  # fmt: skip
+    return {
+        name: value
+        for name, value in chosen.items()
+        if name != "task" and (name not in own or own[name] != value)
+    }
 
 
 def _minutes(entries: list[Entry]) -> float:

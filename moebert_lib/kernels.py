@@ -106,10 +106,12 @@ class Watch:
         if any(table.get(name) is not part for table, name, part in self.parts):
             return False
         return all(
-            x._version == version and x.data_ptr() == alias.data_ptr()
-            and x.shape == alias.shape and x.stride() == alias.stride()
+            x._version == version
+            and x.data_ptr() == alias.data_ptr()
+            and x.shape == alias.shape
+            and x.stride() == alias.stride()
             for (x, alias), version in zip(self.aliases, self.versions, strict=True)
-        )  # fmt: skip
+        )
 
     def listened(self) -> bool:
         """Whether a part that is not called has hooks."""
@@ -118,8 +120,12 @@ class Watch:
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     """The tables of a module's hooks around its forward and backward."""
-    return (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-            module._backward_pre_hooks)  # fmt: skip
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
 
 
 def heard(hooks: dict) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from moebert_lib import estimate
-from moebert_lib.settings import Settings, UserError, nearest
+from moebert_lib.errors import UserError, nearest
+from moebert_lib.settings import Settings
 from moebert_lib.tasks import TASKS
 
 TOY_WIDTH = 6  # neurons of the layer in notebook 0

@@ -82,9 +82,12 @@ def view(
     """One layer's scores ``(F,)`` dealt to experts as conversion deals them."""
     ranking = np.argsort(-scores, kind="stable")
     hands = deal_neurons(
-        torch.arange(len(scores)), n_experts=n_experts, expert_size=expert_size,
-        n_shared=n_shared, allow_identical=True,
-    ).numpy()  # fmt: skip
+        torch.arange(len(scores)),
+        n_experts=n_experts,
+        expert_size=expert_size,
+        n_shared=n_shared,
+        allow_identical=True,
+    ).numpy()
     return View(heading, ranking, scores[ranking], hands, n_shared)
 
 

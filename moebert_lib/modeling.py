@@ -223,15 +223,23 @@ class MoESpans(MoEHead):
 
     @can_return_tuple
     def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, start_positions=None,
-        end_positions=None, **kwargs,
-    ) -> MoEBertQuestionAnsweringOutput:  # fmt: skip
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        start_positions=None,
+        end_positions=None,
+        **kwargs,
+    ) -> MoEBertQuestionAnsweringOutput:
         """As the dense model's; the positions may be absent."""
         kwargs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
         output = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask,
-            start_positions=start_positions, end_positions=end_positions, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            **kwargs,
+        )
         return self._with_aux_loss(output, MoEBertQuestionAnsweringOutput)
 
 
@@ -240,9 +248,11 @@ HEADS: dict[type[PreTrainedModel], type[MoEHead]] = {}
 
 
 def register(
-    config: type[PreTrainedConfig], encoder: type[MoEEncoder], classifier: type[MoEClassifier],
+    config: type[PreTrainedConfig],
+    encoder: type[MoEEncoder],
+    classifier: type[MoEClassifier],
     spans: type[MoESpans],
-) -> None:  # fmt: skip
+) -> None:
     """Make a family's classes known to transformers' ``Auto`` classes."""
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, encoder)

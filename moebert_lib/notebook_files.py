@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moebert_lib.settings import UserError, home, nearest
+from moebert_lib.errors import UserError, home, nearest
 
 
 def notebooks() -> list[Path]:
@@ -22,8 +22,10 @@ def select(names: Sequence[str] = ()) -> list[Path]:
     """
     known = {path.stem: path for path in notebooks()}
     if not names and not known:
-        raise UserError(f"no notebooks in {home() / 'notebooks'}; run from a checkout, or set "
-                        "MOEBERT_HOME to one")  # fmt: skip
+        raise UserError(
+            f"no notebooks in {home() / 'notebooks'}; run from a checkout, or set "
+            "MOEBERT_HOME to one"
+        )
     return list(dict.fromkeys(_find(name, known) for name in names or known))
 
 
@@ -40,8 +42,10 @@ def parameters_of(path: Path) -> dict[str, tuple[Any, Any]]:
             annotation = getattr(node, "annotation", None)
             found[target.id] = (_type(annotation, default), default)
     except (SyntaxError, ValueError, AttributeError, NameError, TypeError) as error:
-        raise UserError(f"{path.name}: its parameters cell may hold only lines such as "
-                        f"'seed: int = 0' ({error})") from None  # fmt: skip
+        raise UserError(
+            f"{path.name}: its parameters cell may hold only lines such as "
+            f"'seed: int = 0' ({error})"
+        ) from None
     return found
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 FILE = "model.onnx"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -56,10 +56,14 @@ def export(model: PreTrainedModel, batch: dict[str, Tensor], path: Path) -> None
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with _quiet():
         program = torch.onnx.export(
-            _Graph(own, list(batch), names).eval(), values,
-            dynamo=True, dynamic_shapes=((free,) * len(batch),), input_names=list(batch),
-            output_names=names, verbose=False,
-        )  # fmt: skip
+            _Graph(own, list(batch), names).eval(),
+            values,
+            dynamo=True,
+            dynamic_shapes=((free,) * len(batch),),
+            input_names=list(batch),
+            output_names=names,
+            verbose=False,
+        )
     program.save(path)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from moebert_lib import commands, commands_bench, commands_model, commands_pages
-from moebert_lib.settings import UserError, nearest
+from moebert_lib.errors import UserError, nearest
 
 SCALE_HELP = "smoke, quick (the default), small or paper"
 
@@ -33,8 +33,9 @@ class Parser(argparse.ArgumentParser):
         for word in argv:  # first, so that a misspelt option is not blamed on its value
             option = word.partition("=")[0]
             if option.startswith("--") and option not in (*known, "--"):
-                raise UserError(f"unknown option '{option}' of {self.prog}; "
-                                f"{nearest(option, known)}")  # fmt: skip
+                raise UserError(
+                    f"unknown option '{option}' of {self.prog}; {nearest(option, known)}"
+                )
         args, left = self.parse_known_intermixed_args(argv)
         if left:
             raise UserError(f"{self.prog} has no use for '{left[0]}' (see {self.prog} --help)")
@@ -49,8 +50,19 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
         example="moebert run --scale quick",
     )
     kinds = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
-    own = (_run, _sweep, _status, _report, _export, _explore, _site, _importance, _convert,
-           _bench, _doctor)  # fmt: skip
+    own = (
+        _run,
+        _sweep,
+        _status,
+        _report,
+        _export,
+        _explore,
+        _site,
+        _importance,
+        _convert,
+        _bench,
+        _doctor,
+    )
     for add in own:
         add(kinds)
     return top, kinds.choices
@@ -59,161 +71,249 @@ def parser() -> tuple[Parser, dict[str, Parser]]:
 def _values(command: Parser) -> None:
     command.add_argument("--scale", default=None, metavar="S", help=SCALE_HELP)
     command.add_argument(
-        "-p", dest="values", action="append", default=[], metavar="NAME=VALUE",
+        "-p",
+        dest="values",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
         help="a notebook's parameter or any setting (moebert_lib/settings.py); repeatable",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--data-dir", default="", metavar="DIR",
+        "--data-dir",
+        default="",
+        metavar="DIR",
         help="GLUE-format files, DIR/TASK/train.jsonl and validation.jsonl, or .parquet",
-    )  # fmt: skip
+    )
 
 
 def _run(kinds: Any) -> None:
     command = kinds.add_parser(
-        "run", help="run notebooks, all by default, and write the report",
+        "run",
+        help="run notebooks, all by default, and write the report",
         description="Run notebooks; what is done already is reused.",
         example="moebert run 01 02 03 --scale small --data-dir DIR -p task=sst2",
-    )  # fmt: skip
-    command.add_argument("notebooks", nargs="*", metavar="NOTEBOOK",
-                         help="number, name or path: 01, 01_importance, mine.ipynb")  # fmt: skip
+    )
+    command.add_argument(
+        "notebooks",
+        nargs="*",
+        metavar="NOTEBOOK",
+        help="number, name or path: 01, 01_importance, mine.ipynb",
+    )
     _values(command)
-    command.add_argument("--plan", action="store_true",
-                         help="only list what would run, and its time and memory")  # fmt: skip
-    command.add_argument("--why", action="store_true",
-                         help="only say of each notebook why it would run, or not")  # fmt: skip
+    command.add_argument(
+        "--plan", action="store_true", help="only list what would run, and its time and memory"
+    )
+    command.add_argument(
+        "--why", action="store_true", help="only say of each notebook why it would run, or not"
+    )
     _where(command, "one by default")
     command.set_defaults(function=commands.run)
 
 
 def _sweep(kinds: Any) -> None:
     command = kinds.add_parser(
-        "sweep", help="run a notebook over a grid of settings, tasks and seeds",
+        "sweep",
+        help="run a notebook over a grid of settings, tasks and seeds",
         description="Run 03_distillation, or another notebook, once for each point of the grid in "
         "a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings (each a "
         "list of values: all combinations) and points (a list of sets of values).",
         example="moebert sweep grid.yaml --dry-run",
-    )  # fmt: skip
+    )
     command.add_argument("grid", type=Path, nargs="?", default=None, metavar="GRID.yaml")
-    command.add_argument("--data-dir", default="", metavar="DIR",
-                         help="GLUE-format files, in place of the grid's data_dir")  # fmt: skip
-    command.add_argument("--dry-run", action="store_true",
-                         help="only list what would run, what is reused, and why")  # fmt: skip
+    command.add_argument(
+        "--data-dir",
+        default="",
+        metavar="DIR",
+        help="GLUE-format files, in place of the grid's data_dir",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="only list what would run, what is reused, and why"
+    )
     command.add_argument("--why", action="store_true", help="the same with every reason in full")
-    command.add_argument("--retry-failed", action="store_true",
-                         help="also what failed before; without a grid, of all sweeps")  # fmt: skip
+    command.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="also what failed before; without a grid, of all sweeps",
+    )
     _where(command, "as many as cores and memory allow by default")
     command.set_defaults(function=commands.sweep)
 
 
 def _where(command: Parser, usual: str) -> None:
     command.add_argument("--force", action="store_true", help="run even what is stored")
-    command.add_argument("--workers", type=int, default=None, metavar="N",
-                         help=f"runs at once on this machine; {usual}")  # fmt: skip
-    command.add_argument("--engine", default="local", metavar="E",
-                         help="local (the default), or ray from moebert[cluster]")  # fmt: skip
-    command.add_argument("--address", default=None, metavar="A",
-                         help="of a Ray cluster: auto or HOST:PORT")  # fmt: skip
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        metavar="N",
+        help=f"runs at once on this machine; {usual}",
+    )
+    command.add_argument(
+        "--engine",
+        default="local",
+        metavar="E",
+        help="local (the default), or ray from moebert[cluster]",
+    )
+    command.add_argument(
+        "--address", default=None, metavar="A", help="of a Ray cluster: auto or HOST:PORT"
+    )
     _store(command)
 
 
 def _store(command: Parser) -> None:
-    command.add_argument("--store", default=os.environ.get("MOEBERT_STORE", ""), metavar="URL",
-                         help="share results there: a folder, s3://BUCKET/PATH or any other "
-                         "fsspec URL; MOEBERT_STORE by default")  # fmt: skip
+    command.add_argument(
+        "--store",
+        default=os.environ.get("MOEBERT_STORE", ""),
+        metavar="URL",
+        help="share results there: a folder, s3://BUCKET/PATH or any other "
+        "fsspec URL; MOEBERT_STORE by default",
+    )
 
 
 def _status(kinds: Any) -> None:
     command = kinds.add_parser(
-        "status", help="what is stored, what failed and where",
+        "status",
+        help="what is stored, what failed and where",
         description="Count the stored runs by kind, and list the newest, and the failed ones.",
         example="moebert status --all",
-    )  # fmt: skip
+    )
     command.add_argument("--all", action="store_true", help="list all stored runs")
     command.set_defaults(function=commands.status)
 
 
 def _report(kinds: Any) -> None:
     command = kinds.add_parser(
-        "report", help="gather figures, tables and runs in one HTML page",
+        "report",
+        help="gather figures, tables and runs in one HTML page",
         description="Write runs/report.html: one file that needs no network. With --from, first "
         "draw all figures and tables from committed results; no model is needed or trained.",
         example="moebert report\n  moebert report --from figures/runs",
-    )  # fmt: skip
-    command.add_argument("--from", dest="results", type=Path, default=None, metavar="DIR",
-                         help="results of moebert export, with a workbook.yaml")  # fmt: skip
-    command.add_argument("--check", action="store_true",
-                         help="only compare what they draw with figures/")  # fmt: skip
+    )
+    command.add_argument(
+        "--from",
+        dest="results",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="results of moebert export, with a workbook.yaml",
+    )
+    command.add_argument(
+        "--check", action="store_true", help="only compare what they draw with figures/"
+    )
     _store(command)
     command.set_defaults(function=commands.report)
 
 
 def _export(kinds: Any) -> None:
     command = kinds.add_parser(
-        "export", help="one table of all runs, of this store or of several",
+        "export",
+        help="one table of all runs, of this store or of several",
         description="Write one row per run with its settings, results and origin. A run that "
         "several stores hold is one row. With --results: all stages of experiments with the small "
         "files that figures are drawn from, added to a folder, for moebert report --from.",
         example="moebert export runs.parquet\n"
         "  moebert export --results figures/runs\n"
         "  moebert export runs.csv runs/ other-machine/runs/ s3://BUCKET/PATH --kind student",
-    )  # fmt: skip
+    )
     command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv, or .json")
-    command.add_argument("stores", nargs="*", metavar="STORE",
-                         help="a home, its runs/ or an fsspec URL; here by default")  # fmt: skip
-    command.add_argument("--kind", default="notebook", metavar="K",
-                         help="notebook (the default), student, teacher, ... or all")  # fmt: skip
-    command.add_argument("--results", action="store_true",
-                         help="RUNS names a folder of results to add to")  # fmt: skip
+    command.add_argument(
+        "stores",
+        nargs="*",
+        metavar="STORE",
+        help="a home, its runs/ or an fsspec URL; here by default",
+    )
+    command.add_argument(
+        "--kind",
+        default="notebook",
+        metavar="K",
+        help="notebook (the default), student, teacher, ... or all",
+    )
+    command.add_argument(
+        "--results", action="store_true", help="RUNS names a folder of results to add to"
+    )
     command.set_defaults(function=commands.export)
 
 
 def _explore(kinds: Any) -> None:
     command = kinds.add_parser(
-        "explore", help="open the explorer of importance as a page, for a classroom",
+        "explore",
+        help="open the explorer of importance as a page, for a classroom",
         description="Serve the explorer of notebook 01 as a page without code, until Ctrl-C: the "
         "files and the experiment that are named, else all that is scored here. Where nothing is, "
         "the scale's model is trained and scored first.",
         example="moebert explore\n  moebert explore importance_rte.pkl importance_cola.pkl\n"
         "  moebert explore --task acceptability --ip 0.0.0.0 --no-browser",
-    )  # fmt: skip
-    command.add_argument("files", nargs="*", type=Path, metavar="FILE",
-                         help="from moebert importance, or a pickle of the release")  # fmt: skip
+    )
+    command.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="from moebert importance, or a pickle of the release",
+    )
     command.add_argument("--task", default=None, metavar="T", help="the scale's own by default")
     _values(command)
-    command.add_argument("--port", type=int, default=8866, metavar="N",
-                         help="8866 by default, or the next that is free")  # fmt: skip
-    command.add_argument("--ip", default="localhost", metavar="A",
-                         help="whose visitors are let in: localhost, this machine only (the "
-                         "default); 0.0.0.0, all that reach it")  # fmt: skip
+    command.add_argument(
+        "--port",
+        type=int,
+        default=8866,
+        metavar="N",
+        help="8866 by default, or the next that is free",
+    )
+    command.add_argument(
+        "--ip",
+        default="localhost",
+        metavar="A",
+        help="whose visitors are let in: localhost, this machine only (the "
+        "default); 0.0.0.0, all that reach it",
+    )
     command.add_argument("--no-browser", action="store_true", help="only print the address")
     command.set_defaults(function=commands_pages.explore)
 
 
 def _site(kinds: Any) -> None:
     command = kinds.add_parser(
-        "site", help="build the site: notebooks, figures, guide and reference",
+        "site",
+        help="build the site: notebooks, figures, guide and reference",
         description="Build a site that needs no network from the executed notebooks; run the "
         "workbook first.",
         example="moebert site --out public",
-    )  # fmt: skip
-    command.add_argument("--out", type=Path, default=None, metavar="DIR",
-                         help="runs/site by default; an earlier site is replaced")  # fmt: skip
-    command.add_argument("--figures", type=Path, default=None, metavar="DIR",
-                         help="whose figures and notebooks; figures/ by default")  # fmt: skip
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="runs/site by default; an earlier site is replaced",
+    )
+    command.add_argument(
+        "--figures",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="whose figures and notebooks; figures/ by default",
+    )
     command.set_defaults(function=commands_pages.site)
 
 
 def _importance(kinds: Any) -> None:
     command = kinds.add_parser(
-        "importance", help="score a fine-tuned model's neurons on a task (Eq. 4)",
+        "importance",
+        help="score a fine-tuned model's neurons on a task (Eq. 4)",
         description="Fine-tune the scale's model on a task, or reuse it, and score its neurons; "
         "or import a file of the paper's release.",
         example="moebert importance --task library --scale quick --out importance.safetensors\n"
         "  moebert importance --import importance_rte.pkl --out rte.safetensors",
-    )  # fmt: skip
+    )
     command.add_argument("--task", default=None, metavar="T", help="the scale's own by default")
-    command.add_argument("--import", dest="release", type=Path, default=None, metavar="FILE",
-                         help="a pickle of the release; nothing in it is run")  # fmt: skip
+    command.add_argument(
+        "--import",
+        dest="release",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="a pickle of the release; nothing in it is run",
+    )
     command.add_argument("--out", type=Path, required=True, metavar="FILE")
     _values(command)
     command.set_defaults(function=commands_model.importance)
@@ -221,52 +321,90 @@ def _importance(kinds: Any) -> None:
 
 def _convert(kinds: Any) -> None:
     command = kinds.add_parser(
-        "convert", help="turn a fine-tuned BERT into a MoEBERT to ship, with card and receipt",
+        "convert",
+        help="turn a fine-tuned BERT into a MoEBERT to ship, with card and receipt",
         description="Split a fine-tuned BERT's feed-forward layers into experts. With --task its "
         "neurons are scored on the task's training data, the experts distilled from it, and both "
         "judged; with --importance it is converted by a file of scores, untrained.",
         example="moebert convert DIR/my-bert --task sst2 --data-dir DIR --scale small --out moe\n"
         "  moebert convert --task library --out moe --onnx\n"
         "  moebert convert DIR/my-bert --importance importance.safetensors --out moe",
-    )  # fmt: skip
-    command.add_argument("model", nargs="?", default="", metavar="MODEL",
-                         help="a folder with config.json, or a hub name; with --task the scale's "
-                         "own teacher by default")  # fmt: skip
+    )
+    command.add_argument(
+        "model",
+        nargs="?",
+        default="",
+        metavar="MODEL",
+        help="a folder with config.json, or a hub name; with --task the scale's "
+        "own teacher by default",
+    )
     command.add_argument("--task", default=None, metavar="T", help="what MODEL was fine-tuned on")
-    command.add_argument("--importance", type=Path, default=None, metavar="FILE",
-                         help="from moebert importance, for the same model")  # fmt: skip
+    command.add_argument(
+        "--importance",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="from moebert importance, for the same model",
+    )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     command.add_argument("--n-experts", type=int, default=None, metavar="N", help="4 by default")
-    command.add_argument("--expert-size", type=int, default=None, metavar="K",
-                         help="neurons each; the layer's width / N by default")  # fmt: skip
-    command.add_argument("--n-shared", type=int, default=None, metavar="S",
-                         help="neurons in all of them; two thirds of K by default")  # fmt: skip
-    command.add_argument("--routing", default=None, metavar="R",
-                         help="hash-random (the default), hash-cluster, gate-token or "
-                         "gate-sentence; with --task also hash-balance")  # fmt: skip
-    command.add_argument("--seed", type=int, default=None, metavar="N",
-                         help="of the routing tables, and of training; 0 by default")  # fmt: skip
+    command.add_argument(
+        "--expert-size",
+        type=int,
+        default=None,
+        metavar="K",
+        help="neurons each; the layer's width / N by default",
+    )
+    command.add_argument(
+        "--n-shared",
+        type=int,
+        default=None,
+        metavar="S",
+        help="neurons in all of them; two thirds of K by default",
+    )
+    command.add_argument(
+        "--routing",
+        default=None,
+        metavar="R",
+        help="hash-random (the default), hash-cluster, gate-token or "
+        "gate-sentence; with --task also hash-balance",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        default=None,
+        metavar="N",
+        help="of the routing tables, and of training; 0 by default",
+    )
     _values(command)
     command.add_argument("--untrained", action="store_true", help="with --task: do not distil")
-    command.add_argument("--onnx", action="store_true",
-                         help="also model.onnx; needs moebert[onnx]")  # fmt: skip
-    command.add_argument("--push-to-hub", default="", metavar="REPO",
-                         help="OWNER/NAME to send the folder to, when it is written")  # fmt: skip
+    command.add_argument("--onnx", action="store_true", help="also model.onnx; needs moebert[onnx]")
+    command.add_argument(
+        "--push-to-hub",
+        default="",
+        metavar="REPO",
+        help="OWNER/NAME to send the folder to, when it is written",
+    )
     command.set_defaults(function=commands_model.convert)
 
 
 def _bench(kinds: Any) -> None:
     command = kinds.add_parser(
-        "bench", help="measure speed beside the equal-FLOP limit (Fig. 4)",
+        "bench",
+        help="measure speed beside the equal-FLOP limit (Fig. 4)",
         description="inference: a forward pass of dense BERT, MoEBERT and their limits. training: "
         "a step of distillation. importance: scoring neurons. scaling: cost by experts, tokens "
         "and layers. widgets: from a slider's move to the picture. batch: a sweep with one worker "
         "and with two. OMP_NUM_THREADS sets the threads; the record goes to runs/.",
         example="moebert bench inference\n  moebert bench inference --batch 8 --length 64",
-    )  # fmt: skip
-    command.add_argument("what", nargs="?", default="inference", metavar="WHAT",
-                         help="inference (the default), training, importance, scaling, widgets "
-                         "or batch")  # fmt: skip
+    )
+    command.add_argument(
+        "what",
+        nargs="?",
+        default="inference",
+        metavar="WHAT",
+        help="inference (the default), training, importance, scaling, widgets or batch",
+    )
     for name, told in (
         ("batch", "sentences at once, of inference; full and real batches by default"),
         ("length", "tokens of each, likewise"),
@@ -274,18 +412,25 @@ def _bench(kinds: Any) -> None:
         ("runs", "notebook runs, of batch; 40 by default"),
     ):
         command.add_argument(f"--{name}", type=int, default=None, metavar="N", help=told)
-    command.add_argument("--device", default=None, metavar="D",
-                         help="of inference: cpu (the default) or cuda")  # fmt: skip
-    command.add_argument("--out", type=Path, default=None, metavar="FILE",
-                         help="the record's file, JSON; in runs/ by default")  # fmt: skip
+    command.add_argument(
+        "--device", default=None, metavar="D", help="of inference: cpu (the default) or cuda"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="the record's file, JSON; in runs/ by default",
+    )
     command.set_defaults(function=commands_bench.bench)
 
 
 def _doctor(kinds: Any) -> None:
     command = kinds.add_parser(
-        "doctor", help="check Python, versions, weights, kernel, memory and folders",
+        "doctor",
+        help="check Python, versions, weights, kernel, memory and folders",
         description="Check what a run needs; each line is ok or says what to do.",
         example="moebert doctor --data-dir DIR",
-    )  # fmt: skip
+    )
     command.add_argument("--data-dir", default="", metavar="DIR", help="also check this folder")
     command.set_defaults(function=commands_model.doctor)

@@ -34,8 +34,10 @@ class Oracle(nn.Module):
         super().__init__()
         layers = moe_layers(model)
         if not layers or any(layer.top_k != 1 for layer in layers):
-            raise ValueError("an oracle chooses one expert a token; expected a MoEBERT with "
-                             "num_experts_per_tok=1")  # fmt: skip
+            raise ValueError(
+                "an oracle chooses one expert a token; expected a MoEBERT with "
+                "num_experts_per_tok=1"
+            )
         self.model, self.teacher = model, teacher
         self.eval()
 

@@ -75,13 +75,17 @@ def accelerate(
     for name, module in _replaced(bert):
         if not _is_berts_own(module):
             kind, name = type(module).__name__, name or "the model"
-            raise ValueError(f"accelerate does the work of BERT's layers, and {name} is a {kind} "
-                             "with a forward of its own")  # fmt: skip
+            raise ValueError(
+                f"accelerate does the work of BERT's layers, and {name} is a {kind} "
+                "with a forward of its own"
+            )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r}: expected a floating dtype such as torch.bfloat16")
     if getattr(bert.config, "padding_in_balance", False):
-        raise ValueError("accelerate drops padding, and padding_in_balance=True counts it; "
-                         "expected padding_in_balance=False")  # fmt: skip
+        raise ValueError(
+            "accelerate drops padding, and padding_in_balance=True counts it; "
+            "expected padding_in_balance=False"
+        )
     usual = isinstance(model, BertForSequenceClassification) and _is_berts_own(model)
     head = "first" if usual else ""
     head = "padding" if isinstance(model, BertForQuestionAnswering) else head
@@ -134,9 +138,12 @@ class PackedBert:
             output_hidden_states = self.config.output_hidden_states
         if self._beyond(input_ids, attention_mask, others):
             output = self.ordinary(
-                input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
-                output_hidden_states=bool(output_hidden_states), **others,
-            )  # fmt: skip
+                input_ids,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                output_hidden_states=bool(output_hidden_states),
+                **others,
+            )
             if output_hidden_states == "packed":
                 packing = Packing.of(_mask(input_ids, attention_mask))
                 output.hidden_states = tuple(packing.pack(x) for x in output.hidden_states)
@@ -228,8 +235,16 @@ class PackedBert:
 
 def _replaced(bert: BertModel) -> Iterator[tuple[str, nn.Module]]:
     """Name and module of everything whose work is done here, without its forward."""
-    parts = ("", "attention", "attention.self", "attention.output", "attention.output.LayerNorm",
-             "intermediate", "output", "output.LayerNorm")  # fmt: skip
+    parts = (
+        "",
+        "attention",
+        "attention.self",
+        "attention.output",
+        "attention.output.LayerNorm",
+        "intermediate",
+        "output",
+        "output.LayerNorm",
+    )
     yield "", bert
     yield "encoder", bert.encoder
     for index, layer in enumerate(bert.encoder.layer):

@@ -23,13 +23,27 @@ LETTER = re.compile(r"\\(mathbf|mathcal|mathbb) (\w)")
 
 #: What colours mean on every page, by day and by night.
 LIGHT = {
-    "ink": "#1c2024", "soft": "#60656c", "line": "#e0e3e7", "paper": "#ffffff", "wash": "#f6f7f9",
-    "link": "#0b5cad", "good": "#18794e", "word": "#8a2f82", "bad": "#b3261e",
-}  # fmt: skip
+    "ink": "#1c2024",
+    "soft": "#60656c",
+    "line": "#e0e3e7",
+    "paper": "#ffffff",
+    "wash": "#f6f7f9",
+    "link": "#0b5cad",
+    "good": "#18794e",
+    "word": "#8a2f82",
+    "bad": "#b3261e",
+}
 DARK = {
-    "ink": "#e6e8eb", "soft": "#a0a6ad", "line": "#33383e", "paper": "#15181b", "wash": "#1d2125",
-    "link": "#7cb8f5", "good": "#5bd6a0", "word": "#e39bdc", "bad": "#ff8f86",
-}  # fmt: skip
+    "ink": "#e6e8eb",
+    "soft": "#a0a6ad",
+    "line": "#33383e",
+    "paper": "#15181b",
+    "wash": "#1d2125",
+    "link": "#7cb8f5",
+    "good": "#5bd6a0",
+    "word": "#e39bdc",
+    "bad": "#ff8f86",
+}
 
 
 def _variables(colours: dict[str, str]) -> str:

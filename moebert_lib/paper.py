@@ -16,8 +16,13 @@ PROVENANCE = f"Tables: {PRINTED}; mean of three runs, no spread given. Figures: 
 _NONE = float("nan")  # the paper prints a dash
 
 _SETTING_NAMES = (
-    "learning_rate", "batch_size", "epochs", "weight_decay", "distill_weight", "max_length",
-)  # fmt: skip
+    "learning_rate",
+    "batch_size",
+    "epochs",
+    "weight_decay",
+    "distill_weight",
+    "max_length",
+)
 
 #: Table 7, printed: hyper-parameters for distilling BERT-base, by task, under the names of
 #: the fields of Settings. The batch size is over all GPUs ("8 x 8" is 64).
@@ -103,10 +108,15 @@ _TABLE4 = {"BERT-large": (71.1, 86.3, 86.2), "MoEBERT-large": (72.2, 86.3, 86.5)
 #: Tables 5 and 6, printed: examples to train on and in the development set; Table 6 rounds.
 TABLE5 = {"squad": (87_599, 10_570), "squad_v2": (130_319, 11_873)}
 TABLE6 = {
-    "cola": (8_500, 1_000), "sst2": (67_000, 872), "mnli": (393_000, 20_000),
-    "rte": (2_500, 276), "qqp": (364_000, 40_000), "mrpc": (3_700, 408),
-    "qnli": (108_000, 5_700), "stsb": (7_000, 1_500),
-}  # fmt: skip
+    "cola": (8_500, 1_000),
+    "sst2": (67_000, 872),
+    "mnli": (393_000, 20_000),
+    "rte": (2_500, 276),
+    "qqp": (364_000, 40_000),
+    "mrpc": (3_700, 408),
+    "qnli": (108_000, 5_700),
+    "stsb": (7_000, 1_500),
+}
 
 _COLUMNS = {1: _TABLE1_COLUMNS, 2: _TABLE2_COLUMNS, 3: _TABLE3_COLUMNS, 4: _TABLE4_COLUMNS}
 

@@ -5,6 +5,7 @@ A notebook has one cell tagged ``parameters`` with lines such as ``seed: int = 0
 ``overrides`` dictionary takes every other setting by name.
 """
 
+import ast
 import itertools
 import json
 import math
@@ -16,10 +17,20 @@ from typing import Any
 
 from moebert_lib import archive, estimate, grids, knobs
 from moebert_lib.adapters import family
+from moebert_lib.errors import UserError, home, nearest
 from moebert_lib.notebook_files import parameters_of
-from moebert_lib.provenance import checksums, code_digests, digest, input_digest, versions
+from moebert_lib.provenance import (
+    checksums,
+    code_digests,
+    digest,
+    imported,
+    input_digest,
+    library_modules,
+    reached,
+    versions,
+)
 from moebert_lib.scales import FFN_WIDTHS, MINILM, SCALES, TINY
-from moebert_lib.settings import Settings, UserError, home, nearest
+from moebert_lib.settings import Settings
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
 MODEL = "model"  # and of those that need models or data, where results are drawn from
@@ -60,16 +71,18 @@ class Job:
         Of folders the last part of the name only: where they lie is one machine's affair.
         """
         given = {name: value for name, value in self.values.items() if name != "scale"}
-        return {name: Path(value).name if name in FOLDERS else value
-                for name, value in given.items()}  # fmt: skip
+        return {
+            name: Path(value).name if name in FOLDERS else value for name, value in given.items()
+        }
 
     def runs(self) -> str:
         """The notebook's text as it is executed: all of it, or what results are enough for."""
         if not archive.named():
             return self.source
         notebook = json.loads(self.source)
-        notebook["cells"] = [cell for cell in notebook["cells"]
-                             if cell["cell_type"] != "code" or _decides(cell)]  # fmt: skip
+        notebook["cells"] = [
+            cell for cell in notebook["cells"] if cell["cell_type"] != "code" or _decides(cell)
+        ]
         return json.dumps(notebook)
 
     def key(self) -> dict[str, Any]:
@@ -81,14 +94,30 @@ class Job:
             parameters[name] = checksums(Path(folder)) if (folder := parameters[name]) else {}
         return {
             "notebook": self.name,
-            "cells": [digest("".join(cell["source"]))
-                      for cell in json.loads(self.source)["cells"] if _decides(cell)],
+            "cells": [
+                digest("".join(cell["source"]))
+                for cell in json.loads(self.source)["cells"]
+                if _decides(cell)
+            ],
             "parameters": parameters,
             "settings": settings,
             "inputs": _inputs(self.settings) | _records(self.name),
-            "code": code_digests(),
+            "code": code_digests(*_code_of(self.source)),
             "versions": versions(),
-        }  # fmt: skip
+        }
+
+
+def _code_of(source: str) -> list[str]:
+    """The library's modules that a notebook's result can depend on: those its code cells reach.
+
+    All of them where a cell is not plain Python.
+    """
+    sources = ["".join(cell["source"]) for cell in json.loads(source)["cells"] if _decides(cell)]
+    try:
+        trees = [ast.parse(text) for text in sources]
+    except SyntaxError:  # IPython's magics
+        return sorted(library_modules())
+    return reached(*set().union(*(imported(tree) for tree in trees)))
 
 
 def _decides(cell: dict[str, Any]) -> bool:
@@ -121,8 +150,9 @@ def plan(
     values = {"scale": scale, **({"data_dir": data_dir} if data_dir else {}), **(parameters or {})}
     overrides = values.pop("overrides", {})
     if not isinstance(overrides, dict):
-        raise UserError(f"overrides={overrides!r}: expected names and values, "
-                        "such as {epochs: 2}")  # fmt: skip
+        raise UserError(
+            f"overrides={overrides!r}: expected names and values, such as {{epochs: 2}}"
+        )
     values |= overrides
     Settings.at(values["scale"])  # refuses an unknown scale
     for name in ("data_dir", *FOLDERS):
@@ -183,8 +213,9 @@ def _typed(name: str, kind: Any, default: Any, value: Any) -> Any:
     except (ValidationError, TypeError) as error:
         said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
         example = "[rte, cola]" if default == [] else repr(default)
-        raise UserError(f"{name}={value!r}: {said[0].lower()}{said[1:]}, such as "
-                        f"{example}") from None  # fmt: skip
+        raise UserError(
+            f"{name}={value!r}: {said[0].lower()}{said[1:]}, such as {example}"
+        ) from None
     return _finite(name, value)
 
 
@@ -237,10 +268,14 @@ def _check_model(settings: Settings) -> None:
         if not settings.offline or settings.model in (MINILM, TINY):
             return
         if settings.model in FFN_WIDTHS:
-            raise UserError(f"model '{settings.model}' comes from the hub, scale {settings.scale} "
-                            "is offline; take --scale small, or name a folder")  # fmt: skip
-        raise UserError(f"no folder '{settings.model}', and scale {settings.scale} is offline; "
-                        "name a folder that holds a saved BERT")  # fmt: skip
+            raise UserError(
+                f"model '{settings.model}' comes from the hub, scale {settings.scale} "
+                "is offline; take --scale small, or name a folder"
+            )
+        raise UserError(
+            f"no folder '{settings.model}', and scale {settings.scale} is offline; "
+            "name a folder that holds a saved BERT"
+        )
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -250,8 +285,10 @@ def _check_model(settings: Settings) -> None:
     except ValueError as error:
         raise UserError(str(error)) from None
     if settings.cache_teacher and config["model_type"] != "bert":
-        raise UserError(f"cache_teacher=True is for BERTs, and {folder} is a model of type "
-                        f"'{config['model_type']}'; expected cache_teacher=False")  # fmt: skip
+        raise UserError(
+            f"cache_teacher=True is for BERTs, and {folder} is a model of type "
+            f"'{config['model_type']}'; expected cache_teacher=False"
+        )
 
 
 def _records(name: str) -> dict[str, str]:

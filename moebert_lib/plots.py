@@ -51,8 +51,15 @@ DIAMOND = dict(marker="D", mfc="white", mec=COLORS["paper"], mew=1.3, ms=6, colo
 
 #: One colour per expert, in order; also told apart by number.
 EXPERTS = (
-    "#882255", "#56B4E9", "#228833", "#EDDC5C", "#D77590", "#591601", "#A8C27B", "#BB56A0",
-)  # fmt: skip
+    "#882255",
+    "#56B4E9",
+    "#228833",
+    "#EDDC5C",
+    "#D77590",
+    "#591601",
+    "#A8C27B",
+    "#BB56A0",
+)
 
 #: Light to dark, for amounts and for depth (first to last layer).
 RAMP = LinearSegmentedColormap.from_list("indigo", ["#F4F5FB", "#A9B5E3", "#3D52B5", "#161F4D"])
@@ -200,9 +207,14 @@ def legend_above(ax: Axes, columns: int, handles: Sequence | None = None) -> int
     if not handles:
         return 0
     ax.legend(
-        handles=handles, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=columns,
-        borderaxespad=0.15, columnspacing=1.4, handletextpad=0.5,
-    )  # fmt: skip
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        ncols=columns,
+        borderaxespad=0.15,
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
     return -(-len(handles) // columns)
 
 
@@ -226,9 +238,17 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
         heights += max(0, 0.03 - heights[0])  # above the axis
     for name, (x, _), height in zip(names, at, heights, strict=True):
         ink = COLORS["paper"] if ends[name][2] == GREY else ends[name][2]
-        ax.annotate(name, (x, height), xycoords="axes fraction", xytext=(7, 0),
-                    textcoords="offset points", va="center", color=ink, fontsize=9,
-                    annotation_clip=False)  # fmt: skip
+        ax.annotate(
+            name,
+            (x, height),
+            xycoords="axes fraction",
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=ink,
+            fontsize=9,
+            annotation_clip=False,
+        )
 
 
 def legend_under(fig: Figure | SubFigure, handles: Sequence) -> None:
@@ -236,9 +256,13 @@ def legend_under(fig: Figure | SubFigure, handles: Sequence) -> None:
     below = 0.05 + 0.2 * fig.get_suptitle().count("\n")  # inches
     height = fig.bbox.height / fig.get_figure(root=True).dpi
     fig.legend(
-        handles=handles, ncols=len(handles), loc="upper left",
-        bbox_to_anchor=(0.005, 1 - below / height), columnspacing=1.4, handletextpad=0.5,
-    )  # fmt: skip
+        handles=handles,
+        ncols=len(handles),
+        loc="upper left",
+        bbox_to_anchor=(0.005, 1 - below / height),
+        columnspacing=1.4,
+        handletextpad=0.5,
+    )
 
 
 def depth_colors(n_layers: int) -> list[tuple[float, float, float]]:
@@ -262,25 +286,46 @@ def spread(n: int, width: float = 0.26) -> np.ndarray:
     return np.linspace(-width / 2, width / 2, n) if n > 1 else np.zeros(n)
 
 
-def dots(
-    ax: Axes, x: float, values: Sequence[float], *, color: str, marker: str = "o"
-) -> None:  # fmt: skip
+def dots(ax: Axes, x: float, values: Sequence[float], *, color: str, marker: str = "o") -> None:
     """Every value as a point around ``x``, and their mean as a short bar."""
     values = np.asarray(values, dtype=float)
     many = len(values) > 1
-    ax.plot(x + spread(len(values)), values, marker, color=color, ls="",
-            ms=4.5 if many else 6, alpha=0.75 if many else 1, zorder=3)  # fmt: skip
+    ax.plot(
+        x + spread(len(values)),
+        values,
+        marker,
+        color=color,
+        ls="",
+        ms=4.5 if many else 6,
+        alpha=0.75 if many else 1,
+        zorder=3,
+    )
     if many:
-        ax.plot([x - 0.24, x + 0.24], [values.mean()] * 2, color=color, lw=2.2, zorder=4,
-                solid_capstyle="butt")  # fmt: skip
+        ax.plot(
+            [x - 0.24, x + 0.24],
+            [values.mean()] * 2,
+            color=color,
+            lw=2.2,
+            zorder=4,
+            solid_capstyle="butt",
+        )
 
 
 def all_equal(ax: Axes, width: float) -> None:
     """The share in % that ``width`` neurons would hold if all mattered alike, named on its line."""
     ax.plot([0, width], [0, 100], color=COLORS["random"], lw=1, ls=":")
-    ax.text(0.4 * width, 38, "all equal", rotation=np.degrees(np.arctan2(100, width)),
-            transform_rotates_text=True, rotation_mode="anchor", ha="center", va="top",
-            color=COLORS["paper"], fontsize=9)  # fmt: skip
+    ax.text(
+        0.4 * width,
+        38,
+        "all equal",
+        rotation=np.degrees(np.arctan2(100, width)),
+        transform_rotates_text=True,
+        rotation_mode="anchor",
+        ha="center",
+        va="top",
+        color=COLORS["paper"],
+        fontsize=9,
+    )
 
 
 def reference(ax: Axes, y: float, label: str, *, color: str = INK, right: bool = True) -> None:
@@ -288,7 +333,13 @@ def reference(ax: Axes, y: float, label: str, *, color: str = INK, right: bool =
     ax.axhline(y, color=color, lw=1.0, ls=(0, (4, 3)), zorder=1)
     ink = COLORS["paper"] if color == GREY else color  # GREY is too pale for small letters
     ax.annotate(
-        label, (1.0 if right else 0.0, y), xycoords=("axes fraction", "data"),
-        xytext=(-2 if right else 2, 2), textcoords="offset points",
-        ha="right" if right else "left", va="bottom", color=ink, fontsize=9,
-    )  # fmt: skip
+        label,
+        (1.0 if right else 0.0, y),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2 if right else 2, 2),
+        textcoords="offset points",
+        ha="right" if right else "left",
+        va="bottom",
+        color=ink,
+        fontsize=9,
+    )

@@ -59,8 +59,9 @@ def ratios(
     settings = list(dict.fromkeys(timings["setting"]))
     places, heads = rows_of_groups(list(dict.fromkeys(timings["variant"])))
     rows = _height(timings) - HEAD
-    fig, parts = panels(fig, len(settings), per_row=len(settings), height=rows, head=HEAD,
-                        sharey=True)  # fmt: skip
+    fig, parts = panels(
+        fig, len(settings), per_row=len(settings), height=rows, head=HEAD, sharey=True
+    )
     wanted = [target for target in targets if target["wanted"] is not None]
     for ax, setting in zip(parts, settings, strict=True):
         timed = timings[timings["setting"] == setting]
@@ -73,11 +74,20 @@ def ratios(
     name_rows(parts[0], places, heads)
     for ax in parts[1:]:
         ax.tick_params(axis="y", length=0)
-    fig.supxlabel(f"times as fast as {variant_name(against)}\n{about}".strip(), x=0.01, ha="left",
-                  fontsize=9, color=COLORS["paper"])  # fmt: skip
+    fig.supxlabel(
+        f"times as fast as {variant_name(against)}\n{about}".strip(),
+        x=0.01,
+        ha="left",
+        fontsize=9,
+        color=COLORS["paper"],
+    )
     headline(fig, title, legend_rows=1)
-    legend_under(fig, _ratio_legend(limit=LIMIT in timings["variant"].map(_model).to_numpy(),
-                                    target=bool(wanted)))  # fmt: skip
+    legend_under(
+        fig,
+        _ratio_legend(
+            limit=LIMIT in timings["variant"].map(_model).to_numpy(), target=bool(wanted)
+        ),
+    )
     return fig
 
 
@@ -108,19 +118,44 @@ def _ratio_panel(
         color = COLORS["moebert"] if name in judged else variant_color(name)
         ratio = speeds[name]
         end = max([ratio.max(), *(x for variant, x in strokes if variant == name)])
-        ax.plot(ratio, np.full(len(ratio), place), MARKS.get(_model(name), "o"), color=color,
-                alpha=0.35, ms=3)  # fmt: skip
-        ax.plot(ratio.quantile([0.25, 0.75]), [place, place], color=color, lw=3, alpha=0.8,
-                solid_capstyle="butt")  # fmt: skip
+        ax.plot(
+            ratio,
+            np.full(len(ratio), place),
+            MARKS.get(_model(name), "o"),
+            color=color,
+            alpha=0.35,
+            ms=3,
+        )
+        ax.plot(
+            ratio.quantile([0.25, 0.75]),
+            [place, place],
+            color=color,
+            lw=3,
+            alpha=0.8,
+            solid_capstyle="butt",
+        )
         ax.plot([middles[name]] * 2, [place - 0.3, place + 0.3], color=color, lw=1.8)
-        ax.annotate(f"{middles[name]:.2f}", (end, place), xytext=(6, 0), va="center",
-                    textcoords="offset points", fontsize=8, zorder=4,
-                    bbox=dict(fc="white", ec="none", pad=0.3))  # fmt: skip
+        ax.annotate(
+            f"{middles[name]:.2f}",
+            (end, place),
+            xytext=(6, 0),
+            va="center",
+            textcoords="offset points",
+            fontsize=8,
+            zorder=4,
+            bbox=dict(fc="white", ec="none", pad=0.3),
+        )
         if _model(name) == LIMIT:
             code = model_and_code(name)[1]
             rows = [at for other, at in places.items() if model_and_code(other)[1] == code]
-            ax.plot([middles[name]] * 2, [min(rows) - 0.45, max(rows) + 0.45], lw=0.9,
-                    color=COLORS["dense"], ls=(0, (4, 3)), zorder=1)  # fmt: skip
+            ax.plot(
+                [middles[name]] * 2,
+                [min(rows) - 0.45, max(rows) + 0.45],
+                lw=0.9,
+                color=COLORS["dense"],
+                ls=(0, (4, 3)),
+                zorder=1,
+            )
     for variant, x in strokes:
         place = places[variant]
         ax.plot([x, x], [place - 0.42, place + 0.42], color=TARGET, lw=1.6, zorder=5)
@@ -138,11 +173,15 @@ def _ratio_legend(*, limit: bool, target: bool) -> list[Line2D]:
         Line2D([], [], color=ink, marker="|", ls="", ms=9, mew=1.8, label="median"),
     ]
     if limit:
-        handles.append(Line2D([], [], color=COLORS["dense"], lw=0.9, ls=(0, (4, 3)),
-                              label=f"{LIMIT}, same code"))  # fmt: skip
+        handles.append(
+            Line2D(
+                [], [], color=COLORS["dense"], lw=0.9, ls=(0, (4, 3)), label=f"{LIMIT}, same code"
+            )
+        )
     if target:
-        handles.append(Line2D([], [], color=TARGET, marker="|", ls="", ms=11, mew=1.6,
-                              label="wanted"))  # fmt: skip
+        handles.append(
+            Line2D([], [], color=TARGET, marker="|", ls="", ms=11, mew=1.6, label="wanted")
+        )
     return handles
 
 
@@ -193,14 +232,22 @@ def _scaling_lines(ax: Axes, name: str, rows: pd.DataFrame, flops: pd.Series) ->
     ax.plot(rows["value"], 1000 * rows["seconds"], marker, color=color, ls="", alpha=0.35, ms=3)
     median = 1000 * rows.groupby("value")["seconds"].median()
     ax.plot(median.index, median, color=color, ls=(0, DASHES.get(model, ())))
-    ax.plot(flops.index, flops * median.iloc[-1] / flops.iloc[-1], color=color, lw=0.9, ls=":",
-            zorder=1)  # fmt: skip
+    ax.plot(
+        flops.index, flops * median.iloc[-1] / flops.iloc[-1], color=color, lw=0.9, ls=":", zorder=1
+    )
 
 
 def _sample(name: str) -> Line2D:
     model = _model(name)
-    return Line2D([], [], color=variant_color(name), marker=MARKS.get(model, "o"), ms=3.5,
-                  ls=(0, DASHES.get(model, ())), label=variant_name(name))  # fmt: skip
+    return Line2D(
+        [],
+        [],
+        color=variant_color(name),
+        marker=MARKS.get(model, "o"),
+        ms=3.5,
+        ls=(0, DASHES.get(model, ())),
+        label=variant_name(name),
+    )
 
 
 def growth(record: Mapping[str, Any]) -> Figure | SubFigure:
@@ -230,8 +277,14 @@ def page(records: Mapping[str, Mapping[str, Any]]) -> Figure:
     parts = fig.subfigures(len(frames), 1, height_ratios=heights, squeeze=False).flat
     for part, (name, timings) in zip(parts, frames.items(), strict=True):
         record = records[name]
-        ratios(timings, against=baseline(record), targets=record["targets"], fig=part,
-               about=origin(record, gpu=gpu), title=found(name, record))  # fmt: skip
+        ratios(
+            timings,
+            against=baseline(record),
+            targets=record["targets"],
+            fig=part,
+            about=origin(record, gpu=gpu),
+            title=found(name, record),
+        )
     return fig
 
 
@@ -275,7 +328,12 @@ def origin(record: Mapping[str, Any], *, gpu: bool = True) -> str:
     """
     machine, versions = record["machine"], record["versions"]
     where = machine.get("gpu" if _on_gpu(record) else "cpu", "unknown processor")
-    parts = [where, f"{machine['cores']} cores" if "cores" in machine else "",
-             f"torch {versions['torch']}", f"commit {record['commit'][:7]}", record["created"][:10],
-             "" if gpu else "no GPU was measured yet"]  # fmt: skip
+    parts = [
+        where,
+        f"{machine['cores']} cores" if "cores" in machine else "",
+        f"torch {versions['torch']}",
+        f"commit {record['commit'][:7]}",
+        record["created"][:10],
+        "" if gpu else "no GPU was measured yet",
+    ]
     return ", ".join(part for part in parts if part)

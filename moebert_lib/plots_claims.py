@@ -63,8 +63,15 @@ def forest(
 def _row(ax: Axes, place: float, row: tuple, gaps: pd.Series) -> None:
     color = VERDICTS[row.verdict]
     pale = COLORS["paper"] if color == COLORS["random"] else color  # grey letters must be readable
-    ax.annotate(row.verdict, (1.01, place), xycoords=("axes fraction", "data"), color=pale,
-                va="center", fontsize=9, annotation_clip=False)  # fmt: skip
+    ax.annotate(
+        row.verdict,
+        (1.01, place),
+        xycoords=("axes fraction", "data"),
+        color=pale,
+        va="center",
+        fontsize=9,
+        annotation_clip=False,
+    )
     ax.plot(gaps, np.full(len(gaps), place), "o", color=color, ms=4, alpha=0.7, mew=0, zorder=2)
     if np.isfinite(row.low):
         ax.plot([row.low, row.high], [place] * 2, color=color, lw=2, zorder=3)

@@ -119,12 +119,29 @@ def spaced(
 
 def _card(ax: Axes, x: float, y: float, neuron: int, owner: int) -> None:
     color = owner_color(owner)
-    ax.add_patch(FancyBboxPatch(
-        (x + 0.1, y + 0.06), 0.8, 0.64, boxstyle="round,pad=0,rounding_size=0.09",
-        fc=color, ec="white", lw=0.8, zorder=3, gid=f"neuron {neuron}",
-    ))  # fmt: skip
-    ax.text(x + 0.5, y + 0.37, rf"$h_{{{neuron}}}$", ha="center", va="center", zorder=4,
-            color=ink_on(color), fontsize=12 - max(0, len(str(neuron)) - 2))  # fmt: skip
+    ax.add_patch(
+        FancyBboxPatch(
+            (x + 0.1, y + 0.06),
+            0.8,
+            0.64,
+            boxstyle="round,pad=0,rounding_size=0.09",
+            fc=color,
+            ec="white",
+            lw=0.8,
+            zorder=3,
+            gid=f"neuron {neuron}",
+        )
+    )
+    ax.text(
+        x + 0.5,
+        y + 0.37,
+        rf"$h_{{{neuron}}}$",
+        ha="center",
+        va="center",
+        zorder=4,
+        color=ink_on(color),
+        fontsize=12 - max(0, len(str(neuron)) - 2),
+    )
 
 
 def _thread(ax: Axes, x_from: float, x_to: float, color: str) -> None:
@@ -163,18 +180,27 @@ def who_keeps_what(
         held[owner == expert] = to_rgb(expert_color(expert))
         starts = np.arange(0, n_neurons, step)
         tints = np.add.reduceat(held, starts) / np.diff(np.r_[starts, n_neurons])[:, None]
-        ax.imshow(tints[None], aspect="auto", interpolation="nearest", zorder=2,
-                  extent=(0, len(starts) * step, expert + 0.4, expert - 0.4))  # fmt: skip
+        ax.imshow(
+            tints[None],
+            aspect="auto",
+            interpolation="nearest",
+            zorder=2,
+            extent=(0, len(starts) * step, expert + 0.4, expert - 0.4),
+        )
     n_shared, n_kept = int((owner == SHARED).sum()), int((owner != DROPPED).sum())
     for edge in {n_shared, n_kept} - {0, n_neurons}:
         ax.axvline(edge, color=INK, lw=0.8, zorder=3)
     ax.set_yticks(range(n_experts), [f"expert {e + 1}" for e in range(n_experts)])
-    ax.set(xlim=(0, n_neurons), ylim=(n_experts - 0.45, -0.55),
-           xlabel="neurons, most important first")  # fmt: skip
+    ax.set(
+        xlim=(0, n_neurons), ylim=(n_experts - 0.45, -0.55), xlabel="neurons, most important first"
+    )
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    counts = {"shared by all": n_shared, "one expert each": n_kept - n_shared,
-              "dropped": n_neurons - n_kept}  # fmt: skip
+    counts = {
+        "shared by all": n_shared,
+        "one expert each": n_kept - n_shared,
+        "dropped": n_neurons - n_kept,
+    }
     headline(ax, title, legend_rows=_count_legend(ax, counts, n_experts))
     return ax
 
@@ -183,10 +209,15 @@ def _count_legend(ax: Axes, counts: dict[str, int], n_experts: int) -> int:
     hands = tuple(Patch(color=expert_color(e)) for e in range(min(n_experts, 4)))
     swatches = [Patch(color=COLORS["shared"]), hands, Patch(color=COLORS["dropped"])]
     ax.legend(
-        swatches, [f"{name}: {n:,}" for name, n in counts.items()], ncols=3, loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.15, handletextpad=0.5,
+        swatches,
+        [f"{name}: {n:,}" for name, n in counts.items()],
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 1.0),
+        borderaxespad=0.15,
+        handletextpad=0.5,
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0)},
-    )  # fmt: skip
+    )
     return 1
 
 
@@ -210,13 +241,22 @@ def kept_by_shared(
     shared, own = frame["n_shared"].to_numpy(), frame["own"].to_numpy()
     parts = {"shared": shared, "own": own, "dropped": width - shared - own}
     ax.stackplot(
-        shared, *parts.values(), colors=[COLORS[name] for name in parts], labels=list(parts),
-        edgecolor="white", lw=0.6,
-    )  # fmt: skip
+        shared,
+        *parts.values(),
+        colors=[COLORS[name] for name in parts],
+        labels=list(parts),
+        edgecolor="white",
+        lw=0.6,
+    )
     ax.plot(shared, shared + own, "o-", color=INK, ms=4, lw=1.2, zorder=4, clip_on=False)
     _name_areas(ax, shared, parts)
-    ax.set(xlim=(shared.min(), shared.max()), ylim=(0, width), xlabel="shared neurons",
-           ylabel="neurons of the layer", xticks=shared)  # fmt: skip
+    ax.set(
+        xlim=(shared.min(), shared.max()),
+        ylim=(0, width),
+        xlabel="shared neurons",
+        ylabel="neurons of the layer",
+        xticks=shared,
+    )
     headline(ax, title)
     return ax
 
@@ -231,6 +271,13 @@ def _name_areas(ax: Axes, x: np.ndarray, parts: dict[str, np.ndarray]) -> None:
         at = int(tall.argmax())
         y = np.interp(fine[at], x, floor) + tall[at] / 2
         if tall[at] > 0.06 * sum(h[0] for h in parts.values()):
-            ax.text(fine[at], y, names[name], ha="center", va="center",
-                    color=ink_on(COLORS[name]), zorder=5)  # fmt: skip
+            ax.text(
+                fine[at],
+                y,
+                names[name],
+                ha="center",
+                va="center",
+                color=ink_on(COLORS[name]),
+                zorder=5,
+            )
         floor = floor + height

@@ -44,8 +44,10 @@ class Picture:
                 figure.suptitle(title, x=0.1 / WIDTH, y=1 - 0.1 / height, ha="left", va="top")
             wide = (WIDTH - 0.1) / len(views)
             places = [(0.1 + n * wide, wide) for n in range(len(views))]
-            self.columns = [Column(figure, at, len(one.ordered), alone=len(views) == 1)
-                            for at, one in zip(places, views, strict=True)]  # fmt: skip
+            self.columns = [
+                Column(figure, at, len(one.ordered), alone=len(views) == 1)
+                for at, one in zip(places, views, strict=True)
+            ]
             self.update(views)
 
     def update(self, views: list[View], marked: list[int | None] | None = None) -> None:
@@ -118,8 +120,12 @@ class Column:
         ax, names = self.curve, ("shared", "own", "dropped")
         across = ax.get_xaxis_transform()
         self.spans = [ax.axvspan(0, 1, color=COLORS[name], alpha=0.35, lw=0) for name in names]
-        self.names = [ax.text(0, 0.97, "", transform=across, ha="center", va="top",
-                              fontsize=8.5, linespacing=1.05) for _ in names]  # fmt: skip
+        self.names = [
+            ax.text(
+                0, 0.97, "", transform=across, ha="center", va="top", fontsize=8.5, linespacing=1.05
+            )
+            for _ in names
+        ]
         (self.line,) = ax.plot([], [], color=INK, lw=1.4)
         (self.stem,) = ax.plot([], [], color=INK, lw=0.8, ls=(0, (3, 2)))
         (self.point,) = ax.plot([], [], "o", mfc="white", mec=INK, mew=1.4, ms=6.5, zorder=5)
@@ -130,25 +136,38 @@ class Column:
         ax.yaxis.set_major_formatter(FuncFormatter(_plain))
         ax.tick_params(labelsize=8)
         bottom, tall = (n * self.figure.get_figheight() for n in ax.get_position().bounds[1::2])
-        self._text((0.1, bottom + tall / 2), 8.5, INK, s="score / mean", rotation=90,
-                   ha="center", va="center")  # fmt: skip
+        self._text(
+            (0.1, bottom + tall / 2),
+            8.5,
+            INK,
+            s="score / mean",
+            rotation=90,
+            ha="center",
+            va="center",
+        )
 
     def _fill_strip(self) -> None:
-        self.density = self.strip.imshow(np.zeros((1, 1)), aspect="auto", cmap=RAMP, vmin=0,
-                                         vmax=1, interpolation="nearest")  # fmt: skip
-        self.caption = self._text((INSET, sum(ROWS["strip"]) + 0.05), 8, MUTED,
-                                  s="where column 1's shared neurons rank")  # fmt: skip
+        self.density = self.strip.imshow(
+            np.zeros((1, 1)), aspect="auto", cmap=RAMP, vmin=0, vmax=1, interpolation="nearest"
+        )
+        self.caption = self._text(
+            (INSET, sum(ROWS["strip"]) + 0.05), 8, MUTED, s="where column 1's shared neurons rank"
+        )
 
     def _fill_deal(self, width: int, room: float) -> None:
         ax = self.deal
         self.image = ax.imshow(np.zeros((1, 1, 3)), aspect="auto", interpolation="nearest")
         self.cuts = [ax.axvline(0, color=INK, lw=0.8) for _ in range(2)]
-        (self.below,) = ax.plot([0, 0], [0, 1], transform=ax.get_xaxis_transform(),
-                                color=INK, lw=0.8, ls=(0, (3, 2)))  # fmt: skip
+        (self.below,) = ax.plot(
+            [0, 0], [0, 1], transform=ax.get_xaxis_transform(), color=INK, lw=0.8, ls=(0, (3, 2))
+        )
         ax.set_xlim(0, width)
         at = ROWS["deal"][0] - 0.04
-        for x, words, side in ((0, "1", "left"), (room, f"{width:,}", "right"),
-                               (room / 2, "rank, highest score first", "center")):  # fmt: skip
+        for x, words, side in (
+            (0, "1", "left"),
+            (room, f"{width:,}", "right"),
+            (room / 2, "rank, highest score first", "center"),
+        ):
             self._text((INSET + x, at), 8.5, INK, s=words, ha=side, va="top")
 
     def _fill_held(self, overlap_at: float) -> None:
@@ -158,20 +177,36 @@ class Column:
         self.masses = [ax.text(0, e, "", va="center", fontsize=8) for e in rows]
         ax.set_xlim(0, 100 * (1 + 0.3 / (overlap_at - 0.3)))
         self.numbers = [
-            one.text(-0.03 / n, 0, str(e + 1), transform=one.get_yaxis_transform(), ha="right",
-                     va="center", fontsize=8)
-            for one, n in ((self.deal, 2), (ax, 1)) for e in rows
-        ]  # fmt: skip
+            one.text(
+                -0.03 / n,
+                0,
+                str(e + 1),
+                transform=one.get_yaxis_transform(),
+                ha="right",
+                va="center",
+                fontsize=8,
+            )
+            for one, n in ((self.deal, 2), (ax, 1))
+            for e in rows
+        ]
         for row in ("deal", "held"):
             bottom, tall = ROWS[row]
-            self._text((0.2, bottom + tall / 2), 8.5, INK, s="expert", rotation=90,
-                       ha="center", va="center")  # fmt: skip
+            self._text(
+                (0.2, bottom + tall / 2),
+                8.5,
+                INK,
+                s="expert",
+                rotation=90,
+                ha="center",
+                va="center",
+            )
         above = sum(ROWS["held"]) + 0.05
         self._text((INSET, above), 8.5, MUTED, s="score held, %")
         right = INSET + overlap_at + self.overlap.get_position().width * WIDTH
         self.shared_by = self._text((right, above), 8.5, MUTED, ha="right")
-        self.common_image = self.overlap.imshow(np.zeros((1, 1)), cmap=RAMP, vmin=0, vmax=1,
-                                                aspect="auto", interpolation="nearest")  # fmt: skip
+        self.common_image = self.overlap.imshow(
+            np.zeros((1, 1)), cmap=RAMP, vmin=0, vmax=1, aspect="auto", interpolation="nearest"
+        )
 
     def update(self, one: View, limits: tuple[float, float]) -> None:
         """Move everything to where ``one`` has it; ``limits`` are those of the scores' axis."""

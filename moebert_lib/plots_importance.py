@@ -68,9 +68,14 @@ def sorted_scores(
     scores = np.asarray(scores, dtype=float)
     few = len(scores) <= 6
     fig, layers = panels(
-        fig, len(scores), per_row=3 if few else 4, height=1.9 if few else 1.7, head=0.8,
-        sharex=True, sharey=True,
-    )  # fmt: skip
+        fig,
+        len(scores),
+        per_row=3 if few else 4,
+        height=1.9 if few else 1.7,
+        head=0.8,
+        sharex=True,
+        sharey=True,
+    )
     for number, (layer, ax) in enumerate(zip(scores, layers, strict=True), start=1):
         score_curve(layer, n_shared=n_shared, n_kept=n_kept, ax=ax, names=False)
         ax.set_title(f"layer {number}", fontsize=10, pad=3)
@@ -107,13 +112,19 @@ def score_curve(
             ax.axvspan(start, stop, color=COLORS[name], alpha=_TINT, lw=0, zorder=0)
             held = ordered[start:stop].sum() / ordered.sum()
             ax.annotate(
-                f"{name}\n{held:.0%}" if names else f"{held:.0%}", ((start + stop) / 2, 0.97),
-                xycoords=("data", "axes fraction"), ha="center", va="top",
+                f"{name}\n{held:.0%}" if names else f"{held:.0%}",
+                ((start + stop) / 2, 0.97),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="top",
                 fontsize=9 if names else 8,
-            )  # fmt: skip
+            )
     ax.vlines([n_shared, n_kept], 0, 1, color=INK, lw=0.5, transform=ax.get_xaxis_transform())
-    ax.set(xlim=(0, len(ordered)), xlabel="neurons, most important first",
-           ylabel="importance (loss, summed)")  # fmt: skip
+    ax.set(
+        xlim=(0, len(ordered)),
+        xlabel="neurons, most important first",
+        ylabel="importance (loss, summed)",
+    )
     ax.margins(y=0.12)
     headline(ax, title)
     return ax
@@ -140,14 +151,30 @@ def mass_held(
     held = np.cumsum(ordered, axis=1) / ordered.sum(axis=1, keepdims=True)
     all_equal(ax, width)
     for number, color in enumerate(depth_colors(n_layers), start=1):
-        ax.plot(np.arange(width + 1), 100 * np.r_[0, held[number - 1]], color=color, lw=1.3,
-                label=f"layer {number}")  # fmt: skip
+        ax.plot(
+            np.arange(width + 1),
+            100 * np.r_[0, held[number - 1]],
+            color=color,
+            lw=1.3,
+            label=f"layer {number}",
+        )
     for label, neurons in (marks or {}).items():
         ax.axvline(neurons, color=INK, lw=0.8, ls=(0, (4, 3)))
-        ax.annotate(f"{label}: {neurons:,}", (neurons, 1.0), xycoords=("data", "axes fraction"),
-                    xytext=(0, 3), textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
-    ax.set(xlim=(0, width), ylim=(0, 100), xlabel="neurons kept, most important first",
-           ylabel="importance held, %")  # fmt: skip
+        ax.annotate(
+            f"{label}: {neurons:,}",
+            (neurons, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+    ax.set(
+        xlim=(0, width),
+        ylim=(0, 100),
+        xlabel="neurons kept, most important first",
+        ylabel="importance held, %",
+    )
     ax.legend(loc="lower right", ncols=1 if n_layers <= 6 else 2, labelspacing=0.25)
     headline(ax, title, legend_rows=1 if marks else 0)
     return ax
@@ -241,8 +268,14 @@ def topk_overlap(
         title: The finding.
     """
     ax = axes(ax)
-    ax.vlines(frame["layer"], 100 * frame["low"], 100 * frame["high"], color=COLORS["importance"],
-              lw=1.6, label="95% bootstrap interval")  # fmt: skip
+    ax.vlines(
+        frame["layer"],
+        100 * frame["low"],
+        100 * frame["high"],
+        color=COLORS["importance"],
+        lw=1.6,
+        label="95% bootstrap interval",
+    )
     ax.plot(frame["layer"], 100 * frame["overlap"], "_", color=COLORS["importance"], ms=9, mew=1.8)
     reference(ax, 100 * chance, "two random choices", color=COLORS["random"])
     ax.set(xlabel="layer", ylabel="top ones found again, %", ylim=(0, 100), xticks=frame["layer"])
@@ -277,10 +310,18 @@ def task_overlap(
     image = ax.imshow(np.where(hidden, np.nan, values), cmap=RAMP, vmin=0, vmax=top)
     for row, column in zip(*np.nonzero(~hidden), strict=True):
         value = values[row, column]
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=9,
-                color=ink_on(RAMP(value / top)[:3]))  # fmt: skip
-    ax.set_xticks(range(len(values)), overlap.columns[:-1], rotation=35, ha="right",
-                  rotation_mode="anchor")  # fmt: skip
+        ax.text(
+            column,
+            row,
+            f"{value:.2f}",
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=ink_on(RAMP(value / top)[:3]),
+        )
+    ax.set_xticks(
+        range(len(values)), overlap.columns[:-1], rotation=35, ha="right", rotation_mode="anchor"
+    )
     ax.set_yticks(range(len(values)), overlap.index[1:])
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)

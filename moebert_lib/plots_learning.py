@@ -159,8 +159,11 @@ def gaps(frame: pd.DataFrame, *, ax: Axes | None = None, title: str = "") -> Axe
     for source, rows in frame.groupby("source", sort=False):
         places = rows["task"].map(names.index)
         mine = dict(color=COLORS["moebert"], ls="", marker="o", alpha=0.75, label="here, every run")
-        ax.plot(rows["gap"], places, **(dict(ls="", label="the paper", **DIAMOND)
-                                        if source == "paper" else mine))  # fmt: skip
+        ax.plot(
+            rows["gap"],
+            places,
+            **(dict(ls="", label="the paper", **DIAMOND) if source == "paper" else mine),
+        )
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="student minus teacher, points", ylim=(len(names) - 0.5, -0.5))
     ax.tick_params(axis="y", length=0)

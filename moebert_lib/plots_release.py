@@ -40,11 +40,17 @@ def switches(
     ax.axvline(0, color=INK, lw=1, ls=(0, (4, 3)), zorder=1)
     for place, (_, runs) in enumerate(rows):
         values = runs["difference"].to_numpy()
-        ax.plot(values, place + spread(len(values)), "o", color=COLORS["moebert"], alpha=0.75,
-                zorder=3)  # fmt: skip
+        ax.plot(
+            values, place + spread(len(values)), "o", color=COLORS["moebert"], alpha=0.75, zorder=3
+        )
         if len(values) > 1:
-            ax.plot([values.mean()] * 2, [place - 0.3, place + 0.3], color=COLORS["moebert"],
-                    lw=2.2, zorder=4)  # fmt: skip
+            ax.plot(
+                [values.mean()] * 2,
+                [place - 0.3, place + 0.3],
+                color=COLORS["moebert"],
+                lw=2.2,
+                zorder=4,
+            )
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.set(xlabel=unit, ylim=(len(rows) - 0.45, -0.55))
     widest = max(1.0, 1.15 * float(differences["difference"].abs().max()))
@@ -77,9 +83,19 @@ def mass_by_file(
         ax.plot(curves.index, curves[name], color=color, lw=lw, label=name)  # none hides another
     for label, share in (marks or {}).items():
         ax.axvline(share, color=INK, lw=0.8, ls=(0, (4, 3)))
-        ax.annotate(label, (share, 0.0), xycoords=("data", "axes fraction"), xytext=(3, 4),
-                    textcoords="offset points", fontsize=9)  # fmt: skip
-    ax.set(xlim=(0, 100), ylim=(0, 100), xlabel="neurons of a layer, most important first, %",
-           ylabel="importance held, %")  # fmt: skip
+        ax.annotate(
+            label,
+            (share, 0.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 4),
+            textcoords="offset points",
+            fontsize=9,
+        )
+    ax.set(
+        xlim=(0, 100),
+        ylim=(0, 100),
+        xlabel="neurons of a layer, most important first, %",
+        ylabel="importance held, %",
+    )
     headline(ax, title, legend_rows=legend_above(ax, 4))
     return ax

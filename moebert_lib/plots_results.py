@@ -60,8 +60,15 @@ def after_conversion(
         color = _BY_NAME[name]
         if {"low", "high"} <= set(rows) and rows["low"].notna().all():
             low, high = 100 * rows["low"].iloc[0], 100 * rows["high"].iloc[0]
-            ax.fill_between([place - 0.24, place + 0.24], low, high, color=color, alpha=0.2, lw=0,
-                            label="95% interval of the mean")  # fmt: skip
+            ax.fill_between(
+                [place - 0.24, place + 0.24],
+                low,
+                high,
+                color=color,
+                alpha=0.2,
+                lw=0,
+                label="95% interval of the mean",
+            )
         dots(ax, place, 100 * rows[metric], color=color, marker=MARKERS[name])
         mean_beside(ax, place + (0.25 if len(rows) > 1 else 0.06), 100 * rows[metric].mean())
     reference(ax, 100 * dense, "before conversion", color=COLORS["dense"])
@@ -102,16 +109,31 @@ def constructions(
         points, y = 100 * rows[metric].to_numpy(), place + spread(len(rows))
         ax.plot(points, y, "o", ms=5, mfc=face, mec=color, ls="", zorder=3)
         ax.plot([points.mean()] * 2, [place - 0.32, place + 0.32], color=color, lw=2.2, zorder=4)
-        ax.annotate(f"{points.mean():.1f}", (points.max(), place), xytext=(7, 0), fontsize=9,
-                    textcoords="offset points", va="center", zorder=5,
-                    bbox=dict(fc="white", ec="none", pad=0.4, alpha=0.85))  # fmt: skip
+        ax.annotate(
+            f"{points.mean():.1f}",
+            (points.max(), place),
+            xytext=(7, 0),
+            fontsize=9,
+            textcoords="offset points",
+            va="center",
+            zorder=5,
+            bbox=dict(fc="white", ec="none", pad=0.4, alpha=0.85),
+        )
         if (before := f"converted_{metric}") in rows:
             start = 100 * rows[before].mean()
             ax.plot(start, place, "|", color=COLORS["paper"], ms=9, mew=1.4, zorder=2)
             ax.plot([start, points.mean()], [place] * 2, color=COLORS["dropped"], lw=1.6, zorder=1)
     ax.axvline(100 * dense, color=COLORS["dense"], lw=1.0, ls=(0, (4, 3)), zorder=1)
-    ax.annotate("before conversion", (100 * dense, -0.75), xytext=(-4, 0), ha="right", fontsize=9,
-                textcoords="offset points", va="center", color=COLORS["dense"])  # fmt: skip
+    ax.annotate(
+        "before conversion",
+        (100 * dense, -0.75),
+        xytext=(-4, 0),
+        ha="right",
+        fontsize=9,
+        textcoords="offset points",
+        va="center",
+        color=COLORS["dense"],
+    )
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.4, -1.1), xlabel=f"{metric}, %")
     ax.margins(x=0.08)
@@ -218,18 +240,31 @@ def _paper_panel(ax: Axes, paper: Mapping[str | int, float], *, joined: bool) ->
     places = range(len(paper))
     ax.plot(places, list(paper.values()), ls="-" if joined else "", lw=1.0, **DIAMOND)
     for place, value in zip(places, paper.values(), strict=True):
-        ax.annotate(f"{value:.2f}", (place, value), xytext=(0, 6), textcoords="offset points",
-                    ha="center", va="bottom", fontsize=9)  # fmt: skip
+        ax.annotate(
+            f"{value:.2f}",
+            (place, value),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=9,
+        )
 
 
 def mean_beside(ax: Axes, x: float, value: float, *, step: float | None = None) -> None:
     """Print a mean beside its bar; below a line that goes up by ``step``, above one that falls."""
     away = 0 if step is None else -1 if step >= 0 else 1
     ax.annotate(
-        f"{value:.1f}", (x, value), fontsize=9, xytext=(3, 5 * away), textcoords="offset points",
-        ha="left", va={-1: "top", 0: "center", 1: "bottom"}[away], zorder=6,
+        f"{value:.1f}",
+        (x, value),
+        fontsize=9,
+        xytext=(3, 5 * away),
+        textcoords="offset points",
+        ha="left",
+        va={-1: "top", 0: "center", 1: "bottom"}[away],
+        zorder=6,
         bbox=dict(fc="white", ec="none", pad=0.4, alpha=0.85 if step is None else 0),
-    )  # fmt: skip
+    )
 
 
 def _far(values: Mapping[str | int, np.ndarray], level: float) -> bool:

@@ -50,8 +50,15 @@ def loads(
     for (name, table), ax in zip(tables.items(), grid, strict=True):
         ax.imshow(table, cmap=RAMP, vmin=0, vmax=top, aspect="auto")
         for (layer, expert), share in np.ndenumerate(table):
-            ax.text(expert, layer, f"{100 * share:.0f}", ha="center", va="center", fontsize=8.5,
-                    color=ink_on(RAMP(share / top)[:3]))  # fmt: skip
+            ax.text(
+                expert,
+                layer,
+                f"{100 * share:.0f}",
+                ha="center",
+                va="center",
+                fontsize=8.5,
+                color=ink_on(RAMP(share / top)[:3]),
+            )
         ax.set_title(name, fontsize=10, pad=4)
         ax.set_xticks(range(n_experts), range(1, n_experts + 1))
         ax.set_yticks(range(n_layers), range(1, n_layers + 1))
@@ -118,8 +125,15 @@ def token_map(
     for (token, layer), expert in np.ndenumerate(experts):
         color = expert_color(int(expert))
         ax.add_patch(Rectangle((token - 0.47, layer - 0.45), 0.94, 0.9, color=color, lw=0))
-        ax.text(token, layer, int(expert) + 1, ha="center", va="center", fontsize=8.5,
-                color=ink_on(color))  # fmt: skip
+        ax.text(
+            token,
+            layer,
+            int(expert) + 1,
+            ha="center",
+            va="center",
+            fontsize=8.5,
+            color=ink_on(color),
+        )
     ax.set_xticks(range(n_tokens), tokens, rotation=45, ha="left", rotation_mode="anchor")
     ax.xaxis.tick_top()
     ax.set_yticks(range(n_layers), range(1, n_layers + 1))

@@ -45,14 +45,23 @@ def score_agreement(
     for row, column in zip(*np.nonzero(~np.isnan(values)), strict=True):
         value = values[row, column]
         text = f"{value:.2f}" if row > column else f"{value:.0%}"
-        ax.text(column, row, text.replace("-", "−"), ha="center", va="center", fontsize=9,
-                color=ink_on(RAMP(float(np.clip(value, 0, 1)))[:3]))  # fmt: skip
+        ax.text(
+            column,
+            row,
+            text.replace("-", "−"),
+            ha="center",
+            va="center",
+            fontsize=9,
+            color=ink_on(RAMP(float(np.clip(value, 0, 1)))[:3]),
+        )
     labels = [NAMES.get(name, name) for name in names]
     ax.set_xticks(range(len(names)), labels)
     ax.set_yticks(range(len(names)), labels)
-    ax.set_xlabel(f"below the diagonal: rank correlation (Spearman's ρ); above it: share of the "
-                  f"top {top:,}\nthat both choose (two random choices: {chance:.0%}); "
-                  "means over layers")  # fmt: skip
+    ax.set_xlabel(
+        f"below the diagonal: rank correlation (Spearman's ρ); above it: share of the "
+        f"top {top:,}\nthat both choose (two random choices: {chance:.0%}); "
+        "means over layers"
+    )
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     headline(ax, title)
@@ -78,12 +87,18 @@ def score_removal(
         title: The finding.
     """
     others = [name for name in frame["order"].unique() if name not in ("importance", "random")]
-    fig, places = panels(fig, len(others), per_row=3, height=1.95, head=0.8,
-                         sharex=True, sharey=True)  # fmt: skip
+    fig, places = panels(
+        fig, len(others), per_row=3, height=1.95, head=0.8, sharex=True, sharey=True
+    )
     for name, ax in zip(others, places, strict=True):
         for _, draw in frame[frame["order"] == "random"].groupby("draw"):
-            ax.plot(100 * draw["fraction"], 100 * draw[metric], color=COLORS["random"], lw=0.7,
-                    alpha=0.55)  # fmt: skip
+            ax.plot(
+                100 * draw["fraction"],
+                100 * draw[metric],
+                color=COLORS["random"],
+                lw=0.7,
+                alpha=0.55,
+            )
         for order, (color, marker) in _lines(name).items():
             mean = frame[frame["order"] == order].groupby("fraction")[metric].mean()
             ax.plot(100 * mean.index, 100 * mean, marker=marker, color=color)
@@ -95,10 +110,13 @@ def score_removal(
     fig.supylabel(f"{metric}, %", fontsize=10)
     headline(fig, title, legend_rows=1)
     labels = ("the panel's score", "importance (Eq. 4)", "random (draws, mean)")
-    legend_under(fig, [
-        Line2D([], [], marker=marker, color=color, label=label)
-        for label, (color, marker) in zip(labels, _lines("").values(), strict=True)
-    ])  # fmt: skip
+    legend_under(
+        fig,
+        [
+            Line2D([], [], marker=marker, color=color, label=label)
+            for label, (color, marker) in zip(labels, _lines("").values(), strict=True)
+        ],
+    )
     return fig
 
 

@@ -34,16 +34,23 @@ LIMIT = "equal FLOPs"
 DASHES = {"moebert gate-sentence": (4, 2), LIMIT: (4, 2), "half depth": (1, 1.5)}
 
 #: And by the mark of their timings.
-MARKS = {"dense": "o", LIMIT: "D", "half depth": "v", "moebert gate-sentence": "s",
-         "release style": "X"}  # fmt: skip
+MARKS = {
+    "dense": "o",
+    LIMIT: "D",
+    "half depth": "v",
+    "moebert gate-sentence": "s",
+    "release style": "X",
+}
 
 
 #: Codes that run a model, as variants name them, and as figures do.
 CODES = {
-    "ordinary": "as transformers runs them", "compiled": "the same, compiled",
-    "bf16": "the same in bfloat16", "accelerated": "accelerated",
+    "ordinary": "as transformers runs them",
+    "compiled": "the same, compiled",
+    "bf16": "the same in bfloat16",
+    "accelerated": "accelerated",
     "accelerated, bf16": "accelerated, bfloat16",
-}  # fmt: skip
+}
 
 
 def model_and_code(variant: str) -> tuple[str, str]:
@@ -86,12 +93,24 @@ def speed(
         color = variant_color(name)
         ax.plot(rates[name], np.full(len(rates[name]), place), "o", color=color, alpha=0.6)
         ax.plot([medians[name]] * 2, [place - 0.3, place + 0.3], color=color, lw=2.2)
-        ax.annotate(_rate(medians[name]), (medians[name], place - 0.34), ha="center",
-                    va="bottom", fontsize=9, zorder=6,
-                    bbox=dict(fc="white", ec="none", pad=0.4))  # fmt: skip
+        ax.annotate(
+            _rate(medians[name]),
+            (medians[name], place - 0.34),
+            ha="center",
+            va="bottom",
+            fontsize=9,
+            zorder=6,
+            bbox=dict(fc="white", ec="none", pad=0.4),
+        )
         if name in (ratios or {}):
-            ax.plot(medians[variants[0]] * ratios[name], place, ls="", zorder=5, **DIAMOND,
-                    label=f"paper's ratio to BERT ({DIGITISED})")  # fmt: skip
+            ax.plot(
+                medians[variants[0]] * ratios[name],
+                place,
+                ls="",
+                zorder=5,
+                **DIAMOND,
+                label=f"paper's ratio to BERT ({DIGITISED})",
+            )
     for limit in (name for name in variants if name not in places):
         _limit(ax, limit, medians[limit], places)
     handles = {
@@ -110,8 +129,15 @@ def _limit(ax: Axes, limit: str, value: float, places: Mapping[str, float]) -> N
     mine = [place for name, place in places.items() if model_and_code(name)[1] == code]
     top, end = min(mine, default=0) - 0.5, max(mine, default=0) + 0.5
     ax.plot([value, value], [top, end], color=COLORS["dense"], lw=1, ls=(0, (4, 3)), zorder=1)
-    ax.annotate(f"{LIMIT}: {_rate(value)}", (value, end), xytext=(0, -1), va="top", ha="center",
-                textcoords="offset points", fontsize=9)  # fmt: skip
+    ax.annotate(
+        f"{LIMIT}: {_rate(value)}",
+        (value, end),
+        xytext=(0, -1),
+        va="top",
+        ha="center",
+        textcoords="offset points",
+        fontsize=9,
+    )
 
 
 def rows_of_groups(
@@ -162,8 +188,9 @@ def latency(timings: pd.DataFrame, *, fig: Figure | None = None, title: str = ""
         fig: Where to draw; none makes a new figure.
         title: The finding.
     """
-    by_code = timings.groupby(timings["variant"].map(lambda name: model_and_code(name)[1]),
-                              sort=False)  # fmt: skip
+    by_code = timings.groupby(
+        timings["variant"].map(lambda name: model_and_code(name)[1]), sort=False
+    )
     fig, parts = panels(fig, by_code.ngroups, per_row=2, height=2.7, sharey=True)
     for ax, (code, rows) in zip(parts, by_code, strict=True):
         ends = {}
@@ -207,28 +234,44 @@ def roof(
         title: The finding.
     """
     ax = axes(ax, (WIDE[0] - 0.6, SINGLE[1] + 0.6))
-    frame = rows.assign(intensity=rows["flops"] / rows["bytes"],
-                        achieved=rows["flops"] / rows["seconds"] / 1e9)  # fmt: skip
+    frame = rows.assign(
+        intensity=rows["flops"] / rows["bytes"], achieved=rows["flops"] / rows["seconds"] / 1e9
+    )
     bend, roof, ends = flops / bandwidth, flops / 1e9, {}
     left = min(0.75 * frame["intensity"].min(), bend / 3)
     right = 1.5 * max(frame["intensity"].max(), bend)
-    ax.plot([left, bend, right], [left * bandwidth / 1e9, roof, roof], lw=1,
-            color=COLORS["dense"], ls=(0, (4, 3)), zorder=1)  # fmt: skip
+    ax.plot(
+        [left, bend, right],
+        [left * bandwidth / 1e9, roof, roof],
+        lw=1,
+        color=COLORS["dense"],
+        ls=(0, (4, 3)),
+        zorder=1,
+    )
     for name, timed in frame.groupby("variant", sort=False):
         model = model_and_code(str(name))[0]
         color, marker = variant_color(model), MARKS.get(model, "o")
         ax.plot(timed["intensity"], timed["achieved"], marker, color=color, ls="", alpha=0.4, ms=3)
         median = timed.groupby("tokens")[["intensity", "achieved"]].median()
-        ax.plot(median["intensity"], median["achieved"], marker, color=color, ls=_line(model),
-                ms=6, label=variant_name(model))  # fmt: skip
+        ax.plot(
+            median["intensity"],
+            median["achieved"],
+            marker,
+            color=color,
+            ls=_line(model),
+            ms=6,
+            label=variant_name(model),
+        )
         ends[name] = median
     plain_log(ax)
     ax.set_xlim(left, right)
     ax.set_ylim(bottom=0.85 * ax.get_ylim()[0])
     _name_tokens(ax, ends)
     _name_ceilings(ax, left, bend, flops=flops, bandwidth=bandwidth)
-    ax.set(xlabel="operations for each byte moved (small numbers: tokens)",
-           ylabel="billion operations a second")  # fmt: skip
+    ax.set(
+        xlabel="operations for each byte moved (small numbers: tokens)",
+        ylabel="billion operations a second",
+    )
     headline(ax, title, legend_rows=legend_above(ax, 4))
     return ax
 
@@ -240,9 +283,17 @@ def _name_tokens(ax: Axes, medians: Mapping[str, pd.DataFrame]) -> None:
     for name, above in {first: True, lowest: False}.items():
         color = variant_color(name)
         for tokens, (x, y) in medians[name].iloc[: 1 if above else None].iterrows():
-            ax.annotate(f"{tokens:,}", (x, y), xytext=(-4, 8) if above else (4, -8), fontsize=8,
-                        textcoords="offset points", ha="right" if above else "left", zorder=6,
-                        va="bottom" if above else "top", color=color)  # fmt: skip
+            ax.annotate(
+                f"{tokens:,}",
+                (x, y),
+                xytext=(-4, 8) if above else (4, -8),
+                fontsize=8,
+                textcoords="offset points",
+                ha="right" if above else "left",
+                zorder=6,
+                va="bottom" if above else "top",
+                color=color,
+            )
 
 
 def _line(model: str) -> tuple[int, tuple]:
@@ -266,11 +317,26 @@ def _name_ceilings(ax: Axes, left: float, bend: float, *, flops: float, bandwidt
     ax.get_figure(root=True).draw_without_rendering()  # the layout decides the slope
     (x0, y0), (x1, y1) = ax.transData.transform([(1, 1), (10, 10)])
     angle = math.degrees(math.atan2(y1 - y0, x1 - x0))
-    ax.annotate(f"memory, {bandwidth / 1e9:,.0f} GB/s", (low, low * bandwidth / 1e9),
-                xytext=(-3, 5), textcoords="offset points", rotation=angle, ha="center",
-                va="bottom", rotation_mode="anchor", fontsize=9)  # fmt: skip
-    ax.annotate(f"arithmetic, {flops / 1e9:,.0f} billion/s", (bend, flops / 1e9), xytext=(6, 3),
-                textcoords="offset points", ha="left", va="bottom", fontsize=9)  # fmt: skip
+    ax.annotate(
+        f"memory, {bandwidth / 1e9:,.0f} GB/s",
+        (low, low * bandwidth / 1e9),
+        xytext=(-3, 5),
+        textcoords="offset points",
+        rotation=angle,
+        ha="center",
+        va="bottom",
+        rotation_mode="anchor",
+        fontsize=9,
+    )
+    ax.annotate(
+        f"arithmetic, {flops / 1e9:,.0f} billion/s",
+        (bend, flops / 1e9),
+        xytext=(6, 3),
+        textcoords="offset points",
+        ha="left",
+        va="bottom",
+        fontsize=9,
+    )
 
 
 def variant_name(name: str) -> str:

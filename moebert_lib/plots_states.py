@@ -33,8 +33,12 @@ def plane(frame: pd.DataFrame, *, layer: int, stage: str, ax: Axes, dot: float =
     ax.plot(*own.to_numpy().T, color=INK, **_dot(0.75 * dot), zorder=4)
     middle = (of[["x", "y"]].max() + of[["x", "y"]].min()) / 2
     half = 1.08 * max((of[["x", "y"]] - middle).abs().to_numpy().max(), 1e-6)
-    ax.set(xlim=(middle["x"] - half, middle["x"] + half), xticks=[], yticks=[],
-           ylim=(middle["y"] - half, middle["y"] + half))  # fmt: skip
+    ax.set(
+        xlim=(middle["x"] - half, middle["x"] + half),
+        xticks=[],
+        yticks=[],
+        ylim=(middle["y"] - half, middle["y"] + half),
+    )
     ax.set_aspect("equal", adjustable="box")
     ax.spines[:].set_visible(True)
     return ax
@@ -65,8 +69,17 @@ def step(
     headline(left, title, legend_rows=legend_above(left, 2, _handles([stage])))
     hidden_distance(distances, ax=right)
     here = distances[(distances["layer"] == layer) & (distances["stage"] == stage)]
-    right.plot(here["layer"], here["distance"], "o", ms=13, mfc="none", mec=INK, mew=1.3,
-               clip_on=False, zorder=5)  # fmt: skip
+    right.plot(
+        here["layer"],
+        here["distance"],
+        "o",
+        ms=13,
+        mfc="none",
+        mec=INK,
+        mew=1.3,
+        clip_on=False,
+        zorder=5,
+    )
 
 
 def steps(

@@ -12,17 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import moebert_lib
+from moebert_lib.errors import CHECKOUT, LIBRARY
+
 LIBRARIES = (
     "moebert torch transformers datasets tokenizers numpy scipy scikit-learn pandas matplotlib "
     "papermill accelerate"
-).split()
-#: Modules that no notebook's result can depend on, so that changing them reruns nothing.
-OUTSIDE = (
-    "__main__ batch bench_batch bench_cuda bench_importance bench_scaling bench_training "
-    "bench_widgets cli cluster columns commands commands_bench commands_model commands_pages "
-    "doctor engines explore_page export forecast inventory nodes options publish reasons redraw "
-    "report report_tables results findings found_beyond found_rows site site_notebooks site_pages "
-    "site_reference site_theme sweep_tables sweeps yamls"
 ).split()
 
 
@@ -63,31 +58,63 @@ def code_digest(*module_names: str) -> str:
 def code_digests(*module_names: str) -> dict[str, str]:
     """SHA-256 of modules of this library by name, blind to comments, docstrings and layout.
 
-    Without names: every module that a notebook's result can depend on.
+    Args:
+        module_names: Names below ``moebert_lib``, such as ``method.importance``; none for all.
+
+    Raises:
+        KeyError: There is no such module.
     """
-    folder = Path(__file__).parent
-    modules = sorted(path.stem for path in folder.glob("*.py") if path.stem not in OUTSIDE)
-    names = [name.removeprefix("moebert_lib.") for name in module_names] or modules
-    return {name: digest(_code(folder / f"{name}.py")) for name in names}
+    paths = library_modules()
+    names = [name.removeprefix("moebert_lib.") for name in module_names] or sorted(paths)
+    return {name: digest(_code(paths[name])) for name in names}
 
 
-def reached(name: str, *, but: tuple[str, ...] = ()) -> list[str]:
-    """This library's modules that one imports, itself and theirs too, anywhere in their text.
+@functools.cache
+def library_modules() -> dict[str, Path]:
+    """Every module of this library by its name below ``moebert_lib``, ``__init__`` left out."""
+    paths = {}
+    for path in LIBRARY.rglob("*.py"):
+        if path.stem != "__init__":
+            name = ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
+            paths[name] = path
+    return paths
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """This library's modules that a parsed text imports, anywhere in it.
+
+    A public name of ``moebert_lib`` counts as the module that holds it, and ``import moebert_lib``
+    as the modules of all public names.
+    """
+    modules, names = library_modules(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name == "moebert_lib":
+                    names |= set(moebert_lib.PUBLIC.values())
+                names.add(alias.name.removeprefix("moebert_lib."))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moebert_lib"):
+            base = node.module.removeprefix("moebert_lib").removeprefix(".")
+            names.add(base)
+            for alias in node.names:
+                names.add(f"{base}.{alias.name}" if base else alias.name)
+                if not base and alias.name in moebert_lib.PUBLIC:
+                    names.add(moebert_lib.PUBLIC[alias.name])
+    return names & modules.keys()
+
+
+def reached(*names: str, but: tuple[str, ...] = ()) -> list[str]:
+    """This library's modules that some import, themselves and theirs too.
 
     Args:
-        name: Of the module.
+        names: Modules to begin with, named as in :func:`library_modules`.
         but: Modules that are not followed.
     """
-    folder, found, left = Path(__file__).parent, set(), {name}
+    modules, seen, left = library_modules(), set(), {*names}
     while left:
-        found.add(module := left.pop())
-        for node in ast.walk(ast.parse((folder / f"{module}.py").read_text("utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moebert_lib"):
-                own = node.module.removeprefix("moebert_lib").removeprefix(".")
-                names = {own} if own else {alias.name for alias in node.names}
-                left |= {one for one in names if (folder / f"{one}.py").is_file()}
-        left -= found | {*but}
-    return sorted(found)
+        seen.add(module := left.pop())
+        left |= imported(ast.parse(modules[module].read_text("utf-8"))) - seen - {*but}
+    return sorted(seen)
 
 
 @functools.cache
@@ -104,7 +131,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """Git commit of the checkout, "-dirty" where library or notebooks differ from it."""
-    root = Path(__file__).parents[1]
+    root = CHECKOUT
     if not (root / ".git").exists():  # installed, or unpacked from an archive
         return None
     head = _git(root, "rev-parse", "HEAD")

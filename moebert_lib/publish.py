@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebert_lib.archive import ROWS
-from moebert_lib.settings import home
+from moebert_lib.errors import home
 from moebert_lib.store import Entry, digest, file_digest, write_bytes, write_json
 
 PROVENANCE = "provenance.json"

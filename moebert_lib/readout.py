@@ -71,8 +71,10 @@ def _cut(one: View, *, n_experts: int, expert_size: int, n_shared: int) -> str:
     size = one.hands.shape[1]
     if size < expert_size:
         with_shared = f" with {n_shared:,} shared" if n_experts > 1 else ""
-        return (f"{expert_size:,} neurons in each do not fit in {_count(n_experts, 'expert')}"
-                f"{with_shared}; drawn: {size:,}")  # fmt: skip
+        return (
+            f"{expert_size:,} neurons in each do not fit in {_count(n_experts, 'expert')}"
+            f"{with_shared}; drawn: {size:,}"
+        )
     if one.n_shared < n_shared and n_experts > 1:
         return f"{n_shared:,} shared are more than the {size:,} in each; drawn: {one.n_shared:,}"
     return ""
@@ -172,8 +174,10 @@ def neuron(chosen: Chosen, views: Sequence[View], ranks: Sequence[int], *, layer
     columns = enumerate(zip(chosen, views, ranks, strict=True), start=1)
     for n, ((source, score), one, rank) in columns:
         at, j = min(layer, source.shape[0]), int(one.ranking[rank])
-        line = (f"rank {rank + 1:,} of {len(one.ranking):,} by {escape(score)}, "
-                f"{one.relative[rank]:.3g} of the mean: {one.part(rank)}")  # fmt: skip
+        line = (
+            f"rank {rank + 1:,} of {len(one.ranking):,} by {escape(score)}, "
+            f"{one.relative[rank]:.3g} of the mean: {one.part(rank)}"
+        )
         line = _numbered(n, line, len(views))
         told.setdefault((source.name, at, j), [source]).append(line)
     parts = [_one_neuron(name, at, j, *lines) for (name, at, j), lines in told.items()]
@@ -194,8 +198,10 @@ def _one_neuron(name: str, layer: int, j: int, source: Source, *lines: str) -> s
         f"<th scope='col'>{head}</th>" for head in ("activation", "before", "token", "after")
     )
     found = f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody>"
-    return (f"<div class='told'><div><p><b>{caption}</b></p>{held}</div><table>"
-            f"<caption>Tokens that excite it most</caption>{found}</table></div>")  # fmt: skip
+    return (
+        f"<div class='told'><div><p><b>{caption}</b></p>{held}</div><table>"
+        f"<caption>Tokens that excite it most</caption>{found}</table></div>"
+    )
 
 
 def _live(content: str) -> str:

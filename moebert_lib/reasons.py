@@ -26,10 +26,12 @@ SAID = {"cells": "notebook code", "code": "library", "model": "weights"} | {
 #: Values and modules that decide a digest of inputs: where one differs, the digest tells nothing
 #: about the files. "code" and "settings" are those parts as a whole.
 DECIDE = {
-    "data": set("settings scale task max_train_examples max_eval_examples "
-                "code corpus data files tasks".split()),
+    "data": set(
+        "settings scale task max_train_examples max_eval_examples "
+        "code corpus data files tasks".split()
+    ),
     "model": {"settings", "scale", "model"},
-}  # fmt: skip
+}
 #: A line of each kind, in the order they are said.
 LINES = {
     VALUE: "new value{s}: {new} (nearest run has {old})",

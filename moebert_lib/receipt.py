@@ -21,10 +21,10 @@ from yaml import YAMLError
 from moebert_lib import checks, checks_model, onnx_file
 from moebert_lib.convert import to_moebert
 from moebert_lib.disk import write_json
+from moebert_lib.errors import UserError
 from moebert_lib.importance import Importance
 from moebert_lib.packed import accelerate
 from moebert_lib.provenance import checksums, commit, file_digest, versions
-from moebert_lib.settings import UserError
 
 FILE, CARD = "receipt.json", "README.md"
 FLOAT32 = 1e-4  # two ways of computing in float32, on logits of a few units
@@ -34,9 +34,13 @@ THIS, CONVERSION = "this model", "its conversion"
 
 
 def checked(
-    dense: PreTrainedModel, scores: Importance, untrained: PreTrainedModel,
-    model: PreTrainedModel, folder: Path, batch: dict[str, Tensor],
-) -> list[dict]:  # fmt: skip
+    dense: PreTrainedModel,
+    scores: Importance,
+    untrained: PreTrainedModel,
+    model: PreTrainedModel,
+    folder: Path,
+    batch: dict[str, Tensor],
+) -> list[dict]:
     """Run every check that fits the model; a row each, also of those that fail.
 
     Args:
@@ -65,27 +69,39 @@ def checked(
         runs.insert(0, lambda: checks_model.deal_follows_scores(model, scores.scores))
     packs = isinstance(dense.base_model, BertModel) and not model.config.padding_in_balance
     if packs:  # else packing knows no way, or would leave padding out
-        runs.append(lambda: same("accelerated, the model answers the same", model,
-                                 accelerate(model), tolerance=FLOAT32))  # fmt: skip
+        runs.append(
+            lambda: same(
+                "accelerated, the model answers the same",
+                model,
+                accelerate(model),
+                tolerance=FLOAT32,
+            )
+        )
     if model.config.routing.startswith("hash"):
-        runs += [lambda: checks_model.same_token_same_expert(model, batch),
-                 lambda: checks_model.training_leaves_tables(untrained, model)]  # fmt: skip
+        runs += [
+            lambda: checks_model.same_token_same_expert(model, batch),
+            lambda: checks_model.training_leaves_tables(untrained, model),
+        ]
     else:
         runs.append(lambda: checks_model.gate_takes_its_favourite(model, batch))
     if (folder / onnx_file.FILE).is_file():
         runs.append(lambda: _onnx_agrees(model, folder / onnx_file.FILE, batch))
-    return [*_of_the_dense(dense, scores, batch),
-            *(_row(THIS if model is untrained else CONVERSION, run) for run in before),
-            *(_row(THIS, run) for run in runs)]  # fmt: skip
+    return [
+        *_of_the_dense(dense, scores, batch),
+        *(_row(THIS if model is untrained else CONVERSION, run) for run in before),
+        *(_row(THIS, run) for run in runs),
+    ]
 
 
 def _of_the_dense(dense: PreTrainedModel, scores: Importance, batch: dict) -> list[dict]:
     one = partial(to_moebert, dense, scores, n_experts=1)
     return [
-        _row("the dense model, as one expert",
-             lambda: checks.one_expert_is_dense(dense, one(), batch)),
+        _row(
+            "the dense model, as one expert",
+            lambda: checks.one_expert_is_dense(dense, one(), batch),
+        ),
         _row("the dense model", lambda: checks.permuting_neurons_changes_nothing(dense, batch)),
-    ]  # fmt: skip
+    ]
 
 
 def write(folder: Path, rows: list[dict], **about: object) -> dict:
@@ -102,8 +118,12 @@ def write(folder: Path, rows: list[dict], **about: object) -> dict:
     """
     held = {name: sha for name, sha in checksums(folder).items() if name not in BESIDE}
     receipt = {
-        "checks": rows, **about, "files": held, "versions": versions(), "commit": commit(),
-    }  # fmt: skip
+        "checks": rows,
+        **about,
+        "files": held,
+        "versions": versions(),
+        "commit": commit(),
+    }
     write_json(folder / FILE, receipt)
     return receipt
 
@@ -123,19 +143,25 @@ def verify(folder: Path | str) -> dict:
         rows, files = receipt["checks"], dict(receipt["files"])
         parts = [table(receipt), metrics(receipt)]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder} holds no {FILE} that can be read; expected a folder that "
-                        "moebert convert wrote") from None  # fmt: skip
+        raise UserError(
+            f"{folder} holds no {FILE} that can be read; expected a folder that "
+            "moebert convert wrote"
+        ) from None
     if not rows or not files:
         raise UserError(f"{folder / FILE} has no checks or no files; convert again")
     for row in rows:
         if not row["holds"]:
-            raise UserError(f"{folder} fails its receipt: {row['claim']} (largest difference "
-                            f"{row['difference']}, tolerance {row['tolerance']})")  # fmt: skip
+            raise UserError(
+                f"{folder} fails its receipt: {row['claim']} (largest difference "
+                f"{row['difference']}, tolerance {row['tolerance']})"
+            )
     for name, expected in files.items():
         found = file_digest(folder / name) if (folder / name).is_file() else "missing"
         if found != expected:
-            raise UserError(f"{folder / name} is not the file of its receipt: {found[:12]}, "
-                            f"expected SHA-256 {expected[:12]}; convert again")  # fmt: skip
+            raise UserError(
+                f"{folder / name} is not the file of its receipt: {found[:12]}, "
+                f"expected SHA-256 {expected[:12]}; convert again"
+            )
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parent.parts)
@@ -175,8 +201,10 @@ def metrics(receipt: dict) -> str:
         return "Not measured: it was converted from a file of scores, without data."
     lines = ["| metric | dense | MoEBERT | difference |", "|---|---|---|---|"]
     for row in receipt["metrics"]:
-        cells = [_between(*row[name], sign=sign) for name, sign in
-                 (("dense", ""), ("moebert", ""), ("difference", "+"))]  # fmt: skip
+        cells = [
+            _between(*row[name], sign=sign)
+            for name, sign in (("dense", ""), ("moebert", ""), ("difference", "+"))
+        ]
         lines.append(f"| {row['metric']} | {' | '.join(cells)} |")
     guess = receipt["guessing"]
     base = "" if guess is None else f" Always giving the most frequent class: {100 * guess:.1f}."
@@ -199,11 +227,21 @@ def _row(on: str, run: Callable[[], checks.Check]) -> dict:
     except AssertionError as error:
         found, holds = error.args[0], False
     if not isinstance(found, checks.Check):
-        return {"claim": str(found), "on": on, "difference": None, "tolerance": None,
-                "holds": holds}  # fmt: skip
+        return {
+            "claim": str(found),
+            "on": on,
+            "difference": None,
+            "tolerance": None,
+            "holds": holds,
+        }
     finite = found.difference if found.difference < float("inf") else None
-    return {"claim": found.claim, "on": on, "difference": finite, "tolerance": found.tolerance,
-            "holds": holds}  # fmt: skip
+    return {
+        "claim": found.claim,
+        "on": on,
+        "difference": finite,
+        "tolerance": found.tolerance,
+        "holds": holds,
+    }
 
 
 def _onnx_agrees(model: PreTrainedModel, path: Path, batch: dict[str, Tensor]) -> checks.Check:

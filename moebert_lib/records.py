@@ -4,7 +4,7 @@ import json
 import math
 from typing import Any
 
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 from moebert_lib.store import output_dir, write_json
 
 FILE = "metrics.json"

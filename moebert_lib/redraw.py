@@ -16,9 +16,9 @@ from typing import Any
 
 from moebert_lib import archive, batch, findings, results, sweeps
 from moebert_lib.engines import side_by_side
+from moebert_lib.errors import UserError, home
 from moebert_lib.planning import Job
 from moebert_lib.provenance import file_digest
-from moebert_lib.settings import UserError, home
 
 WORKBOOK = "workbook.yaml"
 #: Folders of ``figures/`` whose files no notebook draws.
@@ -79,8 +79,11 @@ def check(folder: Path, *, echo: Callable[[str], Any] = print) -> list[str]:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that runs drew below a folder of figures, by relative path."""
     found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {path.as_posix(): file_digest(folder / path) for path in sorted(found)
-            if path.parts[0] not in GIVEN}  # fmt: skip
+    return {
+        path.as_posix(): file_digest(folder / path)
+        for path in sorted(found)
+        if path.parts[0] not in GIVEN
+    }
 
 
 @contextmanager

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from moebert_lib import stability
+from moebert_lib.errors import UserError
 from moebert_lib.importance import Importance
 from moebert_lib.paper import TABLE5, TABLE6
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 
 MAX_BYTES = 4_000_000  # BERT-large's 24 layers of 4096 neurons take 1.2 million
 MAX_LISTS = 1000
@@ -149,14 +150,17 @@ class _PlainUnpickler(pickle.Unpickler):
 
 def _unpickle(content: bytes, path: Path) -> Any:
     if len(content) > MAX_BYTES:
-        raise UserError(f"{path} is larger than {MAX_BYTES / 1e6:.0f} MB; "
-                        "an importance file of BERT-large takes 1.2")  # fmt: skip
+        raise UserError(
+            f"{path} is larger than {MAX_BYTES / 1e6:.0f} MB; "
+            "an importance file of BERT-large takes 1.2"
+        )
     try:
         _check_program(content)
         return _PlainUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # whatever a broken or hostile file provokes
-        raise UserError(f"{path} was not read: {error}; "
-                        "expected a pickle of plain lists of numbers") from None  # fmt: skip
+        raise UserError(
+            f"{path} was not read: {error}; expected a pickle of plain lists of numbers"
+        ) from None
 
 
 def _check_program(content: bytes) -> None:

@@ -93,8 +93,9 @@ def as_released(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: there are no expert layers.
     """
     if not moe_layers(model):
-        raise ValueError(f"as_released takes a MoEBERT, not a {type(model).__name__} without "
-                         "experts")  # fmt: skip
+        raise ValueError(
+            f"as_released takes a MoEBERT, not a {type(model).__name__} without experts"
+        )
     model = copy.deepcopy(model)
     for layer in model.base_model.encoder.layer:
         layer.output = ReleasedFFN(layer.output).train(layer.training)

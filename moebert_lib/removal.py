@@ -88,9 +88,12 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
         return _keep(rows, n_examples, folder)
 
     key = {
-        "importance": experiment.importance_key(settings), "fractions": FRACTIONS,
-        "n_examples": n_examples, "n_random": settings.n_random_splits, "code": _code(),
-    }  # fmt: skip
+        "importance": experiment.importance_key(settings),
+        "fractions": FRACTIONS,
+        "n_examples": n_examples,
+        "n_random": settings.n_random_splits,
+        "code": _code(),
+    }
     return _read("removal curves", archive.store().make("removal", key, build))
 
 
@@ -114,9 +117,11 @@ def by_score(settings: Settings, *, n_examples: int) -> pd.DataFrame:
         return _keep(_measure(settings, n_examples, tried), n_examples, folder)
 
     key = {
-        "scores": scorings.scorings_key(settings), "fractions": FRACTIONS,
-        "n_examples": n_examples, "code": _code(),
-    }  # fmt: skip
+        "scores": scorings.scorings_key(settings),
+        "fractions": FRACTIONS,
+        "n_examples": n_examples,
+        "code": _code(),
+    }
     own = curves(settings, n_examples=n_examples).replace({"order": {LEAST: "importance"}})
     others = _read("removal by score", archive.store().make("score_removal", key, build))
     return pd.concat([own[own["order"].isin(SCORES)], others], ignore_index=True)

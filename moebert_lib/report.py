@@ -15,8 +15,8 @@ from typing import Any
 from urllib.parse import quote
 
 from moebert_lib import batch, inventory, pages, publish
+from moebert_lib.errors import UserError, home
 from moebert_lib.report_tables import Grid, read_csv, read_markdown
-from moebert_lib.settings import UserError, home
 from moebert_lib.store import Entry, Store, write_bytes
 
 BODY = """
@@ -88,14 +88,24 @@ def write_report() -> Path:
         raise UserError("nothing to report yet; run moebert run first")
     parts = _distinct([part for folder in _folders() for part in _parts(folder, entries)])
     record = entries[-1].record()
-    body = Environment(autoescape=True, trim_blocks=True).from_string(BODY).render(
-        parts=parts, runs=[_run(entry) for entry in entries], failed=_failed(),
-        n_figures=sum(len(part["figures"]) for part in parts),
-        n_tables=sum(len(part["tables"]) for part in parts),
-        newest=_minute(record["created"]), experiments=_experiments(), sweeps=_sweeps(),
-        versions=", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-        machine=", ".join(f"{name} {value}" for name, value in record["machine"].items() if value),
-    )  # fmt: skip
+    body = (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(BODY)
+        .render(
+            parts=parts,
+            runs=[_run(entry) for entry in entries],
+            failed=_failed(),
+            n_figures=sum(len(part["figures"]) for part in parts),
+            n_tables=sum(len(part["tables"]) for part in parts),
+            newest=_minute(record["created"]),
+            experiments=_experiments(),
+            sweeps=_sweeps(),
+            versions=", ".join(f"{name} {value}" for name, value in record["versions"].items()),
+            machine=", ".join(
+                f"{name} {value}" for name, value in record["machine"].items() if value
+            ),
+        )
+    )
     target = home() / "runs" / "report.html"
     write_bytes(target, pages.page("MoEBERT workbook", body).encode())
     return target
@@ -119,14 +129,19 @@ def _parts(folder: Path, entries: list[Entry]) -> list[dict[str, Any]]:
         entry = next((entry for entry in entries if publish.run_of(entry) == digest), None)
         node = _notebook(entry)
         settings = known[names[0]]["settings"] if names else {}
-        parts.append({
-            "id": f"{where}-{notebook}".replace("/", "-"), "where": where,
-            "title": pages.title(node) if node["cells"] else notebook,
-            "about": _variant(settings, _changed(settings, entry)),
-            "link": _link(entry.folder / "notebook.html") if entry else "",
-            "figures": [_figure(folder / name, node) for name in names if name.endswith(".png")],
-            "tables": [_table(folder / name) for name in names if name.endswith(".md")],
-        })  # fmt: skip
+        parts.append(
+            {
+                "id": f"{where}-{notebook}".replace("/", "-"),
+                "where": where,
+                "title": pages.title(node) if node["cells"] else notebook,
+                "about": _variant(settings, _changed(settings, entry)),
+                "link": _link(entry.folder / "notebook.html") if entry else "",
+                "figures": [
+                    _figure(folder / name, node) for name in names if name.endswith(".png")
+                ],
+                "tables": [_table(folder / name) for name in names if name.endswith(".md")],
+            }
+        )
     return parts
 
 
@@ -149,11 +164,14 @@ def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
     plain = unescape(re.sub(r"<[^>]*>", "", caption))
     has_numbers = numbers.is_file()
     return {
-        "id": f"{png.parent.name}-{png.stem}", "label": said, "caption": Markup(caption),
+        "id": f"{png.parent.name}-{png.stem}",
+        "label": said,
+        "caption": Markup(caption),
         "alt": f"{said}. {plain}" + (" The numbers follow as a table." if has_numbers else ""),
         "source": f"data:image/{kind};base64,{base64.b64encode(drawn.read_bytes()).decode()}",
-        "numbers": read_csv(numbers) if has_numbers else None, "csv": _link(numbers),
-    }  # fmt: skip
+        "numbers": read_csv(numbers) if has_numbers else None,
+        "csv": _link(numbers),
+    }
 
 
 def _caption(name: str, node: dict[str, Any]) -> str:
@@ -181,8 +199,12 @@ def _last_paragraph(cell: dict[str, Any]) -> str:
 
 def _table(path: Path) -> dict[str, Any]:
     prose, grid = read_markdown(path)
-    return {"id": f"{path.parent.name}-{path.stem}", "label": label(path.stem),
-            "caption": prose, "grid": grid}  # fmt: skip
+    return {
+        "id": f"{path.parent.name}-{path.stem}",
+        "label": label(path.stem),
+        "caption": prose,
+        "grid": grid,
+    }
 
 
 def _sweeps() -> list[dict[str, Any]]:
@@ -193,11 +215,16 @@ def _sweeps() -> list[dict[str, Any]]:
         if table.is_file():
             counts = Counter(state for _, state, _ in inventory.states(record))
             told = ", ".join(f"{n} {state}" for state, n in counts.items())
-            found.append({
-                "id": f"sweep-{record['folder'].name}", "title": f"Sweep {record['folder'].name}",
-                "about": f"{len(record['points'])} runs: {told}.", "link": _link(table),
-                "means": read_csv(means) if means.is_file() else None, "table": read_csv(table),
-            })  # fmt: skip
+            found.append(
+                {
+                    "id": f"sweep-{record['folder'].name}",
+                    "title": f"Sweep {record['folder'].name}",
+                    "about": f"{len(record['points'])} runs: {told}.",
+                    "link": _link(table),
+                    "means": read_csv(means) if means.is_file() else None,
+                    "table": read_csv(table),
+                }
+            )
     return found
 
 
@@ -207,8 +234,15 @@ def _experiments() -> Grid | None:
         if entry.kind != "notebook":
             values = {name: value for name, value in entry.row.items() if isinstance(value, float)}
             shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            rows.append([entry.kind, inventory.summary(entry), shown, entry.digest[:8],
-                         f"{entry.seconds / 60:.1f}"])  # fmt: skip
+            rows.append(
+                [
+                    entry.kind,
+                    inventory.summary(entry),
+                    shown,
+                    entry.digest[:8],
+                    f"{entry.seconds / 60:.1f}",
+                ]
+            )
     head = ["Kind", "What", "Result", "Run", "Minutes"]
     return Grid(head, rows, [False, False, False, False, True]) if rows else None
 
@@ -216,11 +250,15 @@ def _experiments() -> Grid | None:
 def _run(entry: Entry) -> dict[str, str]:
     settings, record = entry.key.get("settings") or {}, entry.record()
     return {
-        "notebook": entry.key["notebook"], "link": _link(entry.folder / "notebook.html"),
-        "scale": settings.get("scale", ""), "task": settings.get("task", ""),
-        "changed": _changed(settings, entry), "created": _minute(record["created"]),
-        "minutes": f"{entry.seconds / 60:.1f}", "commit": _commit(record["commit"]),
-    }  # fmt: skip
+        "notebook": entry.key["notebook"],
+        "link": _link(entry.folder / "notebook.html"),
+        "scale": settings.get("scale", ""),
+        "task": settings.get("task", ""),
+        "changed": _changed(settings, entry),
+        "created": _minute(record["created"]),
+        "minutes": f"{entry.seconds / 60:.1f}",
+        "commit": _commit(record["commit"]),
+    }
 
 
 def _failed() -> list[dict[str, Any]]:

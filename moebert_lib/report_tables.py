@@ -20,8 +20,11 @@ class Grid:
 def read_markdown(path: Path) -> tuple[str, Grid]:
     """The prose around a markdown file's table, and the table."""
     lines = path.read_text("utf-8").splitlines()
-    cells = [[cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-             for line in lines if line.lstrip().startswith("|")]  # fmt: skip
+    cells = [
+        [cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
+        for line in lines
+        if line.lstrip().startswith("|")
+    ]
     prose = " ".join(line.strip("*# ") for line in lines if line and not line.startswith("|"))
     rule = cells[1] if len(cells) > 1 else []
     right = [mark.endswith(":") for mark in rule]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from moebert_lib import columns
 from moebert_lib.archive import FILES, ROWS, Archive, place
+from moebert_lib.errors import UserError, home
 from moebert_lib.provenance import to_json
-from moebert_lib.settings import UserError, home
 from moebert_lib.store import Store, write_bytes
 
 if TYPE_CHECKING:
@@ -52,11 +52,15 @@ def write(folder: Path, stores: Sequence[str | Path] = ()) -> tuple[int, int]:
         if where not in found or found[where][0]["created"] <= record["created"]:
             found[where] = record, files
     if not found:
-        raise UserError("no stage of an experiment in the stores; expected a MOEBERT_HOME or its "
-                        "runs/ folder")  # fmt: skip
+        raise UserError(
+            "no stage of an experiment in the stores; expected a MOEBERT_HOME or its runs/ folder"
+        )
     kept = sorted(found.values(), key=lambda one: (one[0]["kind"], one[0]["digest"]))
-    files = [(record["digest"], name, content)
-             for record, files in kept for name, content in sorted(files.items())]  # fmt: skip
+    files = [
+        (record["digest"], name, content)
+        for record, files in kept
+        for name, content in sorted(files.items())
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     _write(_rows([record for record, _ in kept]), folder / ROWS)
     _write(DataFrame(files, columns=["digest", "name", "content"]), folder / FILES)
@@ -82,8 +86,10 @@ def verify(folder: Path) -> None:
         apart = ~((sides[0] == sides[1]) | (sides[0].isna() & sides[1].isna()))
         if apart.any():
             row = int(apart.argmax())
-            raise UserError(f"{folder / ROWS}: row {row} says {name} {sides[1][row]}, its record "
-                            f"{sides[0][row]}; restore the file")  # fmt: skip
+            raise UserError(
+                f"{folder / ROWS}: row {row} says {name} {sides[1][row]}, its record "
+                f"{sides[0][row]}; restore the file"
+            )
 
 
 def _there(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:

@@ -67,11 +67,12 @@ def ceilings(*, size: int = 2048, megabytes: int = 256, seconds: float = 0.4) ->
     copy = torch.empty_like(numbers)
     moved = {2 * numbers.nbytes: lambda: copy.copy_(numbers), numbers.nbytes: numbers.sum}
     return Ceilings(
-        float32=max(_gemm(size, torch.float32, packed=packed, seconds=seconds)
-                    for packed in (False, True)),
+        float32=max(
+            _gemm(size, torch.float32, packed=packed, seconds=seconds) for packed in (False, True)
+        ),
         bfloat16=_gemm(size, torch.bfloat16, packed=True, seconds=seconds),
         bandwidth=max(n / _best(call, seconds) for n, call in moved.items()),
-    )  # fmt: skip
+    )
 
 
 @torch.inference_mode()
@@ -93,9 +94,15 @@ def _best(call: Callable[[], Any], seconds: float) -> float:
 
 
 def layer_work(
-    D: int, K: int, lengths: Sequence[int], *, touched: int = 1, first: bool = False,
-    gated: bool = False, item: int = 4,
-) -> tuple[int, int]:  # fmt: skip
+    D: int,
+    K: int,
+    lengths: Sequence[int],
+    *,
+    touched: int = 1,
+    first: bool = False,
+    gated: bool = False,
+    item: int = 4,
+) -> tuple[int, int]:
     """Operations and bytes of one layer.
 
     Args:
@@ -141,9 +148,14 @@ def work(model: nn.Module, inputs: Mapping[str, Tensor]) -> Work:
         served = ids[:, :1] if first and not gated else ids
         real = None if mask is None or not packed else mask[:, : served.shape[1]]
         more = layer_work(
-            D, K, lengths, touched=_touched(router, served, real), first=first, gated=gated,
+            D,
+            K,
+            lengths,
+            touched=_touched(router, served, real),
+            first=first,
+            gated=gated,
             item=dtype.itemsize,
-        )  # fmt: skip
+        )
         flops, moved = flops + more[0], moved + more[1]
     head = D * D + D * config.num_labels
     return Work(flops + 2 * len(ids) * head, moved + head * model.dtype.itemsize, dtype)
@@ -182,13 +194,21 @@ def table(
         attainable = min(rate, intensity * ceiling.bandwidth)
         achieved = done.flops / (row.median_ms / 1000)
         compute, memory = done.flops / rate, done.bytes / ceiling.bandwidth
-        rows.append({
-            "setting": row.setting, "variant": row.variant, "flops": done.flops,
-            "bytes": done.bytes, "intensity": intensity, "attainable": attainable,
-            "achieved": achieved, "share": achieved / attainable,
-            "bound": "compute" if compute >= memory else "memory",
-            "least_ms": 1000 * max(compute, memory), "in_turn_ms": 1000 * (compute + memory),
-        })  # fmt: skip
+        rows.append(
+            {
+                "setting": row.setting,
+                "variant": row.variant,
+                "flops": done.flops,
+                "bytes": done.bytes,
+                "intensity": intensity,
+                "attainable": attainable,
+                "achieved": achieved,
+                "share": achieved / attainable,
+                "bound": "compute" if compute >= memory else "memory",
+                "least_ms": 1000 * max(compute, memory),
+                "in_turn_ms": 1000 * (compute + memory),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -205,17 +225,21 @@ def why(rows: pd.DataFrame, setting: str, variant: str, limit: str, *, measured:
     found = rows[rows["setting"] == setting].set_index("variant")
     own, other = found.loc[variant], found.loc[limit]
     best, in_turn = other["least_ms"] / own["least_ms"], other["in_turn_ms"] / own["in_turn_ms"]
-    return (f"{setting}: {variant} computes {own['flops'] / other['flops']:.2f} times as much as "
-            f"{limit} and moves {own['bytes'] / other['bytes']:.2f} times the bytes, since the "
-            f"weights of every expert in use are read. Its speed could be {best:.2f} of the "
-            f"limit's if reading hides behind computing, {in_turn:.2f} if one waits for the other; "
-            f"it is {measured:.2f}.")  # fmt: skip
+    return (
+        f"{setting}: {variant} computes {own['flops'] / other['flops']:.2f} times as much as "
+        f"{limit} and moves {own['bytes'] / other['bytes']:.2f} times the bytes, since the "
+        f"weights of every expert in use are read. Its speed could be {best:.2f} of the "
+        f"limit's if reading hides behind computing, {in_turn:.2f} if one waits for the other; "
+        f"it is {measured:.2f}."
+    )
 
 
 def points(
-    built: Mapping[str, nn.Module], *, tokens: Sequence[int] = (16, 64, 256, 1024),
+    built: Mapping[str, nn.Module],
+    *,
+    tokens: Sequence[int] = (16, 64, 256, 1024),
     repeats: int = 5,
-) -> pd.DataFrame:  # fmt: skip
+) -> pd.DataFrame:
     """Time the feed-forward layers of models alone, one after the other as in a pass.
 
     All run through the same kernels. With few tokens each weight that is read serves few of

@@ -121,8 +121,10 @@ def load_frame(shares: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
 def shares(frame: pd.DataFrame) -> dict[str, np.ndarray]:
     """Loads by router, ``(L, E)``, from :func:`load_frame`'s rows."""
-    return {router: rows.pivot(index="layer", columns="expert", values="share").to_numpy()
-            for router, rows in frame.groupby("router", sort=False)}  # fmt: skip
+    return {
+        router: rows.pivot(index="layer", columns="expert", values="share").to_numpy()
+        for router, rows in frame.groupby("router", sort=False)
+    }
 
 
 def way_frame(tokens: Sequence[str], ways: Mapping[str, np.ndarray]) -> pd.DataFrame:
@@ -138,8 +140,10 @@ def way_frame(tokens: Sequence[str], ways: Mapping[str, np.ndarray]) -> pd.DataF
 def ways(frame: pd.DataFrame) -> tuple[list[str], dict[str, np.ndarray]]:
     """The tokens, and ways by router, ``(T, L)``, from :func:`way_frame`'s rows."""
     parts = frame.groupby("router", sort=False)
-    experts = {router: rows.pivot(index="position", columns="layer", values="expert").to_numpy() - 1
-               for router, rows in parts}  # fmt: skip
+    experts = {
+        router: rows.pivot(index="position", columns="layer", values="expert").to_numpy() - 1
+        for router, rows in parts
+    }
     first = frame[frame["router"] == frame["router"].iloc[0]].drop_duplicates("position")
     return first.sort_values("position")["token"].tolist(), experts
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moebert_lib.adapters import FFN, watching
 from moebert_lib.batching import without_targets
+from moebert_lib.errors import nearest
 from moebert_lib.experts import random_ranking
 from moebert_lib.importance import (
     Importance,
@@ -26,7 +27,6 @@ from moebert_lib.importance import (
     scored_ffns,
     summed,
 )
-from moebert_lib.settings import nearest
 
 #: Name of a score to what it is, and whose.
 SCORES = {
@@ -50,9 +50,13 @@ _BY_ACTIVATION = {"activation": torch.abs, "wanda": torch.square}
 
 
 def ffn_scores(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], kind: str, *, seed: int = 0,
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    kind: str,
+    *,
+    seed: int = 0,
     meta: dict | None = None,
-) -> Importance:  # fmt: skip
+) -> Importance:
     """Score every feed-forward neuron of a fine-tuned encoder in one of several ways.
 
     The result serves wherever Eq. 4's does. The model is used in eval mode and given back as it
@@ -83,9 +87,12 @@ def ffn_scores(
 
 
 def every_score(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]], *, seed: int = 0,
+    model: nn.Module,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    seed: int = 0,
     meta: dict | None = None,
-) -> dict[str, Importance]:  # fmt: skip
+) -> dict[str, Importance]:
     """:func:`ffn_scores` of all kinds, with one backward and one further forward a batch.
 
     Arguments and errors are those of :func:`ffn_scores`.

@@ -15,8 +15,11 @@ from moebert_lib.teachers import importance_key, teacher
 
 def scorings_key(settings: Settings) -> dict:
     """What the scores depend on, given what importance depends on."""
-    return {"importance": importance_key(settings), "kinds": list(SCORES),
-            "code": code_digest("scores", "experts")}  # fmt: skip
+    return {
+        "importance": importance_key(settings),
+        "kinds": list(SCORES),
+        "code": code_digest("scores", "experts"),
+    }
 
 
 def scorings(settings: Settings) -> dict[str, Tensor]:
@@ -30,8 +33,12 @@ def scorings(settings: Settings) -> dict[str, Tensor]:
 
     def build(folder: Path) -> dict:
         model, bundle = teacher(settings).model, dataset(settings)
-        batches = bundle.batches(settings.importance_split, batch_size=32,
-                                 limit=settings.importance_examples, shuffle=True)  # fmt: skip
+        batches = bundle.batches(
+            settings.importance_split,
+            batch_size=32,
+            limit=settings.importance_examples,
+            shuffle=True,
+        )
         found = every_score(model, batches)
         save_file({kind: one.scores for kind, one in found.items()}, folder / "scores.safetensors")
         return {"n_examples": found["importance"].n_examples}

@@ -5,10 +5,6 @@ frozen :class:`Settings`. Unknown names and ill-typed values are refused here, b
 any compute, with the nearest valid choice in the message.
 """
 
-import difflib
-import os
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import (
@@ -21,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from moebert_lib.errors import UserError, nearest
 from moebert_lib.scales import FFN_WIDTHS, MINILM, RELEASE, SCALES, defaults
 from moebert_lib.sizes import check_sizes, check_top_k, proportions
 
@@ -32,33 +29,6 @@ Grouping = Literal["deal", "kmeans-weights", "kmeans-activations", "coactivation
 Distil = Literal["all", "skip", "last", "none"]
 
 MOST = 2**31 - 1  # of a seed; numpy's and torch's generators take this much and some runs more
-
-
-class UserError(ValueError):
-    """Something the user asked for cannot be had: one line, exit status 2."""
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """End of an error message: the closest choice, or all of them.
-
-    Example:
-        >>> nearest("sst-2", ["sst2", "rte"])
-        "did you mean 'sst2'?"
-        >>> nearest("zebra", ["sst2", "rte"])
-        'choose from sst2, rte'
-    """
-    choices = list(choices)
-    lowered = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.6)
-    return f"did you mean '{lowered[close[0]]}'?" if close else f"choose from {', '.join(choices)}"
-
-
-def home() -> Path:
-    """The folder that holds ``notebooks/``, ``figures/`` and ``runs/``.
-
-    ``MOEBERT_HOME`` where it is set, else the checkout this library lies in.
-    """
-    return Path(os.environ.get("MOEBERT_HOME") or Path(__file__).parents[1]).resolve()
 
 
 class Settings(BaseModel):
@@ -220,11 +190,15 @@ class Settings(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if (self.tokens_per_batch or self.max_length) < self.max_length:
-            raise ValueError(f"tokens_per_batch={self.tokens_per_batch} cannot hold a sentence; "
-                             f"expected max_length={self.max_length} or more")  # fmt: skip
+            raise ValueError(
+                f"tokens_per_batch={self.tokens_per_batch} cannot hold a sentence; "
+                f"expected max_length={self.max_length} or more"
+            )
         if self.cache_teacher and (self.teacher_dropout or self.padding_in_loss):
-            raise ValueError("cache_teacher=True needs the same states every time; expected "
-                             "teacher_dropout=False and padding_in_loss=False")  # fmt: skip
+            raise ValueError(
+                "cache_teacher=True needs the same states every time; expected "
+                "teacher_dropout=False and padding_in_loss=False"
+            )
         check_top_k("gate_top_k", self.gate_top_k, self)
         width = FFN_WIDTHS.get(self.model)
         if width is not None:  # else checked when the run is planned, or by deal_neurons

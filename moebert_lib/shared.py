@@ -28,16 +28,21 @@ from fsspec.core import url_to_fs
 
 from moebert_lib import leases
 from moebert_lib.disk import DAY, FORBIDDEN, FULL, scratch
+from moebert_lib.errors import UserError, nearest
 from moebert_lib.provenance import digest, file_digest
-from moebert_lib.settings import UserError, nearest
 
 RECORD, SEAL = "entry.json", "seal"
 RECORD_BYTES = 2**26  # more than any row needs
 NAME = re.compile(r"[\w-]+-[0-9a-f]{16}")
 TYPES = {
-    "kind": str, "digest": str, "key": dict, "row": dict, "seconds": int | float, "created": str,
+    "kind": str,
+    "digest": str,
+    "key": dict,
+    "row": dict,
+    "seconds": int | float,
+    "created": str,
     "files": dict,
-}  # fmt: skip
+}
 PICKLES = {".pkl", ".pickle", ".bin", ".pt", ".pth", ".ckpt", ".joblib"}
 #: File systems where an upload appears when it is complete.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"}

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from moebert_lib import findings, publish, site_notebooks, site_pages, site_reference, site_theme
+from moebert_lib.errors import CHECKOUT, UserError, home
 from moebert_lib.notebook_files import notebooks
-from moebert_lib.settings import UserError, home
 from moebert_lib.site_pages import Ran
 from moebert_lib.store import Store
 
@@ -113,8 +113,10 @@ def executed(figures: Path) -> list[Ran]:
             ran.append(Ran(path.stem, _read(run / "notebook.ipynb"), folder, known))
     if missing:
         numbers = " ".join(name.partition("_")[0] for name in missing)
-        raise UserError(f"the site shows runs, and {figures} has none of {', '.join(missing)}; "
-                        f"run: moebert run {numbers}{_scale(here)}")  # fmt: skip
+        raise UserError(
+            f"the site shows runs, and {figures} has none of {', '.join(missing)}; "
+            f"run: moebert run {numbers}{_scale(here)}"
+        )
     return ran
 
 
@@ -137,7 +139,7 @@ def _prepare(source: Path, extra: Path, ran: list[Ran]) -> None:
     """Write what Sphinx reads into ``source``, and what it copies as it is into ``extra``."""
     import nbformat
 
-    checkout = Path(__file__).parents[1]
+    checkout = CHECKOUT
     if not (checkout / "README.md").is_file():
         raise UserError("the site is made from a checkout, with its README.md; this is none")
     readme = (checkout / "README.md").read_text("utf-8")
@@ -176,8 +178,17 @@ def _sphinx(source: Path, made: Path, settings: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, PendingDeprecationWarning):  # Sphinx to its extensions
             warnings.simplefilter("ignore", kind)
-        app = Sphinx(source, None, made, work, "html", confoverrides=settings, status=None,
-                     warning=told, freshenv=True)  # fmt: skip
+        app = Sphinx(
+            source,
+            None,
+            made,
+            work,
+            "html",
+            confoverrides=settings,
+            status=None,
+            warning=told,
+            freshenv=True,
+        )
         app.build()
     faults = [line for line in COLOUR.sub("", told.getvalue()).splitlines() if line.strip()]
     if faults:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from moebert_lib import pages
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 NOTEBOOK_LINK = re.compile(r"(\]\([\w./]+\.ipynb#)([^)\s]+)\)")
 BOX = re.compile(r"\*\*(You will see|Needs|Makes|Time)\*\*\s*(.*?)\s*(?:<br>|$)", re.MULTILINE)

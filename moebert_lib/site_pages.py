@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moebert_lib import pages
+from moebert_lib.errors import UserError
 from moebert_lib.report import label
-from moebert_lib.settings import UserError
 from moebert_lib.site_notebooks import finding, markdown, section, slug, summary
 
 FRONT = """# MoEBERT workbook
@@ -126,20 +126,23 @@ def front(ran: list[Ran], readme: str, lead: str) -> str:
     shown = _figure(owner, lead) | {"title": pages.title(owner.node), "origin": owner.origin()}
     intro = readme.partition("\n")[2].strip().partition("\n\n")[0]
     start = "## Two commands\n\n" + part_of(readme, "Two commands")
-    return _render(FRONT, intro=intro, start=start, lead=shown, ways=WAYS,
-                   ladder=[_rung(one) for one in ran])  # fmt: skip
+    return _render(
+        FRONT, intro=intro, start=start, lead=shown, ways=WAYS, ladder=[_rung(one) for one in ran]
+    )
 
 
 def gallery(ran: list[Ran]) -> str:
     """The page of all figures and tables, as MyST."""
     parts = [
         {
-            "title": pages.title(one.node), "origin": one.origin(),
+            "title": pages.title(one.node),
+            "origin": one.origin(),
             "figures": [_figure(one, name) for name in one.names(".png")],
             "tables": [_table(one, name) for name in one.names(".md")],
         }
-        for one in ran if one.known
-    ]  # fmt: skip
+        for one in ran
+        if one.known
+    ]
     return _render(GALLERY, parts=parts)
 
 
@@ -157,9 +160,13 @@ def part_of(readme: str, heading: str) -> str:
 
 def _rung(one: Ran) -> dict[str, Any]:
     about = summary(one.node)
-    return {"number": about.number, "question": about.question,
-            "link": f"notebooks/{one.name}.html", "see": _inline(about.box["You will see"]),
-            "time": _inline(about.box["Time"])}  # fmt: skip
+    return {
+        "number": about.number,
+        "question": about.question,
+        "link": f"notebooks/{one.name}.html",
+        "see": _inline(about.box["You will see"]),
+        "time": _inline(about.box["Time"]),
+    }
 
 
 def _figure(one: Ran, name: str) -> dict[str, Any]:
@@ -167,8 +174,12 @@ def _figure(one: Ran, name: str) -> dict[str, Any]:
 
     with Image.open(one.folder / f"{name}.png") as image:
         width, height = image.size
-    return {"width": width, "height": height, "finding": finding(one.folder / f"{name}.png"),
-            **_entry(one, name, ("svg", "png", "csv"))}  # fmt: skip
+    return {
+        "width": width,
+        "height": height,
+        "finding": finding(one.folder / f"{name}.png"),
+        **_entry(one, name, ("svg", "png", "csv")),
+    }
 
 
 def _table(one: Ran, name: str) -> dict[str, Any]:
@@ -195,6 +206,7 @@ def _render(template: str, **values: Any) -> str:
     from jinja2 import Environment
     from markupsafe import Markup
 
-    trusted = {name: Markup(value) if isinstance(value, str) else value
-               for name, value in values.items()}  # fmt: skip
+    trusted = {
+        name: Markup(value) if isinstance(value, str) else value for name, value in values.items()
+    }
     return Environment(autoescape=True).from_string(template).render(**trusted)

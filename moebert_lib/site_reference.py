@@ -10,9 +10,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from moebert_lib.settings import UserError
+from moebert_lib.errors import LIBRARY, UserError
 
-LIBRARY = Path(__file__).parent
 LONGEST_VALUE = 60  # characters of a constant that its entry repeats
 ROLES = {"autofunction": "func", "autoclass": "class"}  # how a name's entry is linked to
 ROW = re.compile(r"^\| ([^|]+?) \| (`.+`.*?) \|$", re.MULTILINE)

@@ -104,24 +104,36 @@ def settings(static: Path, extra: Path) -> dict[str, Any]:
     (static / "site.css").write_text(STYLE, "utf-8")
     (static / "icon.svg").write_text(ICON, "utf-8")
     return {
-        "project": "MoEBERT workbook", "html_title": "MoEBERT workbook", "language": "en",
+        "project": "MoEBERT workbook",
+        "html_title": "MoEBERT workbook",
+        "language": "en",
         "extensions": ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"],
-        "nb_execution_mode": "off", "nb_ipywidgets_js": {},
-        "myst_enable_extensions": ["colon_fence"], "myst_heading_anchors": 3,
+        "nb_execution_mode": "off",
+        "nb_ipywidgets_js": {},
+        "myst_enable_extensions": ["colon_fence"],
+        "myst_heading_anchors": 3,
         "myst_heading_slug_func": "github",
-        "autodoc_member_order": "bysource", "autodoc_typehints_format": "short",
-        "autodoc_preserve_defaults": True, "napoleon_numpy_docstring": False,
+        "autodoc_member_order": "bysource",
+        "autodoc_typehints_format": "short",
+        "autodoc_preserve_defaults": True,
+        "napoleon_numpy_docstring": False,
         "napoleon_use_ivar": True,
-        "python_maximum_signature_line_length": 80, "toc_object_entries_show_parents": "hide",
-        "html_theme": "furo", "html_show_copyright": False, "html_copy_source": False,
-        "html_static_path": [str(static)], "html_css_files": ["site.css"],
-        "html_extra_path": [str(extra)], "html_favicon": str(static / "icon.svg"),
+        "python_maximum_signature_line_length": 80,
+        "toc_object_entries_show_parents": "hide",
+        "html_theme": "furo",
+        "html_show_copyright": False,
+        "html_copy_source": False,
+        "html_static_path": [str(static)],
+        "html_css_files": ["site.css"],
+        "html_extra_path": [str(extra)],
+        "html_favicon": str(static / "icon.svg"),
         "html_theme_options": {
-            "light_css_variables": _variables(pages.LIGHT) | {"font-stack": SANS,
-                                                              "font-stack--monospace": MONO},
-            "dark_css_variables": _variables(pages.DARK), "top_of_page_buttons": [],
+            "light_css_variables": _variables(pages.LIGHT)
+            | {"font-stack": SANS, "font-stack--monospace": MONO},
+            "dark_css_variables": _variables(pages.DARK),
+            "top_of_page_buttons": [],
         },
-    }  # fmt: skip
+    }
 
 
 def _variables(colours: dict[str, str]) -> dict[str, str]:
@@ -130,9 +142,22 @@ def _variables(colours: dict[str, str]) -> dict[str, str]:
         "ink": ["foreground-primary", "content-foreground", "sidebar-link-text--top-level"],
         "soft": ["foreground-secondary", "api-pre-name"],
         "line": ["background-border", "sidebar-background-border"],
-        "paper": ["background-primary"], "wash": ["background-secondary", "sidebar-background",
-                                                  "inline-code-background", "code-background"],
-        "link": ["brand-primary", "brand-content", "link", "link--visited", "link--hover",
-                 "brand-visited", "link--visited--hover", "api-name"],
-    }  # fmt: skip
+        "paper": ["background-primary"],
+        "wash": [
+            "background-secondary",
+            "sidebar-background",
+            "inline-code-background",
+            "code-background",
+        ],
+        "link": [
+            "brand-primary",
+            "brand-content",
+            "link",
+            "link--visited",
+            "link--hover",
+            "brand-visited",
+            "link--visited--hover",
+            "api-name",
+        ],
+    }
     return {f"color-{name}": colours[ours] for ours, names in theirs.items() for name in names}

@@ -74,8 +74,12 @@ def check_top_k(name: str, k: int, of: Any) -> None:
     if not 1 <= k <= of.n_experts:
         raise ValueError(f"{name}={k}: expected 1 to n_experts={of.n_experts}")
     if not of.routing.startswith("gate-"):
-        raise ValueError(f"{name}={k} needs a gate, and routing='{of.routing}' names one expert a "
-                         f"token; expected {name}=1, gate-token or gate-sentence")  # fmt: skip
+        raise ValueError(
+            f"{name}={k} needs a gate, and routing='{of.routing}' names one expert a "
+            f"token; expected {name}=1, gate-token or gate-sentence"
+        )
     if of.gate_scaling == "outside":
-        raise ValueError(f"{name}={k}: gate_scaling='outside' scales one expert's state; "
-                         f"expected {name}=1 or gate_scaling='inside'")  # fmt: skip
+        raise ValueError(
+            f"{name}={k}: gate_scaling='outside' scales one expert's state; "
+            f"expected {name}=1 or gate_scaling='inside'"
+        )

@@ -14,12 +14,13 @@ from transformers import AutoConfig
 
 from moebert_lib import archive, estimate, excitation, experiment, grids, release
 from moebert_lib.archive import Archive
+from moebert_lib.errors import UserError, nearest
 from moebert_lib.estimate import Shape
 from moebert_lib.excitation import Excitation
 from moebert_lib.importance import Importance
 from moebert_lib.moe_layer import ParameterCounts
 from moebert_lib.scales import SCALES
-from moebert_lib.settings import Settings, UserError, nearest
+from moebert_lib.settings import Settings
 from moebert_lib.stages import DATA, TEACHER
 from moebert_lib.store import Entry, Store
 from moebert_lib.tasks import TASKS
@@ -94,8 +95,10 @@ class Source:
         if self.accuracy.empty:
             return self.accuracy
         known = self.accuracy[["n_experts", "expert_size", "n_shared"]].to_numpy()
-        sizes, wanted = (np.array([_same(*each) for each in all_of]) for all_of in
-                         (known, [(n_experts, expert_size, n_shared)]))  # fmt: skip
+        sizes, wanted = (
+            np.array([_same(*each) for each in all_of])
+            for all_of in (known, [(n_experts, expert_size, n_shared)])
+        )
         number, _, shared = np.abs(sizes - wanted).T
         ratio = np.abs(np.log(sizes[:, 1] / wanted[0, 1]))
         first = np.lexsort((number, shared, ratio.round(9)))[0]
@@ -145,8 +148,7 @@ def from_file(path: str | Path) -> Source:
     if not path.is_file():
         others = [p.name for ending in ENDINGS for p in path.parent.glob(f"*{ending}")]
         hint = f"; {nearest(path.name, others)}" if others else ""
-        raise UserError(f"no file {path}; expected scores ending in "
-                        f"{' or '.join(ENDINGS)}{hint}")  # fmt: skip
+        raise UserError(f"no file {path}; expected scores ending in {' or '.join(ENDINGS)}{hint}")
     if path.suffix not in ENDINGS:
         raise UserError(f"{path.name}: expected scores ending in {' or '.join(ENDINGS)}")
     try:
@@ -157,11 +159,12 @@ def from_file(path: str | Path) -> Source:
     shapes = [s for s in estimate.SHAPES.values() if (s.layers, s.neurons) == (layers, width)]
     known = {name: scores.meta[name] for name in ("task", "model") if name in scores.meta}
     return Source(
-        path.name, {EQ4: _numbers(scores.scores)},
+        path.name,
+        {EQ4: _numbers(scores.scores)},
         {"task": path.stem.removeprefix("importance_"), **known},
         sizes=shapes[0] if shapes else None,
         silent=f"{path.name} holds scores only. Which tokens excite a neuron takes the model.",
-    )  # fmt: skip
+    )
 
 
 def distinct(found: list[Source]) -> list[Source]:
@@ -198,8 +201,12 @@ def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> So
     if dense is None:
         return None
     scale = scale or _scale(key)
-    about = {"task": key["teacher"]["task"], "scale": scale,
-             "seed": key["teacher"]["teacher_seed"], "model": key["teacher"]["model"]}  # fmt: skip
+    about = {
+        "task": key["teacher"]["task"],
+        "scale": scale,
+        "seed": key["teacher"]["teacher_seed"],
+        "model": key["teacher"]["model"],
+    }
     scores = {EQ4: _numbers(Importance.load(scored.folder / "importance.safetensors").scores)}
     passed = [entry for entry in there["excitation"] if _same_stage(entry.key["importance"], key)]
     excited = excitation.read(passed[-1].folder) if passed else None
@@ -208,12 +215,19 @@ def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> So
     sizes = estimate.shape(str(dense.folder))
     metric = TASKS[about["task"]].metric
     return Source(
-        _name(about, key), scores, about, sizes=sizes,
+        _name(about, key),
+        scores,
+        about,
+        sizes=sizes,
         head=head_parameters(dense.folder),
-        accuracy=_judged(key, there["converted"], metric), metric=metric, dense=dense.row[metric],
-        excited=excited, silent="" if excited else
-        "The pass that finds them has not been made; notebook 1 makes it.",
-    )  # fmt: skip
+        accuracy=_judged(key, there["converted"], metric),
+        metric=metric,
+        dense=dense.row[metric],
+        excited=excited,
+        silent=""
+        if excited
+        else "The pass that finds them has not been made; notebook 1 makes it.",
+    )
 
 
 def _name(about: dict, key: dict) -> str:

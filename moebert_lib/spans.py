@@ -27,8 +27,10 @@ def problem(max_length: int, doc_stride: int) -> str:
     """Why windows of these lengths, in tokens, cannot be made; "" if they can."""
     if doc_stride <= max_length - _ROOM:
         return ""
-    return (f"doc_stride={doc_stride} leaves no room in max_length={max_length}; "
-            f"the largest that fits is {max_length - _ROOM}")  # fmt: skip
+    return (
+        f"doc_stride={doc_stride} leaves no room in max_length={max_length}; "
+        f"the largest that fits is {max_length - _ROOM}"
+    )
 
 
 def encode(
@@ -58,9 +60,14 @@ def encode(
     def tokenize(rows: dict[str, list], indices: list[int]) -> dict[str, list]:
         questions = [_cut(question.strip(), tokenizer, longest) for question in rows["question"]]
         encoded = tokenizer(
-            questions, rows["context"], truncation="only_second", max_length=max_length,
-            stride=doc_stride, return_overflowing_tokens=True, return_offsets_mapping=True,
-        )  # fmt: skip
+            questions,
+            rows["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=doc_stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
         made: dict[str, list] = {name: [] for name in ("first", "last", "example")}
         made |= {"start_positions": [], "end_positions": []}
         for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
@@ -78,9 +85,13 @@ def encode(
         return {**made, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     return examples.map(
-        tokenize, batched=True, with_indices=True, remove_columns=examples.column_names,
-        keep_in_memory=True, load_from_cache_file=False,
-    )  # fmt: skip
+        tokenize,
+        batched=True,
+        with_indices=True,
+        remove_columns=examples.column_names,
+        keep_in_memory=True,
+        load_from_cache_file=False,
+    )
 
 
 def texts(

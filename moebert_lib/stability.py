@@ -112,11 +112,14 @@ def score_pairs(scores: Mapping[str, Tensor], top: int) -> pd.DataFrame:
         (``rho``) and :func:`top_overlap` (``overlap``). Each pair once, in the order given.
     """
     rows = [
-        {"score": one, "other": other,
-         "rho": float(rank_correlation(scores[one], scores[other]).mean()),
-         "overlap": float(top_overlap(scores[one], scores[other], top).mean())}
+        {
+            "score": one,
+            "other": other,
+            "rho": float(rank_correlation(scores[one], scores[other]).mean()),
+            "overlap": float(top_overlap(scores[one], scores[other], top).mean()),
+        }
         for one, other in itertools.combinations(scores, 2)
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)
 
 

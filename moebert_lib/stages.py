@@ -4,16 +4,51 @@ The store's keys are made of them, and a plan groups runs by them; no torch is n
 """
 
 #: A dataset, and how answers are read off it.
-DATA = ("task", "max_length", "max_train_examples", "max_eval_examples", "doc_stride", "n_best",
-        "max_answer_length", "null_threshold")  # fmt: skip
-TEACHER = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size",
-           "teacher_weight_decay", "max_grad_norm", "dropout", "dtype")  # fmt: skip
+DATA = (
+    "task",
+    "max_length",
+    "max_train_examples",
+    "max_eval_examples",
+    "doc_stride",
+    "n_best",
+    "max_answer_length",
+    "null_threshold",
+)
+TEACHER = (
+    "teacher_epochs",
+    "teacher_learning_rate",
+    "teacher_batch_size",
+    "teacher_weight_decay",
+    "max_grad_norm",
+    "dropout",
+    "dtype",
+)
 IMPORTANCE = ("importance_examples", "importance_split")
-CONVERSION = ("n_experts", "routing", "ranking", "seed", "shared_neurons", "expert_layer_norm",
-              "gate_scaling", "gate_top_k")  # fmt: skip
-TRAINING = ("distill", "distill_weight", "epochs", "learning_rate", "batch_size", "weight_decay",
-            "max_grad_norm", "padding_in_loss", "teacher_dropout", "balance_weight", "dtype",
-            "tokens_per_batch", "cache_teacher")  # fmt: skip
+CONVERSION = (
+    "n_experts",
+    "routing",
+    "ranking",
+    "seed",
+    "shared_neurons",
+    "expert_layer_norm",
+    "gate_scaling",
+    "gate_top_k",
+)
+TRAINING = (
+    "distill",
+    "distill_weight",
+    "epochs",
+    "learning_rate",
+    "batch_size",
+    "weight_decay",
+    "max_grad_norm",
+    "padding_in_loss",
+    "teacher_dropout",
+    "balance_weight",
+    "dtype",
+    "tokens_per_batch",
+    "cache_teacher",
+)
 #: Settings younger than kept results, with the value that those had: no key holds that.
 LATER = {"grouping": "deal", "gate_top_k": 1}
 
@@ -25,5 +60,6 @@ def told(values: dict) -> dict:
         >>> told({"seed": 0, "gate_top_k": 1}), told({"seed": 0, "gate_top_k": 2})
         ({'seed': 0}, {'seed': 0, 'gate_top_k': 2})
     """
-    return {name: value for name, value in values.items()
-            if name not in LATER or value != LATER[name]}  # fmt: skip
+    return {
+        name: value for name, value in values.items() if name not in LATER or value != LATER[name]
+    }

@@ -23,6 +23,7 @@ from typing import Any
 
 from moebert_lib import disk
 from moebert_lib.disk import Unwritable, write_bytes, write_json
+from moebert_lib.errors import UserError, home
 from moebert_lib.provenance import (
     checksums,
     code_digest,
@@ -34,13 +35,23 @@ from moebert_lib.provenance import (
     to_json,
     versions,
 )
-from moebert_lib.settings import UserError, home
 from moebert_lib.shared import RECORD, Shared, parse, sealed
 
 __all__ = [
-    "Entry", "Store", "Unwritable", "code_digest", "commit", "cores", "digest", "file_digest",
-    "machine", "output_dir", "versions", "write_bytes", "write_json",
-]  # fmt: skip
+    "Entry",
+    "Store",
+    "Unwritable",
+    "code_digest",
+    "commit",
+    "cores",
+    "digest",
+    "file_digest",
+    "machine",
+    "output_dir",
+    "versions",
+    "write_bytes",
+    "write_json",
+]
 
 MIRROR = "MOEBERT_STORE"  # the environment variable that holds the mirror's address
 
@@ -143,8 +154,11 @@ class Store:
                 if not (entry.reused and self.shared.has(entry.folder.name)):
                     self.shared.push(entry.folder)
             except UserError as error:
-                print(f"moebert: {error}; {entry.folder.name} is complete in {self.root} and sent "
-                      "when next asked for", file=sys.stderr)  # fmt: skip
+                print(
+                    f"moebert: {error}; {entry.folder.name} is complete in {self.root} and sent "
+                    "when next asked for",
+                    file=sys.stderr,
+                )
         return entry
 
     def pull(self) -> int:
@@ -234,12 +248,17 @@ class Store:
         try:
             row = build(tmp)
             record = {
-                "kind": kind, "digest": digest({"kind": kind, "key": key}), "key": key, "row": row,
+                "kind": kind,
+                "digest": digest({"kind": kind, "key": key}),
+                "key": key,
+                "row": row,
                 "seconds": round(time.perf_counter() - start, 3),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": versions(), "commit": commit(), "machine": machine(),
+                "versions": versions(),
+                "commit": commit(),
+                "machine": machine(),
                 "files": checksums(tmp),
-            }  # fmt: skip
+            }
             record = sealed(json.loads(to_json(record)))
             write_json(tmp / RECORD, record)
             disk.sync(tmp / RECORD)  # after a power cut the checksums find what else was lost

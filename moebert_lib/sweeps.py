@@ -29,9 +29,9 @@ from typing import TYPE_CHECKING, Any
 
 from moebert_lib import batch, inventory, notebook_files, sweep_tables, worker, yamls
 from moebert_lib.engines import Engine
+from moebert_lib.errors import UserError, home, nearest
 from moebert_lib.execution import NotebookFailed
 from moebert_lib.planning import Job
-from moebert_lib.settings import UserError, home, nearest
 from moebert_lib.store import Entry, Store, digest, write_json
 
 if TYPE_CHECKING:
@@ -141,21 +141,26 @@ def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
 def _places(grid: Mapping[str, Any]) -> dict[str, str]:
     """A grid's paths as they are from here, to be found again from anywhere."""
     named = {"data_dir": grid.get("data_dir"), "notebook": grid.get("notebook")}
-    return {name: str(Path(value).expanduser().resolve()) for name, value in named.items()
-            if isinstance(value, str) and (name == "data_dir" or value.endswith(".ipynb"))
-            and value}  # fmt: skip
+    return {
+        name: str(Path(value).expanduser().resolve())
+        for name, value in named.items()
+        if isinstance(value, str) and (name == "data_dir" or value.endswith(".ipynb")) and value
+    }
 
 
 def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """The values of each point, the last axis fastest."""
     settings = grid.get("settings") or {}
     if not isinstance(settings, Mapping):
-        raise UserError(f"{where}settings must hold names with lists of values, "
-                        "such as 'n_shared: [0, 256]'")  # fmt: skip
+        raise UserError(
+            f"{where}settings must hold names with lists of values, such as 'n_shared: [0, 256]'"
+        )
     sets = grid.get("points") or [{}]
     if not isinstance(sets, list) or not all(isinstance(one, Mapping) for one in sets):
-        raise UserError(f"{where}points must be a list of names with values, "
-                        "such as '- {n_experts: 2, n_shared: 512}'")  # fmt: skip
+        raise UserError(
+            f"{where}points must be a list of names with values, "
+            "such as '- {n_experts: 2, n_shared: 512}'"
+        )
     if not isinstance(grid.get("seeds") or [], list):  # three of them, or the third?
         raise UserError(f"{where}seeds: {grid['seeds']!r}: list them, such as [0, 1, 2]")
     axes = {SINGULAR[name]: grid[name] for name in SINGULAR if grid.get(name) is not None}
@@ -194,15 +199,29 @@ def run(
     from moebert_lib.engines import fitting
 
     planned.folder.mkdir(parents=True, exist_ok=True)
-    points = [{"name": job.name, "values": job.values, "key": digest(key),
-               "entry": Store().folder("notebook", key).name, "failed": worker.kept(job).name}
-              for job, key in ((job, job.key()) for job in planned.jobs)]  # fmt: skip
-    write_json(planned.folder / inventory.SWEEP, {"grid": planned.grid, "name": planned.name,
-                                         "points": points})  # fmt: skip
+    points = [
+        {
+            "name": job.name,
+            "values": job.values,
+            "key": digest(key),
+            "entry": Store().folder("notebook", key).name,
+            "failed": worker.kept(job).name,
+        }
+        for job, key in ((job, job.key()) for job in planned.jobs)
+    ]
+    write_json(
+        planned.folder / inventory.SWEEP,
+        {"grid": planned.grid, "name": planned.name, "points": points},
+    )
     results = batch.run(
-        planned.jobs, engine=engine or fitting(planned.jobs), force=force, keep_going=True,
-        retry_failed=retry_failed, publishing=False, echo=echo,
-    )  # fmt: skip
+        planned.jobs,
+        engine=engine or fitting(planned.jobs),
+        force=force,
+        keep_going=True,
+        retry_failed=retry_failed,
+        publishing=False,
+        echo=echo,
+    )
     sweep_tables.write(planned.jobs, results, planned.folder)
     return results
 
@@ -243,8 +262,11 @@ def with_failures() -> list[Sweep]:
     Raises:
         UserError: there is none.
     """
-    found = [record for record in inventory.recorded()
-             if any(state == "failed" for _, state, _ in inventory.states(record))]  # fmt: skip
+    found = [
+        record
+        for record in inventory.recorded()
+        if any(state == "failed" for _, state, _ in inventory.states(record))
+    ]
     if not found:
         raise UserError("no sweep here has failed runs (see moebert status)")
     planned = []

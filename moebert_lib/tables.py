@@ -10,9 +10,19 @@ from moebert_lib.saving import only_counts, output_file, write, write_csv
 DASH = "–"
 
 #: What LaTeX does not print as it stands.
-_LATEX = {"–": "--", "±": r"$\pm$", "×": r"$\times$", "→": r"$\rightarrow$", "λ": r"$\lambda$",
-          "≥": r"$\geq$", "≤": r"$\leq$", "−": "$-$", "Δ": r"$\Delta$", "ρ": r"$\rho$",
-          "|": r"\textbar{}"}  # fmt: skip
+_LATEX = {
+    "–": "--",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "→": r"$\rightarrow$",
+    "λ": r"$\lambda$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "−": "$-$",
+    "Δ": r"$\Delta$",
+    "ρ": r"$\rho$",
+    "|": r"\textbar{}",
+}
 
 
 def save_table(
@@ -102,9 +112,13 @@ def _escape_markdown(text: str) -> str:
 def _latex(cells: pd.DataFrame, numeric: list[bool], caption: str, name: str) -> str:
     styler = cells.style.format(escape="latex").format_index(escape="latex", axis=1)
     table = styler.hide(axis="index").to_latex(
-        hrules=True, position_float="centering", position="t", label=f"tab:{name}",
-        column_format="".join("r" if number else "l" for number in numeric), caption="CAPTION",
-    )  # fmt: skip
+        hrules=True,
+        position_float="centering",
+        position="t",
+        label=f"tab:{name}",
+        column_format="".join("r" if number else "l" for number in numeric),
+        caption="CAPTION",
+    )
     words = pd.DataFrame([[caption]]).style.format(escape="latex").hide().hide(axis=1).to_latex()
     escaped = words.split("\n")[1].removesuffix(r"\\").strip()  # Styler leaves captions as they are
     table = table.replace("CAPTION", escaped, 1)

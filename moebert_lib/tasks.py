@@ -67,36 +67,112 @@ class Task:
 _SPAN = ("question", "context")
 _PAIR = ("sentence1", "sentence2")
 _ALL = (
-    Task("library", ("sentence",), TOPICS, ("accuracy",),
-         "Which of six libraries is this sentence about?", "built-in"),
-    Task("acceptability", ("sentence",), ("swapped", "intact"), ("matthews", "accuracy"),
-         "Is the sentence intact, or were two of its words swapped?", "built-in"),
-    Task("follows", _PAIR, ("elsewhere", "follows"), ("f1", "accuracy"),
-         "Does the second sentence follow the first, or is it from elsewhere?", "built-in"),
-    Task("passage", _SPAN, (), ("f1", "exact_match"),
-         "Which sentence of the passage mentions these two words?", "built-in"),
-    Task("cola", ("sentence",), ("unacceptable", "acceptable"), ("matthews", "accuracy"),
-         "Is the sentence acceptable English?"),
-    Task("sst2", ("sentence",), ("negative", "positive"), ("accuracy",),
-         "Is the film review positive?"),
-    Task("mrpc", _PAIR, ("not_equivalent", "equivalent"), ("f1", "accuracy"),
-         "Do the two sentences say the same?"),
-    Task("stsb", _PAIR, (), ("pearson", "spearman"),
-         "How similar are the two sentences, from 0 to 5?"),
-    Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy"),
-         "Do the two questions ask the same?"),
-    Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction"),
-         ("accuracy",), "Does the premise entail or contradict the hypothesis, or neither?",
-         also=(("mismatched", "validation_mismatched"),)),
-    Task("qnli", ("question", "sentence"), ("entailment", "not_entailment"), ("accuracy",),
-         "Does the sentence answer the question?"),
-    Task("rte", _PAIR, ("entailment", "not_entailment"), ("accuracy",),
-         "Does the first sentence entail the second?"),
-    Task("squad", _SPAN, (), ("f1", "exact_match"),
-         "Which words of the text answer the question?", "squad"),
-    Task("squad_v2", _SPAN, (), ("f1", "exact_match"),
-         "Which words of the text answer the question, if any?", "squad"),
-)  # fmt: skip
+    Task(
+        "library",
+        ("sentence",),
+        TOPICS,
+        ("accuracy",),
+        "Which of six libraries is this sentence about?",
+        "built-in",
+    ),
+    Task(
+        "acceptability",
+        ("sentence",),
+        ("swapped", "intact"),
+        ("matthews", "accuracy"),
+        "Is the sentence intact, or were two of its words swapped?",
+        "built-in",
+    ),
+    Task(
+        "follows",
+        _PAIR,
+        ("elsewhere", "follows"),
+        ("f1", "accuracy"),
+        "Does the second sentence follow the first, or is it from elsewhere?",
+        "built-in",
+    ),
+    Task(
+        "passage",
+        _SPAN,
+        (),
+        ("f1", "exact_match"),
+        "Which sentence of the passage mentions these two words?",
+        "built-in",
+    ),
+    Task(
+        "cola",
+        ("sentence",),
+        ("unacceptable", "acceptable"),
+        ("matthews", "accuracy"),
+        "Is the sentence acceptable English?",
+    ),
+    Task(
+        "sst2",
+        ("sentence",),
+        ("negative", "positive"),
+        ("accuracy",),
+        "Is the film review positive?",
+    ),
+    Task(
+        "mrpc",
+        _PAIR,
+        ("not_equivalent", "equivalent"),
+        ("f1", "accuracy"),
+        "Do the two sentences say the same?",
+    ),
+    Task(
+        "stsb",
+        _PAIR,
+        (),
+        ("pearson", "spearman"),
+        "How similar are the two sentences, from 0 to 5?",
+    ),
+    Task(
+        "qqp",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        ("f1", "accuracy"),
+        "Do the two questions ask the same?",
+    ),
+    Task(
+        "mnli",
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        "Does the premise entail or contradict the hypothesis, or neither?",
+        also=(("mismatched", "validation_mismatched"),),
+    ),
+    Task(
+        "qnli",
+        ("question", "sentence"),
+        ("entailment", "not_entailment"),
+        ("accuracy",),
+        "Does the sentence answer the question?",
+    ),
+    Task(
+        "rte",
+        _PAIR,
+        ("entailment", "not_entailment"),
+        ("accuracy",),
+        "Does the first sentence entail the second?",
+    ),
+    Task(
+        "squad",
+        _SPAN,
+        (),
+        ("f1", "exact_match"),
+        "Which words of the text answer the question?",
+        "squad",
+    ),
+    Task(
+        "squad_v2",
+        _SPAN,
+        (),
+        ("f1", "exact_match"),
+        "Which words of the text answer the question, if any?",
+        "squad",
+    ),
+)
 TASKS = {task.name: task for task in _ALL}
 
 
@@ -111,8 +187,12 @@ def build(name: str, sentences: Sequence[Sentence]) -> list[Example]:
         Dicts of the task's columns; the same for the same sentences.
     """
     shuffled = sorted(sentences, key=lambda s: _digest(s.docstring, str(s.position)))
-    make = {"library": _library, "acceptability": _acceptability, "follows": _follows,
-            "passage": _passage}  # fmt: skip
+    make = {
+        "library": _library,
+        "acceptability": _acceptability,
+        "follows": _follows,
+        "passage": _passage,
+    }
     return make[name](shuffled)
 
 
@@ -197,9 +277,11 @@ def _passage(shuffled: list[Sentence]) -> list[Example]:
         chosen = sorted(own, key=_digest)[:2]
         if len(chosen) == 2:
             start = sum(len(text) + 1 for text in texts[:place])
-            made.append({
-                "question": " ".join(chosen),
-                "context": " ".join(texts),
-                "answers": {"text": [answer], "answer_start": [start]},
-            })  # fmt: skip
+            made.append(
+                {
+                    "question": " ".join(chosen),
+                    "context": " ".join(texts),
+                    "answers": {"text": [answer], "answer_start": [start]},
+                }
+            )
     return made

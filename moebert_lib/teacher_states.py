@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moebert_lib.batching import lengths
+from moebert_lib.errors import UserError
 from moebert_lib.packing import Packing
-from moebert_lib.settings import UserError
 
 STATES = "teacher_states.bin"  # usual name of the file
 
@@ -43,9 +43,14 @@ class TeacherStates:
     """
 
     def __init__(
-        self, path: Path, lengths: Sequence[int], *, layers: list[int], width: int,
+        self,
+        path: Path,
+        lengths: Sequence[int],
+        *,
+        layers: list[int],
+        width: int,
         dtype: torch.dtype,
-    ):  # fmt: skip
+    ):
         self.layers = layers
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
         n = int(self.starts[-1]) * len(layers) * width
@@ -126,9 +131,11 @@ def _reserve(path: Path, n_bytes: int) -> None:
     """A file of that size whose room on the disk is its own: a full disk kills who writes to it."""
     free = shutil.disk_usage(path.parent).free
     if n_bytes > free:
-        raise UserError(f"cache_teacher=True needs {n_bytes / 1e9:,.2f} GB in {path.parent}, where "
-                        f"{free / 1e9:,.2f} GB are free; expected cache_teacher=False or "
-                        "fewer examples")  # fmt: skip
+        raise UserError(
+            f"cache_teacher=True needs {n_bytes / 1e9:,.2f} GB in {path.parent}, where "
+            f"{free / 1e9:,.2f} GB are free; expected cache_teacher=False or "
+            "fewer examples"
+        )
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate") and n_bytes:
             os.posix_fallocate(file.fileno(), 0, n_bytes)

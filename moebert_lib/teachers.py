@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from moebert_lib import archive, checkpoints, data, weights
+from moebert_lib.errors import UserError, home
 from moebert_lib.evaluate import faster, predict
 from moebert_lib.importance import Importance, ffn_importance
 from moebert_lib.inputs import chosen, dataset, device, load, new_model
-from moebert_lib.settings import Settings, UserError, home
+from moebert_lib.settings import Settings
 from moebert_lib.stages import DATA, IMPORTANCE, TEACHER
 from moebert_lib.store import Entry, Store, code_digest, versions
 from moebert_lib.train import fine_tune
@@ -43,8 +44,10 @@ class Teacher:
             UserError: its weights are not kept, as in a folder of results.
         """
         if archive.named():
-            raise UserError(f"'{archive.named()}' keeps results and no weights; run the notebook "
-                            "itself for what needs the model")  # fmt: skip
+            raise UserError(
+                f"'{archive.named()}' keeps results and no weights; run the notebook "
+                "itself for what needs the model"
+            )
         return load(self.entry.folder, data.TASKS[self.task]).eval()
 
 
@@ -57,9 +60,11 @@ def reduced(settings: Settings, *also: str) -> Settings:
 def teacher_key(settings: Settings) -> dict:
     """What the teacher depends on."""
     return {
-        **chosen(settings, DATA + TEACHER), "teacher_seed": settings.dense_seed,
-        "model": settings.model, **_origin(settings),
-    }  # fmt: skip
+        **chosen(settings, DATA + TEACHER),
+        "teacher_seed": settings.dense_seed,
+        "model": settings.model,
+        **_origin(settings),
+    }
 
 
 def _origin(settings: Settings) -> dict:
@@ -68,11 +73,23 @@ def _origin(settings: Settings) -> dict:
         return {}
     return {
         "weights": weights.digest(settings.model, hub=not settings.offline),
-        "data": data.digest(settings), "device": device().type,  # bf16 on a GPU
-        "code": code_digest("data", "batching", "corpus", "spans", "weights", "inputs", "train",
-                            "checkpoints", "evaluate", "teachers", *FORWARD),
+        "data": data.digest(settings),
+        "device": device().type,  # bf16 on a GPU
+        "code": code_digest(
+            "data",
+            "batching",
+            "corpus",
+            "spans",
+            "weights",
+            "inputs",
+            "train",
+            "checkpoints",
+            "evaluate",
+            "teachers",
+            *FORWARD,
+        ),
         "versions": versions(),
-    }  # fmt: skip
+    }
 
 
 def teacher(settings: Settings) -> Teacher:
@@ -90,9 +107,13 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
         set_seed(settings.dense_seed)
         model = new_model(settings, bundle.task).to(device())
         fine_tune(
-            model, bundle.train, bundle.tokenizer, settings, folder,
+            model,
+            bundle.train,
+            bundle.tokenizer,
+            settings,
+            folder,
             checkpoints=place(store, store.folder("teacher", key)),
-        )  # fmt: skip
+        )
         model.save_pretrained(folder)
         bundle.tokenizer.save_pretrained(folder)
         return keep_judged(settings, model, folder)
@@ -114,13 +135,18 @@ def _importance(settings: Settings, _root: Path) -> Importance:
     def build(folder: Path) -> dict:
         dense, bundle = teacher(settings), dataset(settings)
         batches = bundle.batches(
-            settings.importance_split, batch_size=32, limit=settings.importance_examples,
+            settings.importance_split,
+            batch_size=32,
+            limit=settings.importance_examples,
             shuffle=True,
-        )  # fmt: skip
+        )
         meta = {
-            "task": settings.task, "split": settings.importance_split, "model": settings.model,
-            "teacher": dense.entry.digest, "data": bundle.digest,
-        }  # fmt: skip
+            "task": settings.task,
+            "split": settings.importance_split,
+            "model": settings.model,
+            "teacher": dense.entry.digest,
+            "data": bundle.digest,
+        }
         scores = ffn_importance(dense.model, batches, meta=meta)
         scores.save(folder / "importance.safetensors")
         return {"n_examples": scores.n_examples}

@@ -12,7 +12,8 @@ from numpy.typing import ArrayLike
 
 from moebert_lib.plots import EXPERTS, INK, expert_color, ink_on
 
-_STYLE = f"""<style>
+_STYLE = (
+    f"""<style>
 .moebert-way {{background:white; color:{INK}; padding:6px; line-height:1.25; font-size:13px}}
 .moebert-way .scroll {{overflow-x:auto}}
 .moebert-way table {{border-collapse:separate; border-spacing:1px; margin:0}}
@@ -28,10 +29,13 @@ _STYLE = f"""<style>
 .moebert-way .track {{position:relative; width:110px; height:9px; margin:0 6px; background:#EEE}}
 .moebert-way .track i {{position:absolute; left:0; top:0; bottom:0}}
 .moebert-way .track b {{position:absolute; top:-2px; bottom:-2px; width:2px; background:{INK}}}
-""" + "".join(
-    f".moebert-way .e{e} {{background:{color}; color:{ink_on(color)}}}\n"
-    for e, color in enumerate(EXPERTS)
-) + "</style>"  # fmt: skip
+"""
+    + "".join(
+        f".moebert-way .e{e} {{background:{color}; color:{ink_on(color)}}}\n"
+        for e, color in enumerate(EXPERTS)
+    )
+    + "</style>"
+)
 
 
 def token_table(

@@ -147,9 +147,11 @@ class DistillationTrainer(Trainer):
         batches = TokenBatches(lengths(self.train_dataset), self.max_tokens)
         rows = self._remove_unused_columns(self.train_dataset, description="training")
         loader = DataLoader(
-            rows, batch_sampler=batches, collate_fn=self.data_collator,
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
             pin_memory=self.args.dataloader_pin_memory,
-        )  # fmt: skip
+        )
         return self.accelerator.prepare(loader)
 
     def curve(self) -> pd.DataFrame:
@@ -161,9 +163,14 @@ class DistillationTrainer(Trainer):
 
 
 def fine_tune(
-    model: nn.Module, encoded, tokenizer: PreTrainedTokenizerBase, settings: Settings, folder: Path,
-    *, checkpoints: Path | None = None,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    folder: Path,
+    *,
+    checkpoints: Path | None = None,
+) -> None:
     """Fine-tune the dense teacher on the task, in place.
 
     Args:
@@ -177,23 +184,35 @@ def fine_tune(
             once the result is stored. None: no checkpoints.
     """
     arguments = training_arguments(
-        folder, seed=settings.dense_seed, epochs=settings.teacher_epochs,
+        folder,
+        seed=settings.dense_seed,
+        epochs=settings.teacher_epochs,
         batch_size=settings.teacher_batch_size,
-        learning_rate=settings.teacher_learning_rate, weight_decay=settings.teacher_weight_decay,
+        learning_rate=settings.teacher_learning_rate,
+        weight_decay=settings.teacher_weight_decay,
         settings=settings,
-    )  # fmt: skip
+    )
     trainer = Trainer(
-        faster(model), arguments, train_dataset=encoded, callbacks=[Progress("teacher")],
+        faster(model),
+        arguments,
+        train_dataset=encoded,
+        callbacks=[Progress("teacher")],
         data_collator=DataCollatorWithPadding(tokenizer),
-    )  # fmt: skip
+    )
     _run(trainer, checkpoints)
     model.eval()  # its own flags: what was trained is the accelerated one
 
 
 def distil(
-    student: nn.Module, teacher: nn.Module, encoded, tokenizer, settings: Settings, folder: Path,
-    *, checkpoints: Path | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    student: nn.Module,
+    teacher: nn.Module,
+    encoded,
+    tokenizer,
+    settings: Settings,
+    folder: Path,
+    *,
+    checkpoints: Path | None = None,
+) -> pd.DataFrame:
     """Train the student in place; returns the loss terms by step.
 
     Args:
@@ -206,21 +225,31 @@ def distil(
         checkpoints: As in :func:`fine_tune`.
     """
     arguments = training_arguments(
-        folder, seed=settings.seed, epochs=settings.epochs, batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
+        folder,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
         settings=settings,
-    )  # fmt: skip
+    )
     wanted = settings.cache_teacher and settings.distill != "none"
     half = in_half(settings)
     told, new = known(teacher, encoded, folder, half=half) if wanted else (None, False)
     trainer = DistillationTrainer(
-        student, arguments, callbacks=[Progress("student")],
+        student,
+        arguments,
+        callbacks=[Progress("student")],
         train_dataset=_numbered(encoded) if told else encoded,
-        data_collator=_collator(tokenizer, settings), teacher=teacher,
-        distill=settings.distill, weight=settings.distill_weight,
-        padding_in_loss=settings.padding_in_loss, teacher_dropout=settings.teacher_dropout,
-        max_tokens=settings.tokens_per_batch, told=told,
-    )  # fmt: skip
+        data_collator=_collator(tokenizer, settings),
+        teacher=teacher,
+        distill=settings.distill,
+        weight=settings.distill_weight,
+        padding_in_loss=settings.padding_in_loss,
+        teacher_dropout=settings.teacher_dropout,
+        max_tokens=settings.tokens_per_batch,
+        told=told,
+    )
     if new:  # before the first step: a resumed training must find the same bytes
         device = trainer.args.device
         told.fill(trainer.ask, batches(encoded, tokenizer, 1, device=device, max_tokens=FILL))
@@ -252,22 +281,39 @@ def in_half(settings: Settings) -> bool:
 
 
 def training_arguments(
-    folder: Path, *, seed: int, epochs: float, batch_size: int, learning_rate: float,
-    weight_decay: float, settings: Settings,
-) -> TrainingArguments:  # fmt: skip
+    folder: Path,
+    *,
+    seed: int,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    settings: Settings,
+) -> TrainingArguments:
     """Trainer's arguments for one of our runs: quiet, on one device, no warm-up.
 
     Batches hold examples of like length, which spares padding; the release mixes lengths.
     """
     arguments = TrainingArguments(
-        output_dir=str(folder), seed=seed, data_seed=seed, num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size, learning_rate=learning_rate,
-        weight_decay=weight_decay, max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type="linear", warmup_steps=0, train_sampling_strategy="group_by_length",
-        save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(), bf16=in_half(settings),
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=in_half(settings),
         use_cpu=not torch.cuda.is_available(),
-    )  # fmt: skip
+    )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel's replicas would share routes
     return arguments
 

@@ -40,13 +40,15 @@ CLAIMED = {
 #: Rows of :func:`methods`: the prefix of the score, and which runs have it.
 METHODS = {
     "dense teacher": ("teacher_", "distill == 'all'"),
-    "converted by importance, untrained":
-        ("converted_", "ranking == 'importance' and distill == 'all'"),
+    "converted by importance, untrained": (
+        "converted_",
+        "ranking == 'importance' and distill == 'all'",
+    ),
     "MoEBERT": ("", "ranking == 'importance' and distill == 'all'"),
     "MoEBERT without distillation": ("", "ranking == 'importance' and distill == 'none'"),
     "random split, distilled": ("", "ranking == 'random' and distill == 'all'"),
     "inverse split, distilled": ("", "ranking == 'inverse' and distill == 'all'"),
-}  # fmt: skip
+}
 
 
 def judge(gaps: Iterable[float], kind: str) -> tuple[str, float, float]:
@@ -101,13 +103,24 @@ def compare(frame: pd.DataFrame) -> pd.DataFrame:
             by_task = every.groupby("task").mean()
             gaps = by_task if len(by_task) > 1 else every
             verdict, low, high = judge(gaps, one.kind)
-            rows.append({
-                "claim": claim.key, "comparison": str(one), "kind": one.kind,
-                "tasks": len(by_task), "runs": len(every), "pairs": len(gaps),
-                "mean": gaps.mean(), "low": low, "high": high,
-                "lowest": gaps.min(), "highest": gaps.max(), "paper": one.printed,
-                "p": permutation_p(gaps), "verdict": verdict,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "claim": claim.key,
+                    "comparison": str(one),
+                    "kind": one.kind,
+                    "tasks": len(by_task),
+                    "runs": len(every),
+                    "pairs": len(gaps),
+                    "mean": gaps.mean(),
+                    "low": low,
+                    "high": high,
+                    "lowest": gaps.min(),
+                    "highest": gaps.max(),
+                    "paper": one.printed,
+                    "p": permutation_p(gaps),
+                    "verdict": verdict,
+                }
+            )
     table = pd.DataFrame(rows)
     table.insert(len(table.columns) - 1, "p_holm", holm(table["p"]))
     return table
@@ -124,11 +137,13 @@ def verdicts(compared: pd.DataFrame) -> pd.DataFrame:
     for claim in CLAIMS:
         mine = compared[(compared["claim"] == claim.key) & (compared["pairs"] > 0)]
         rows[claim.key] = {
-            "claim": claim.statement, "shown in": claim.shown_in,
-            "comparisons": len(claim.comparisons), "tested": len(mine),
+            "claim": claim.statement,
+            "shown in": claim.shown_in,
+            "comparisons": len(claim.comparisons),
+            "tested": len(mine),
             "pairs": 0 if mine.empty else int(mine["pairs"].min()),
             "verdict": _together(mine["verdict"], claim) if claim.comparisons else ELSEWHERE,
-        }  # fmt: skip
+        }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("key")
 
 
@@ -175,8 +190,23 @@ def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
         teacher = 100 * group[f"teacher_{metric}"].mean()
         headline = metric == TASKS[task].metric and "guessing" in group
         guess = 100 * group["guessing"].mean() if headline else np.nan
-        rows.append((model, task, metric, mean, low, high, n, teacher, mean - teacher, guess,
-                     theirs, mean - theirs, theirs - bert))  # fmt: skip
+        rows.append(
+            (
+                model,
+                task,
+                metric,
+                mean,
+                low,
+                high,
+                n,
+                teacher,
+                mean - teacher,
+                guess,
+                theirs,
+                mean - theirs,
+                theirs - bert,
+            )
+        )
     names = "model task metric ours low high n teacher gap guessing paper"
     return pd.DataFrame(rows, columns=[*names.split(), "over paper", "paper gap"])
 

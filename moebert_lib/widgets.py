@@ -224,11 +224,11 @@ def size_sliders(
     step = max(1, width // 96)
     ranges = {
         "n_experts": dict(value=n_experts, min=1, max=min(8, width), description="experts"),
-        "expert_size": dict(value=expert_size, min=step, max=width, step=step,
-                            description="expert size"),
-        "n_shared": dict(value=n_shared, min=0, max=width, step=step,
-                         description="shared neurons"),
-    }  # fmt: skip
+        "expert_size": dict(
+            value=expert_size, min=step, max=width, step=step, description="expert size"
+        ),
+        "n_shared": dict(value=n_shared, min=0, max=width, step=step, description="shared neurons"),
+    }
     return {name: IntSlider(**limits, **ROOMY) for name, limits in ranges.items()}
 
 

@@ -18,8 +18,9 @@ from typing import Any, TextIO
 
 from moebert_lib import archive, execution, records
 from moebert_lib.disk import Unwritable, read_json
+from moebert_lib.errors import UserError
 from moebert_lib.planning import Job
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 from moebert_lib.store import Entry, Store, digest, write_json
 
 FAILED = "failed.json"  # beside a failed run's executed copy
@@ -28,10 +29,15 @@ FAILED = "failed.json"  # beside a failed run's executed copy
 def request(job: Job, *, force: bool = False) -> dict[str, Any]:
     """A job as JSON values, with the notebook's text: another machine needs no more than it."""
     return {
-        "name": job.name, "source": job.source, "given": job.given, "parameters": job.parameters,
-        "settings": job.settings and job.settings.model_dump(), "digest": digest(job.key()),
-        "force": force, "origin": job.origin,
-    }  # fmt: skip
+        "name": job.name,
+        "source": job.source,
+        "given": job.given,
+        "parameters": job.parameters,
+        "settings": job.settings and job.settings.model_dump(),
+        "digest": digest(job.key()),
+        "force": force,
+        "origin": job.origin,
+    }
 
 
 def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
@@ -43,8 +49,14 @@ def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
         other), with ``error``, and ``cell`` and ``copy`` where a notebook has them.
     """
     settings = asked["settings"] and Settings(**asked["settings"])
-    job = Job(asked["name"], asked["source"], asked["given"], asked["parameters"], settings,
-              asked["origin"])  # fmt: skip
+    job = Job(
+        asked["name"],
+        asked["source"],
+        asked["given"],
+        asked["parameters"],
+        settings,
+        asked["origin"],
+    )
     try:
         if digest(job.key()) != asked["digest"]:
             line = "library, data or weights are not what the run was planned with; run it again"
@@ -95,9 +107,13 @@ def make(
         environment = execution.kernel_environment(figures, offline=offline)
         try:
             execution.execute(
-                job.name, job.runs(), folder,
-                parameters=job.given, environment=environment, echo=say,
-            )  # fmt: skip
+                job.name,
+                job.runs(),
+                folder,
+                parameters=job.given,
+                environment=environment,
+                echo=say,
+            )
         except execution.NotebookFailed as failure:
             remember(failure, job, folder)
             raise

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 
 def parse(text: str, where: str) -> Any:

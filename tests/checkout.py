@@ -18,8 +18,10 @@ def files() -> list[Path]:
     """Every file that is, or would be, committed; relative to the checkout."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if listed.returncode == 0:
         names = [Path(name) for name in listed.stdout.split("\0") if name]
     else:  # a copy without its git folder

@@ -55,8 +55,14 @@ import torch  # noqa: E402
 from transformers import BertConfig, BertForSequenceClassification, set_seed  # noqa: E402
 
 #: What takes minutes: clusters, faults, and the whole workbook in a browser, as a site and redrawn.
-SLOW = ("faults", "test_browser_lab.py", "test_browser_page.py", "test_cluster.py",
-        "test_redraw.py", "test_site.py")  # fmt: skip
+SLOW = (
+    "faults",
+    "test_browser_lab.py",
+    "test_browser_page.py",
+    "test_cluster.py",
+    "test_redraw.py",
+    "test_site.py",
+)
 #: What takes longest of the others.
 FIRST = ("test_notebooks.py", "test_onnx_file.py", "test_cluster.py")
 
@@ -142,9 +148,14 @@ def tiny_bert():
 
     def make(*, dtype=torch.float64, num_labels=2, seed=0, **config):
         sizes = dict(
-            vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, max_position_embeddings=64, num_labels=num_labels,
-        )  # fmt: skip
+            vocab_size=99,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            num_labels=num_labels,
+        )
         model = BertForSequenceClassification(BertConfig(**{**sizes, **config}))
         noise = torch.Generator().manual_seed(seed)
         with torch.no_grad():

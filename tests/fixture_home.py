@@ -7,10 +7,15 @@ FIXTURES = Path(__file__).parent / "notebooks"
 
 #: The workbook's names, each with the fixture that stands in for it.
 WORKBOOK = {
-    "00_the_idea": "plain", "01_importance": "settings", "02_experts": "settings",
-    "03_distillation": "settings", "04_ablations": "settings", "05_routing": "settings",
-    "06_results": "settings", "07_speed": "settings",
-}  # fmt: skip
+    "00_the_idea": "plain",
+    "01_importance": "settings",
+    "02_experts": "settings",
+    "03_distillation": "settings",
+    "04_ablations": "settings",
+    "05_routing": "settings",
+    "06_results": "settings",
+    "07_speed": "settings",
+}
 
 
 def make(folder: Path, notebooks: dict[str, str]) -> Path:

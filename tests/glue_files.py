@@ -54,8 +54,14 @@ def span_rows(*, start: int, count: int, with_null: bool) -> list[dict]:
         answers = {"text": [answer], "answer_start": [context.index(answer)]}
         if with_null and idx % 5 == 0:
             answers = {"text": [], "answer_start": []}
-        made.append({"id": f"q{idx}", "question": f"Who likes row {idx}?", "context": context,
-                     "answers": answers})  # fmt: skip
+        made.append(
+            {
+                "id": f"q{idx}",
+                "question": f"Who likes row {idx}?",
+                "context": context,
+                "answers": answers,
+            }
+        )
     return made
 
 
@@ -65,8 +71,12 @@ def nested(rows) -> dict:
     for row in rows:
         pairs = zip(*row["answers"].values(), strict=True)
         answers = [{"text": text, "answer_start": at} for text, at in pairs]
-        qa = {"id": str(row["idx"]), "question": row["question"], "answers": answers,
-              "is_impossible": not answers}  # fmt: skip
+        qa = {
+            "id": str(row["idx"]),
+            "question": row["question"],
+            "answers": answers,
+            "is_impossible": not answers,
+        }
         paragraphs.append({"context": row["context"], "qas": [qa]})
     return {"version": "made up", "data": [{"title": "made up", "paragraphs": paragraphs}]}
 

@@ -74,9 +74,7 @@ HOSTILE = {
         "'empty' is compressed",
     ),
     "claims more": (claims_more, "claim more than its"),
-    "no record": (
-        lambda good, record: zipped({"deep/a.txt": b"one"}), "entry.json is missing"
-    ),
+    "no record": (lambda good, record: zipped({"deep/a.txt": b"one"}), "entry.json is missing"),
     "half a record": (lambda good, record: rerecorded(good, {"kind": "unit"}), "is unreadable"),
     "edited": (
         lambda good, record: zipped(
@@ -85,13 +83,13 @@ HOSTILE = {
         "is unreadable",
     ),
     "ill-typed": (lambda good, record: rerecorded(good, {**record, "row": []}), "is unreadable"),
-    "deep": (
-        lambda good, record: zipped({**good, "entry.json": b"[" * 100_000}), "is unreadable"
-    ),
+    "deep": (lambda good, record: zipped({**good, "entry.json": b"[" * 100_000}), "is unreadable"),
     "another digest": (
-        lambda good, record: rerecorded(good, {**record, "digest": "0" * 64}), "of another key"
+        lambda good, record: rerecorded(good, {**record, "digest": "0" * 64}),
+        "of another key",
     ),
     "another key": (
-        lambda good, record: rerecorded(good, {**record, "key": {"a": 2}}), "of another key"
+        lambda good, record: rerecorded(good, {**record, "key": {"a": 2}}),
+        "of another key",
     ),
-}  # fmt: skip
+}

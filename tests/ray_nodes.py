@@ -20,10 +20,18 @@ def start(place: Path, name: str, *options: str) -> None:
     (place / name).mkdir(exist_ok=True)
     own = {"MOEBERT_HOME": str(place / name), "CLUSTER_MARK": f"{place} {name}"}
     command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1",
-        f"--node-ip-address={LOOPBACK}", f"--temp-dir={place}/ray", "--disable-usage-stats",
-        "--object-store-memory=100000000", "--include-log-monitor=false", *options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--num-cpus=1",
+        f"--node-ip-address={LOOPBACK}",
+        f"--temp-dir={place}/ray",
+        "--disable-usage-stats",
+        "--object-store-memory=100000000",
+        "--include-log-monitor=false",
+        *options,
+    ]
     subprocess.run(command, env={**os.environ, **own}, check=True, capture_output=True)
 
 

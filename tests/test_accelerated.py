@@ -73,11 +73,15 @@ def test_its_state_is_the_ordinary_models_by_name_and_memory(make):
     assert all(own[name] is values for name, values in model.named_parameters())
 
 
-@pytest.mark.parametrize("copied", [
-    copy.deepcopy,
-    lambda model: pickle.loads(pickle.dumps(model)),
-    lambda model: torch.load(saved(model), weights_only=False),
-], ids=["deepcopy", "pickle", "torch.save"])  # fmt: skip
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: torch.load(saved(model), weights_only=False),
+    ],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 def test_a_copy_is_the_same_and_apart_from_it(make, copied):
     faster = accelerate(make())
     expected = answer(faster)  # also: something is kept before it is copied
@@ -101,13 +105,16 @@ def saved(model):
     return file
 
 
-@pytest.mark.parametrize(("name", "auto"), [
-    ("dense", AutoModelForSequenceClassification),
-    ("moebert", AutoModelForSequenceClassification),
-    ("tied spans", AutoModelForQuestionAnswering),
-    ("bare", AutoModel),
-    ("bare moebert", AutoModel),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "auto"),
+    [
+        ("dense", AutoModelForSequenceClassification),
+        ("moebert", AutoModelForSequenceClassification),
+        ("tied spans", AutoModelForQuestionAnswering),
+        ("bare", AutoModel),
+        ("bare moebert", AutoModel),
+    ],
+)
 def test_saved_and_loaded_it_is_the_ordinary_model(name, auto, tmp_path):
     model = MODELS[name]()
     accelerate(model).save_pretrained(tmp_path / "fast")
@@ -196,9 +203,16 @@ def test_transformers_trainer_takes_the_same_steps(routing, tmp_path):
     losses = []
     for model in (plain, faster):
         args = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, use_cpu=True,
-            report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-3, optim="sgd",
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=2,
+            per_device_train_batch_size=4,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            learning_rate=1e-3,
+            optim="sgd",
+        )
         trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows)
         trainer.train()
         losses.append(trainer.evaluate()["eval_loss"])

@@ -144,9 +144,11 @@ def test_a_layer_equals_the_token_by_token_reference(kind, scaling):
 def test_auto_classes_know_what_was_saved(kind, tmp_path):
     model = converted(tiny(kind), routing="gate-token")
     model.save_pretrained(tmp_path)
-    auto = AutoModelForSequenceClassification if kind in CLASSIFIERS else (
-        AutoModelForQuestionAnswering
-    )  # fmt: skip
+    auto = (
+        AutoModelForSequenceClassification
+        if kind in CLASSIFIERS
+        else (AutoModelForQuestionAnswering)
+    )
     back = auto.from_pretrained(tmp_path, dtype=torch.float64)
     assert type(back) is type(model) and type(back.config) is model.config_class
     near = dict(rtol=0, atol=1e-12)
@@ -209,10 +211,17 @@ def test_the_table_of_the_notebook_has_each_family_and_holds():
 
 def test_an_unsupported_model_is_refused_in_a_line_that_names_the_supported():
     small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
-    gated = ModernBertForSequenceClassification(ModernBertConfig(
-        **small, intermediate_size=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        cls_token_id=1, sep_token_id=2,
-    ))  # fmt: skip
+    gated = ModernBertForSequenceClassification(
+        ModernBertConfig(
+            **small,
+            intermediate_size=8,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        )
+    )
     known = "supported: BertForSequenceClassification.*DistilBertForQuestionAnswering"
     with pytest.raises(ValueError, match=f"feed-forward layer is gated.*{known}"):
         to_moebert(gated, RANKING)
@@ -224,8 +233,13 @@ def test_an_unsupported_model_is_refused_in_a_line_that_names_the_supported():
 
 
 def test_an_encoder_whose_layers_have_berts_names_is_not_scored_for_them():
-    config = DebertaV2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-                             vocab_size=9, intermediate_size=16)  # fmt: skip
+    config = DebertaV2Config(
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vocab_size=9,
+        intermediate_size=16,
+    )
     other = DebertaV2ForSequenceClassification(config)
     known = "type 'deberta-v2' cannot be converted; supported: BERT, MiniLM, RoBERTa"
     for kind in ("importance", "weight"):

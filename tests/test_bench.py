@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moebert_lib import bench, bench_batch, bench_machine, cli
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 
 def test_calls_take_turns_after_one_untimed_round():
@@ -21,10 +21,13 @@ def test_calls_take_turns_after_one_untimed_round():
 
 
 def test_a_ratio_is_the_median_of_paired_ratios():
-    timings = pd.DataFrame({
-        "variant": ["dense", "fast"] * 3, "repeat": [0, 0, 1, 1, 2, 2],
-        "seconds": [1.0, 0.5, 10.0, 2.0, 1.0, 1.0],
-    })  # fmt: skip
+    timings = pd.DataFrame(
+        {
+            "variant": ["dense", "fast"] * 3,
+            "repeat": [0, 0, 1, 1, 2, 2],
+            "seconds": [1.0, 0.5, 10.0, 2.0, 1.0, 1.0],
+        }
+    )
     table = bench.summary(timings, units=2).set_index("variant")
     assert table.loc["fast", "ratio"] == 2.0  # of 2, 5, 1
     assert table.loc["dense", "ratio"] == 1.0
@@ -32,10 +35,14 @@ def test_a_ratio_is_the_median_of_paired_ratios():
 
 
 def test_ratios_and_limits_are_of_each_setting_by_itself():
-    timings = pd.DataFrame({
-        "setting": ["a"] * 3 + ["b"] * 3, "variant": ["dense", "equal FLOPs", "moe"] * 2,
-        "repeat": 0, "seconds": [4.0, 1.0, 2.0, 6.0, 2.0, 2.0],
-    })  # fmt: skip
+    timings = pd.DataFrame(
+        {
+            "setting": ["a"] * 3 + ["b"] * 3,
+            "variant": ["dense", "equal FLOPs", "moe"] * 2,
+            "repeat": 0,
+            "seconds": [4.0, 1.0, 2.0, 6.0, 2.0, 2.0],
+        }
+    )
     limits = {"moe": "equal FLOPs"}
     table = bench.summary(timings, limits=limits, units={"a": 1, "b": 32})
     found = table.set_index(["setting", "variant"])
@@ -63,13 +70,24 @@ def test_gradients_are_as_the_calls_have_them():
     assert seen == [False, False]
 
 
-TIMED = pd.DataFrame({"setting": "s", "variant": ["dense", "x"] * 3, "repeat": [0, 0, 1, 1, 2, 2],
-                      "seconds": [3.0, 1.0, 4.0, 2.0, 1.0, 1.0]})  # fmt: skip
+TIMED = pd.DataFrame(
+    {
+        "setting": "s",
+        "variant": ["dense", "x"] * 3,
+        "repeat": [0, 0, 1, 1, 2, 2],
+        "seconds": [3.0, 1.0, 4.0, 2.0, 1.0, 1.0],
+    }
+)
 
 
 def test_a_target_is_judged_by_the_median_where_it_was_timed():
-    wishes = [("s", "x", "dense", 2.0), ("s", "x", "dense", 2.1), ("s", "x", "dense", None),
-              ("t", "x", "dense", 1.0), ("s", "y", "dense", 1.0)]  # fmt: skip
+    wishes = [
+        ("s", "x", "dense", 2.0),
+        ("s", "x", "dense", 2.1),
+        ("s", "x", "dense", None),
+        ("t", "x", "dense", 1.0),
+        ("s", "y", "dense", 1.0),
+    ]
     judged = bench.judge(TIMED, wishes)
     assert [row["met"] for row in judged] == [True, False, None]
     assert {(row["reached"], row["low"], row["high"]) for row in judged} == {(2.0, 1.5, 2.5)}
@@ -152,8 +170,13 @@ def test_a_sweep_is_timed_in_turn_with_one_worker_and_with_two(moebert_home, mon
     monkeypatch.setattr(bench_batch, "_sweep", sweep)
     assert cli.main(["bench", "batch", "--runs", "20"]) == 0
     first, second = list(range(10)), list(range(10, 20))
-    assert asked == [("1", first, 1), ("2", first, 2), ("1", second, 1), ("2", second, 2),
-                     ("2", first + second, 2)]  # fmt: skip
+    assert asked == [
+        ("1", first, 1),
+        ("2", first, 2),
+        ("1", second, 1),
+        ("2", second, 2),
+        ("2", first + second, 2),
+    ]
     (kept,) = (moebert_home / "runs").glob("bench-batch-*.json")
     record = json.loads(kept.read_text())
     assert [row["ratio"] for row in record["summary"]] == [1.0, 2.0]

@@ -8,11 +8,18 @@ import torch
 
 from moebert_lib import bench, bench_importance
 from moebert_lib.bench_importance import FORWARD, HALF, LOOP, PACKED, RELEASE
+from moebert_lib.errors import UserError
 from moebert_lib.importance import Importance
-from moebert_lib.settings import UserError
 
-VARIANTS = ["per-example loop", "release", "one backward, padded", "packed", "packed bf16",
-            "forward alone, padded", "forward alone, packed"]  # fmt: skip
+VARIANTS = [
+    "per-example loop",
+    "release",
+    "one backward, padded",
+    "packed",
+    "packed bf16",
+    "forward alone, padded",
+    "forward alone, packed",
+]
 
 
 @pytest.fixture

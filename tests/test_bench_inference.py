@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moebert_lib import bench, bench_cuda, bench_inference, bench_models, cli
+from moebert_lib.errors import UserError
 from moebert_lib.moe_layer import moe_layers, parameter_counts
 from moebert_lib.packed import PackedBert
-from moebert_lib.settings import UserError
 
 TINY = bench.TINY_SHAPE
 
@@ -18,8 +18,11 @@ def small(monkeypatch):
     """The command at a size that takes no time."""
     usual = bench_inference.settings
     monkeypatch.setattr(bench_inference, "settings", lambda vocab: usual(vocab, scale=16))
-    monkeypatch.setattr(bench_inference.main, "__kwdefaults__",
-                        {**bench_inference.main.__kwdefaults__, "shape": TINY})  # fmt: skip
+    monkeypatch.setattr(
+        bench_inference.main,
+        "__kwdefaults__",
+        {**bench_inference.main.__kwdefaults__, "shape": TINY},
+    )
     rates = bench_inference.roofline.Ceilings(1e9, 2e9, 1e9)
     monkeypatch.setattr(bench_inference.roofline, "ceilings", lambda: rates)
 
@@ -67,12 +70,13 @@ def test_accelerated_models_share_the_parameters_of_the_ordinary_ones():
 def test_every_moe_is_held_to_the_limit_of_its_own_code():
     found = bench_inference.limits(bench_inference.variants(TINY))
     assert found == {
-        "moebert hash-random": "equal FLOPs", "moebert gate-sentence": "equal FLOPs",
+        "moebert hash-random": "equal FLOPs",
+        "moebert gate-sentence": "equal FLOPs",
         "release style": "equal FLOPs",
         "moebert hash-random, accelerated": "equal FLOPs, accelerated",
         "moebert gate-sentence, accelerated": "equal FLOPs, accelerated",
         "moebert hash-random, accelerated, bf16": "equal FLOPs, accelerated, bf16",
-    }  # fmt: skip
+    }
 
 
 def test_a_model_that_answers_differently_is_not_timed():
@@ -131,8 +135,10 @@ def test_ctrl_c_keeps_the_settings_that_are_finished(moebert_home, small, monkey
 
 def test_a_single_setting_is_named_by_its_sizes(moebert_home, small):
     out = moebert_home / "one.json"
-    assert cli.main(["bench", "--batch", "2", "--length", "6", "--repeats", "1", "--out",
-                     str(out)]) == 0  # fmt: skip
+    assert (
+        cli.main(["bench", "--batch", "2", "--length", "6", "--repeats", "1", "--out", str(out)])
+        == 0
+    )
     record = json.loads(out.read_text())
     assert record["tokens"] == {"2 x 6": 12} and record["targets"] == []
 
@@ -157,13 +163,17 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(monkeypatch, capsys):
     ]
 
 
-@pytest.mark.parametrize(("argv", "told"), [
-    (["trainig"], "did you mean 'training'?"),
-    (["widgets", "--batch", "2"], "bench widgets has no use for --batch"),
-    (["--device", "cud"], "did you mean 'cuda'?"),
-    (["--repeats", "0"], "--repeats 0: expected at least 1"),
-    (["--out", "no/such/folder/x.json"], "name a file in a folder that is there"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["trainig"], "did you mean 'training'?"),
+        (["widgets", "--batch", "2"], "bench widgets has no use for --batch"),
+        (["--device", "cud"], "did you mean 'cuda'?"),
+        (["--repeats", "0"], "--repeats 0: expected at least 1"),
+        (["--out", "no/such/folder/x.json"], "name a file in a folder that is there"),
+    ],
+    ids=str,
+)
 def test_what_makes_no_sense_is_refused(argv, told, capsys):
     assert cli.main(["bench", *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()

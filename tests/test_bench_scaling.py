@@ -16,14 +16,25 @@ def test_an_axis_varies_one_size_and_leaves_the_others():
     for point in bench_scaling.points():
         sizes = Point._fields[2:]
         changed = {name for name in sizes if getattr(point, name) != getattr(rest, name)}
-        allowed = {"experts": {"n_experts"}, "experts of one size": {"n_experts", "expert_size"},
-                   "tokens": {"n", "length"}, "sentences": {"n"}, "length": {"length"},
-                   "layers": {"n_layers"}}  # fmt: skip
+        allowed = {
+            "experts": {"n_experts"},
+            "experts of one size": {"n_experts", "expert_size"},
+            "tokens": {"n", "length"},
+            "sentences": {"n"},
+            "length": {"length"},
+            "layers": {"n_layers"},
+        }
         assert changed <= allowed[point.axis]
         assert point.axis != "tokens" or point.value == point.n * point.length
     assert {point.value for point in bench_scaling.points() if point.axis == "experts"} == {
-        1, 2, 4, 8, 16, 32, 64
-    }  # fmt: skip
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+    }
 
 
 def test_a_points_models_have_its_sizes():
@@ -46,10 +57,17 @@ def test_points_are_timed_and_their_work_is_counted():
 
 def test_an_exponent_is_that_of_the_law_that_made_the_times():
     values = [1, 2, 4, 8]
-    table = pd.DataFrame({
-        "axis": "sentences", "variant": MOE, "value": values, "flops": [10 * v for v in values],
-        "bytes": 100, "median_ms": [3.0 * v**2 for v in values], "in_turn_ms": np.sqrt(values),
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "axis": "sentences",
+            "variant": MOE,
+            "value": values,
+            "flops": [10 * v for v in values],
+            "bytes": 100,
+            "median_ms": [3.0 * v**2 for v in values],
+            "in_turn_ms": np.sqrt(values),
+        }
+    )
     (row,) = bench_scaling.slopes(table).itertuples()
     assert np.allclose([row.exponent, row.flops, row.bytes, row.in_turn], [2, 1, 0, 0.5])
     assert row.low == pytest.approx(2) and row.high == pytest.approx(2)
@@ -58,10 +76,17 @@ def test_an_exponent_is_that_of_the_law_that_made_the_times():
 
 def test_an_interval_covers_what_two_points_more_would_change():
     """Times 1, 2, 8 at 1, 2, 4: slope 3/2, residuals 1/6, -1/3, 1/6 of a doubling."""
-    table = pd.DataFrame({
-        "axis": "layers", "variant": MOE, "value": [1, 2, 4], "flops": 1, "bytes": 1,
-        "in_turn_ms": 1.0, "median_ms": [1.0, 2.0, 8.0],
-    })  # fmt: skip
+    table = pd.DataFrame(
+        {
+            "axis": "layers",
+            "variant": MOE,
+            "value": [1, 2, 4],
+            "flops": 1,
+            "bytes": 1,
+            "in_turn_ms": 1.0,
+            "median_ms": [1.0, 2.0, 8.0],
+        }
+    )
     (row,) = bench_scaling.slopes(table).itertuples()
     error = np.sqrt((2 / 36 + 1 / 9) / 1 / 2)  # residual variance over the spread of log2(value)
     assert row.exponent == pytest.approx(1.5)
@@ -77,8 +102,9 @@ def test_the_command_keeps_points_and_exponents(moebert_home, monkeypatch, capsy
     few = [point for point in usual(256) if point.axis == "sentences" and point.value < 8]
     monkeypatch.setattr(bench_scaling, "points", lambda width: few)
     monkeypatch.setattr(roofline, "ceilings", lambda: roofline.Ceilings(1e9, 2e9, 1e9))
-    monkeypatch.setattr(bench_scaling.main, "__kwdefaults__",
-                        {**bench_scaling.main.__kwdefaults__, "shape": SHAPE})  # fmt: skip
+    monkeypatch.setattr(
+        bench_scaling.main, "__kwdefaults__", {**bench_scaling.main.__kwdefaults__, "shape": SHAPE}
+    )
     assert cli.main(["bench", "scaling", "--repeats", "2"]) == 0
     record = bench.read("scaling")
     values = bench.frame(record, "summary").groupby("variant")["value"]

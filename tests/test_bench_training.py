@@ -18,8 +18,8 @@ from moebert_lib.bench_training import (
     glue,
     variants,
     wet,
-)  # fmt: skip
-from moebert_lib.settings import UserError
+)
+from moebert_lib.errors import UserError
 
 VOCAB = bench.TINY_SHAPE["vocab_size"]
 

@@ -8,8 +8,16 @@ import pytest
 from browser import SLIDERS, drag, pictures, push, served, wait_for_change
 from checkout import NOTEBOOKS
 
-LAB = [sys.executable, "-m", "jupyterlab", "--no-browser", "--port=0", "--allow-root",
-       "--IdentityProvider.token=", "--expose-app-in-browser"]  # fmt: skip
+LAB = [
+    sys.executable,
+    "-m",
+    "jupyterlab",
+    "--no-browser",
+    "--port=0",
+    "--allow-root",
+    "--IdentityProvider.token=",
+    "--expose-app-in-browser",
+]
 WIDGETS = [
     p for p in NOTEBOOKS if re.search(r"\b(explorer\.explore|widgets\.\w+)\(", p.read_text())
 ]

@@ -9,11 +9,23 @@ from shipping import made, saved_bert
 from moebert_lib import card, receipt, ship
 from moebert_lib.settings import Settings
 
-ROW = {"metric": "accuracy", "dense": [0.9, 0.86, 0.93], "moebert": [0.875, 0.83, 0.91],
-       "difference": [-0.025, -0.05, 0.0]}  # fmt: skip
-TRAINED = {"metrics": [ROW], "steps": 1234, "n": 400, "n_train": 9000, "guessing": 0.5,
-           "task": "sst2", "data": "d" * 64, "part": "400 of validation, drawn at random",
-           "scored_on": "train"}  # fmt: skip
+ROW = {
+    "metric": "accuracy",
+    "dense": [0.9, 0.86, 0.93],
+    "moebert": [0.875, 0.83, 0.91],
+    "difference": [-0.025, -0.05, 0.0],
+}
+TRAINED = {
+    "metrics": [ROW],
+    "steps": 1234,
+    "n": 400,
+    "n_train": 9000,
+    "guessing": 0.5,
+    "task": "sst2",
+    "data": "d" * 64,
+    "part": "400 of validation, drawn at random",
+    "scored_on": "train",
+}
 
 
 @pytest.fixture
@@ -30,8 +42,11 @@ def text_of(folder):
 def test_the_card_of_an_untrained_model_says_so_and_claims_no_metric(shipped):
     one, folder, proof = shipped
     meta = metadata_load(folder / "README.md")
-    assert meta == {"library_name": "transformers", "pipeline_tag": "text-classification",
-                    "tags": ["moebert", "mixture-of-experts"]}  # fmt: skip
+    assert meta == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification",
+        "tags": ["moebert", "mixture-of-experts"],
+    }
     text = text_of(folder)
     assert "**untrained: distil it before use**" in text and "Not measured" in text
     assert "- Trained on: nothing since conversion" in text
@@ -65,10 +80,13 @@ def test_an_interval_that_is_not_known_is_left_out(shipped):
     assert "| accuracy | 50.0 | 87.5 (" in text_of(folder)
 
 
-@pytest.mark.parametrize("score, said", [
-    ("importance", "every expert, by importance (Eq. 4) ("),
-    ("fisher", "every expert, by `fisher`, not the paper's score ("),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "score, said",
+    [
+        ("importance", "every expert, by importance (Eq. 4) ("),
+        ("fisher", "every expert, by `fisher`, not the paper's score ("),
+    ],
+)
 def test_it_names_the_score_that_chose_the_neurons_and_how_many_are_kept(shipped, score, said):
     one, folder, proof = shipped
     card.write(folder, {**one.told, "name": "x", "score": score}, proof)
@@ -85,10 +103,13 @@ def test_neurons_chosen_on_what_the_metrics_are_of_is_a_limit(shipped, routing):
         assert ("chosen on validation examples" in text_of(folder)) == (split == "validation")
 
 
-@pytest.mark.parametrize("k, serving, work", [
-    (1, "One expert serves a token", "is that of one."),
-    (2, "2 experts serve a token", "is that of 2."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "k, serving, work",
+    [
+        (1, "One expert serves a token", "is that of one."),
+        (2, "2 experts serve a token", "is that of 2."),
+    ],
+)
 def test_it_tells_how_many_experts_serve_a_token(tmp_path, tiny_bert, tiny_batch, k, serving, work):
     sizes = {"routing": "gate-token", "num_experts_per_tok": k}
     one = made(saved_bert(tmp_path, tiny_bert), tiny_batch, **sizes)
@@ -97,11 +118,16 @@ def test_it_tells_how_many_experts_serve_a_token(tmp_path, tiny_bert, tiny_batch
     assert all(row["holds"] for row in proof["checks"])
 
 
-@pytest.mark.parametrize("task, n, cap, told", [
-    ("library", 48, 48, "first 48 of validation"), ("library", 40, 48, "validation"),
-    ("library", 40, None, "validation"), ("mnli", 9815, None, "validation_matched"),
-    ("sst2", 400, 400, "400 of validation, drawn at random"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "task, n, cap, told",
+    [
+        ("library", 48, 48, "first 48 of validation"),
+        ("library", 40, 48, "validation"),
+        ("library", 40, None, "validation"),
+        ("mnli", 9815, None, "validation_matched"),
+        ("sst2", 400, 400, "400 of validation, drawn at random"),
+    ],
+)
 def test_a_part_of_a_split_is_told_as_one(task, n, cap, told):
     assert card.part(Settings.at("small", task=task, max_eval_examples=cap), n) == told
 

@@ -17,8 +17,9 @@ from transformers import BertConfig, BertForSequenceClassification, set_seed
 
 from moebert_lib import checkpoints, train
 from moebert_lib.convert import to_moebert
+from moebert_lib.errors import UserError
 from moebert_lib.experts import random_ranking
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 
 NAMES = ("input_ids", "attention_mask")
 KINDS = {
@@ -40,9 +41,15 @@ OTHER = {
 }
 #: 22 sentences are 6 batches; of the third epoch half is trained, so that it ends in between.
 SETTINGS = Settings.at(
-    "smoke", batch_size=4, epochs=2.5, learning_rate=1e-3, teacher_batch_size=4,
-    teacher_epochs=2.5, teacher_learning_rate=1e-3, teacher_dropout=True,
-)  # fmt: skip
+    "smoke",
+    batch_size=4,
+    epochs=2.5,
+    learning_rate=1e-3,
+    teacher_batch_size=4,
+    teacher_epochs=2.5,
+    teacher_learning_rate=1e-3,
+    teacher_dropout=True,
+)
 STEPS = 15
 
 
@@ -72,8 +79,9 @@ class Pad:
         padded = {n: [row[n] + [0] * (longest - len(row[n])) for row in rows] for n in NAMES}
         return {n: torch.tensor(values) for n, values in padded.items()} | {
             name: torch.tensor([row[name] for row in rows])
-            for name in ("labels", "index") if name in rows[0]
-        }  # fmt: skip
+            for name in ("labels", "index")
+            if name in rows[0]
+        }
 
     def save_pretrained(self, folder):
         """Nothing to save."""
@@ -95,9 +103,13 @@ def trained(kind, folder, *, keep=True, progress=train.Progress):
     """
     set_seed(7)
     config = BertConfig(
-        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=99,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
     dense, curve = BertForSequenceClassification(config), {}
     data = (sentences(), Pad(), SETTINGS.but(**OTHER.get(kind, {})), folder / "trainer")
     given = {"checkpoints": folder / "kept"} if keep else {}

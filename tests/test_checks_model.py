@@ -106,10 +106,15 @@ def test_outputs_that_are_the_same_do_not_differ():
         checks.outputs_differ(torch.zeros(2, 3), torch.full((2, 3), 1e-5))
 
 
-@pytest.mark.parametrize("name", [
-    "output.experts.down_proj_bias", "output.LayerNorm.weight", "output.LayerNorm.bias",
-    "attention.self.query.weight",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "output.experts.down_proj_bias",
+        "output.LayerNorm.weight",
+        "output.LayerNorm.bias",
+        "attention.self.query.weight",
+    ],
+)
 @pytest.mark.parametrize("norm", ["per-expert", "shared"])
 def test_a_bias_a_layer_norm_or_another_weight_that_moved_is_found(moebert, tiny_bert, name, norm):
     model = moebert(expert_layer_norm=norm)
@@ -135,11 +140,15 @@ def test_a_deal_in_another_order_is_found(tiny_bert, n_shared):
         checks.deal_follows_scores(model, scores)
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"routing": "gate-token", "num_experts_per_tok": 2, "shared_neurons": "tied"},
-    {"routing": "gate-sentence", "gate_scaling": "outside", "expert_layer_norm": "shared"},
-    {"routing": "gate-token", "num_experts_per_tok": 3, "expert_layer_norm": "shared"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"routing": "gate-token", "num_experts_per_tok": 2, "shared_neurons": "tied"},
+        {"routing": "gate-sentence", "gate_scaling": "outside", "expert_layer_norm": "shared"},
+        {"routing": "gate-token", "num_experts_per_tok": 3, "expert_layer_norm": "shared"},
+    ],
+)
 def test_a_token_served_by_another_expert_is_found(changes, monkeypatch):
     model, inputs = tiny_models.moebert(**changes), tiny_models.batch([5, 9, 2])
     assert checks.experts_serve_their_tokens(model, inputs).difference < 1e-12

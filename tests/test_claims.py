@@ -81,8 +81,11 @@ def test_without_runs_there_are_no_pairs():
 def test_runs_are_collected_by_arm_whether_or_not_their_sizes_are_spelled_out():
     sized = SETTINGS.but(expert_size=WIDTH // 4, n_shared=SETTINGS.sizes(WIDTH)[1])
     spans = grids.on_task(SETTINGS, "passage")
-    points = [SETTINGS.but(seed=1, split_seed=1), spans.but(seed=1, split_seed=1),
-              sized.but(seed=0, split_seed=0, distill="last")]  # fmt: skip
+    points = [
+        SETTINGS.but(seed=1, split_seed=1),
+        spans.but(seed=1, split_seed=1),
+        sized.but(seed=0, split_seed=0, distill="last"),
+    ]
     runs = pd.DataFrame([{**p.model_dump(), **SCORES} for p in points])
     frame = claims.collect(SETTINGS, ["library", "passage"], WIDTH, points=points, runs=runs)
     rows = set(frame[["arm", "task", "seed", "score"]].itertuples(index=False, name=None))

@@ -13,6 +13,7 @@ import fixture_home
 import pytest
 
 from moebert_lib import bench_widgets, cli, explore_page, export, site, sweeps
+from moebert_lib.errors import CHECKOUT
 from moebert_lib.store import Store
 
 COMMANDS = ["run", "sweep", "status", "report", "export", "explore", "site", "importance"]
@@ -105,11 +106,15 @@ def test_a_failing_notebook_is_one_line_and_status_1(home, capsys):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_no_kernel_and_no_entry(home, sent):
     command = [sys.executable, "-m", "moebert_lib", "run", "05_sleeps"]
-    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
     process = subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
     kernel = next(int(line.split()[-1]) for line in process.stdout if "· kernel" in line)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
@@ -177,9 +182,11 @@ def test_convert_makes_a_model_that_transformers_loads(tmp_path, tiny_bert, monk
     tokenizer.save_pretrained(dense)
     tiny_bert(dtype=torch.float32).save_pretrained(dense)  # of 99 tokens
     scores = importance.Importance(
-        torch.rand(2, 64, dtype=torch.float64), torch.rand(1, 2, 64, dtype=torch.float64),
-        torch.ones(1, dtype=torch.int64), {},
-    )  # fmt: skip
+        torch.rand(2, 64, dtype=torch.float64),
+        torch.rand(1, 2, 64, dtype=torch.float64),
+        torch.ones(1, dtype=torch.int64),
+        {},
+    )
     scores.save(tmp_path / "scores.safetensors")
     given = ["--importance", str(tmp_path / "scores.safetensors"), "--out", str(out)]
     assert cli.main(["convert", str(dense), *given, "--n-shared", "8"]) == 2

@@ -15,7 +15,7 @@ import pytest
 from ray_nodes import gone, kill, marked, runs, start
 
 from moebert_lib import batch, cluster, engines, nodes, worker
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 from moebert_lib.store import Store, digest
 
 HEALTH = '{"health_check_initial_delay_ms":500,"health_check_period_ms":500,' + (
@@ -81,8 +81,15 @@ def head(place) -> str:
     with socket.socket() as free:
         free.bind((cluster.LOOPBACK, 0))
         port = free.getsockname()[1]
-    start(place, "one", "--head", f"--port={port}", "--num-gpus=2", "--include-dashboard=false",
-          f"--system-config={HEALTH}")  # fmt: skip
+    start(
+        place,
+        "one",
+        "--head",
+        f"--port={port}",
+        "--num-gpus=2",
+        "--include-dashboard=false",
+        f"--system-config={HEALTH}",
+    )
     return f"{cluster.LOOPBACK}:{port}"
 
 
@@ -261,9 +268,12 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(address, said, monke
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"gpus_per_run": 1.5}, "1.5 GPUs"), ({"gpus_per_run": -1}, "-1 GPUs"),
-     ({"cpus_per_run": 0}, "0 CPUs")],
-)  # fmt: skip
+    [
+        ({"gpus_per_run": 1.5}, "1.5 GPUs"),
+        ({"gpus_per_run": -1}, "-1 GPUs"),
+        ({"cpus_per_run": 0}, "0 CPUs"),
+    ],
+)
 def test_sizes_of_a_run_that_make_no_sense_are_refused(options, said):
     with pytest.raises(UserError, match=f"^{said} for a run: expected"):
         cluster.Ray(**options)

@@ -10,9 +10,10 @@ from conftest import make_home
 from moebert_lib import archive, constructions, experiment, groups
 from moebert_lib.adapters import ffns
 from moebert_lib.convert import to_moebert
+from moebert_lib.errors import UserError
 from moebert_lib.experts import deal_layers, random_ranking
 from moebert_lib.moe_layer import moe_layers
-from moebert_lib.settings import Grouping, Settings, UserError
+from moebert_lib.settings import Grouping, Settings
 
 GROUPED = get_args(Grouping)[1:]  # the first is the deal
 
@@ -45,8 +46,13 @@ def test_each_layer_is_grouped_by_its_own_weights_or_activations(settings, how):
     ways = settings.but(grouping=how, split_seed=3)
     n_shared = ways.sizes(64)[1]
     layers = [*ffns(experiment.teacher(settings).model)]
-    parts = zip(layers, constructions.activations(settings), constructions.neurons(settings),
-                constructions.neurons(ways), strict=True)  # fmt: skip
+    parts = zip(
+        layers,
+        constructions.activations(settings),
+        constructions.neurons(settings),
+        constructions.neurons(ways),
+        strict=True,
+    )
     for layer, h, dealt, grouped in parts:
         own = dealt[:, n_shared:].T.flatten()
         rows = layer.up.weight.detach()[own] if how == "kmeans-weights" else h.T[own]
@@ -100,8 +106,10 @@ def test_of_many_tokens_some_are_drawn_the_same_ones_in_each_layer(settings, mon
     whole, some = drawn(10**6), drawn(50)
     constructions._activations.cache_clear()
     assert some.shape == (2, 50, 64) and not torch.equal(some, whole[:, :50])
-    places = [(rows[:, None] == everywhere).all(-1).int().argmax(1).tolist()
-              for rows, everywhere in zip(some, whole, strict=True)]  # fmt: skip
+    places = [
+        (rows[:, None] == everywhere).all(-1).int().argmax(1).tolist()
+        for rows, everywhere in zip(some, whole, strict=True)
+    ]
     assert torch.equal(some[0], whole[0, places[0]]) and places[0] == places[1]
     assert places[0] == sorted({*places[0]})
 

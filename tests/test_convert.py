@@ -28,9 +28,14 @@ def test_one_full_width_expert_is_the_dense_model(tiny_bert, tiny_batch, routing
 def test_one_full_width_expert_is_the_dense_model_of_spans(tiny_bert, tiny_batch, routing):
     dense, batch = span_bert(tiny_bert()), span_batch(tiny_batch())
     one = to_moebert(
-        dense, RANKING, n_experts=1, routing=routing, token_frequencies=torch.arange(99),
-        router_aux_loss_coef=0.0, gate_scaling="outside",
-    )  # fmt: skip
+        dense,
+        RANKING,
+        n_experts=1,
+        routing=routing,
+        token_frequencies=torch.arange(99),
+        router_aux_loss_coef=0.0,
+        gate_scaling="outside",
+    )
     own, other = one(**batch), dense(**batch)
     for name in ("loss", "start_logits", "end_logits"):
         assert torch.allclose(own[name], other[name], atol=1e-12)
@@ -216,7 +221,14 @@ def test_a_ranking_of_another_model_is_refused(tiny_bert):
 
 
 def test_an_unsupported_model_names_the_supported_ones():
-    model = BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                       intermediate_size=8, vocab_size=9))  # fmt: skip
+    model = BertForMaskedLM(
+        BertConfig(
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            intermediate_size=8,
+            vocab_size=9,
+        )
+    )
     with pytest.raises(ValueError, match="BertForMaskedLM; supported: BertForSequenceClass"):
         to_moebert(model, random_ranking(1, 8, seed=0))

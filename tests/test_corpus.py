@@ -14,7 +14,7 @@ from moebert_lib.corpus import (
     normalised,
     sentences,
 )
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 DOCSTRING = """
 Return the largest value of each row, as in :func:`~numpy.maximum` and ``sort``.

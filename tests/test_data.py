@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from moebert_lib import data, files, weights
-from moebert_lib.settings import MINILM, Settings, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import MINILM, Settings
 
 BUILT_IN = [name for name, task in data.TASKS.items() if task.source == "built-in"]
 FROM_FILES = [name for name, task in data.TASKS.items() if task.source != "built-in"]

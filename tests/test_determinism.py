@@ -18,9 +18,16 @@ def test_gradients_are_the_same_bits_every_time(routing):
 
 def check_gradients(routing):
     config = MoEBertConfig(
-        vocab_size=99, hidden_size=384, num_hidden_layers=1, num_attention_heads=12,
-        intermediate_size=256, n_experts=4, expert_size=64, n_shared=32, routing=routing,
-    )  # fmt: skip
+        vocab_size=99,
+        hidden_size=384,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        intermediate_size=256,
+        n_experts=4,
+        expert_size=64,
+        n_shared=32,
+        routing=routing,
+    )
     model = MoEBertForSequenceClassification(config).eval()
     batch = {"input_ids": torch.randint(99, (32, 64)), "labels": torch.randint(2, (32,))}
     seen = []

@@ -36,8 +36,11 @@ def test_distance_is_the_mean_over_real_tokens():
     for layer, value in enumerate(layer_distances(own, other, mask)):
         squares = [
             (own[layer][b, t, d] - other[layer][b, t, d]) ** 2
-            for b in range(2) for t in range(4) for d in range(5) if mask[b, t]
-        ]  # fmt: skip
+            for b in range(2)
+            for t in range(4)
+            for d in range(5)
+            if mask[b, t]
+        ]
         assert len(squares) == 20 and torch.allclose(value, sum(squares) / 20)
 
 

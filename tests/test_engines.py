@@ -12,7 +12,7 @@ import pytest
 
 from moebert_lib import engines
 from moebert_lib.engines import Event, Local
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 #: Stands in for ``moebert_lib.worker``: a request is Python that gives ``outcome``.
 STAND_IN = """
@@ -31,7 +31,7 @@ def stand_in(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "worker.py").write_text(STAND_IN)
-    monkeypatch.setattr(engines, "__file__", str(package / "engines.py"))
+    monkeypatch.setattr(engines, "CHECKOUT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
 

@@ -18,10 +18,13 @@ TOY = Shape(layers=1, hidden=2, neurons=3, heads=1)
 def named(shape: Shape) -> dict:
     """A shape in transformers' words."""
     return dict(
-        num_hidden_layers=shape.layers, hidden_size=shape.hidden, intermediate_size=shape.neurons,
-        num_attention_heads=shape.heads, vocab_size=shape.vocabulary,
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.neurons,
+        num_attention_heads=shape.heads,
+        vocab_size=shape.vocabulary,
         max_position_embeddings=shape.positions,
-    )  # fmt: skip
+    )
 
 
 def experts(shape: Shape, n: int, size: int) -> MoEBertConfig:
@@ -138,8 +141,10 @@ def test_known_sizes_are_the_papers_as_far_as_it_prints_them():
 def test_examples_are_capped_or_counted_in_files(tiny_glue):
     assert estimate.examples(default()) == (4000, 500)
     at = Settings.at("small", task="sst2", data_dir=str(tiny_glue))
-    lines = [(tiny_glue / "sst2" / f"{name}.jsonl").read_text().splitlines()
-             for name in ("train", "validation")]  # fmt: skip
+    lines = [
+        (tiny_glue / "sst2" / f"{name}.jsonl").read_text().splitlines()
+        for name in ("train", "validation")
+    ]
     assert estimate.examples(at) == tuple(map(len, lines))
 
 

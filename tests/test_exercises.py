@@ -31,7 +31,7 @@ def test_a_right_function_is_told_so():
         (lambda x: 1 / 0, "not yet: .* raised ZeroDivisionError"),
         (lambda x: x * float("nan"), "not yet: "),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_is_said_and_nothing_raises(mine, said):
     right, line = attempt(mine, TWICE)
     assert not right and re.match(said, line)

@@ -78,7 +78,7 @@ WRONG = {
         "the favourite of most": lambda a, m, W_g: (a @ W_g).argmax(-1).mode(1).values,
     },
     "balanced_deal": {"in turn": in_turn, "not sorted": unsorted},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,9 @@ def test_a_tempting_answer_is_refused(exercise, mistake):
 
 
 def test_every_exercise_has_a_tempting_answer():
-    there = {name for name, f in vars(exercises).items() if getattr(f, "__module__", "") ==
-             exercises.__name__ and not name.startswith("_")}  # fmt: skip
+    there = {
+        name
+        for name, f in vars(exercises).items()
+        if getattr(f, "__module__", "") == exercises.__name__ and not name.startswith("_")
+    }
     assert there == set(WRONG)

@@ -68,26 +68,57 @@ MISTAKES = [
     ("fast_scores", "signs kept until the end", lambda *flows: flow(*flows).sum((0, 1)).abs()),
     ("fast_scores", "with b1", lambda a, b1, *rest: flow(a, 0, *rest).sum(1).abs().sum(0)),
     ("fast_scores", "one term", lambda *f: flow(*f[:3], 0, 0).sum(1).abs().sum(0)),
-    ("found_again", "each block once", lambda blocks, drawn, top: again(
-        blocks, drawn.unique(), top)),
-    ("found_again", "in the same place", lambda blocks, drawn, top: (
-        blocks.sum(0).topk(top).indices == blocks[drawn].sum(0).topk(top).indices
-    ).double().mean()),
+    (
+        "found_again",
+        "each block once",
+        lambda blocks, drawn, top: again(blocks, drawn.unique(), top),
+    ),
+    (
+        "found_again",
+        "in the same place",
+        lambda blocks, drawn, top: (
+            (blocks.sum(0).topk(top).indices == blocks[drawn].sum(0).topk(top).indices)
+            .double()
+            .mean()
+        ),
+    ),
     ("found_again", "a count", lambda *given: top_times(again, *given)),
-    ("counted", "shared once in each", lambda experts, F: (
-        len(experts) * composition(experts, F).shared, *composition(experts, F)[1:])),
-    ("counted", "slots for neurons", lambda experts, F: (
-        composition(experts, F).shared, experts.numel(), F - experts.numel())),
-    ("mass_of_experts", "of all slots", lambda scores, experts: (
-        scores[experts].sum(1) / scores[experts].sum())),
+    (
+        "counted",
+        "shared once in each",
+        lambda experts, F: (
+            len(experts) * composition(experts, F).shared,
+            *composition(experts, F)[1:],
+        ),
+    ),
+    (
+        "counted",
+        "slots for neurons",
+        lambda experts, F: (composition(experts, F).shared, experts.numel(), F - experts.numel()),
+    ),
+    (
+        "mass_of_experts",
+        "of all slots",
+        lambda scores, experts: scores[experts].sum(1) / scores[experts].sum(),
+    ),
     ("mass_of_experts", "a mean", lambda scores, experts: scores[experts].mean(1) / scores.sum()),
-    ("mass_of_experts", "of places", lambda scores, experts: (
-        scores[: experts.shape[1]].sum().expand(len(experts)) / scores.sum())),
+    (
+        "mass_of_experts",
+        "of places",
+        lambda scores, experts: (
+            scores[: experts.shape[1]].sum().expand(len(experts)) / scores.sum()
+        ),
+    ),
     ("back_and_forth", "one direction", like_cards),
-    ("back_and_forth", "in blocks", lambda ranking, N, K, s: torch.cat([
-        ranking[:s].expand(N, -1), ranking[s : s + N * (K - s)].view(N, K - s)], 1)),
+    (
+        "back_and_forth",
+        "in blocks",
+        lambda ranking, N, K, s: torch.cat(
+            [ranking[:s].expand(N, -1), ranking[s : s + N * (K - s)].view(N, K - s)], 1
+        ),
+    ),
     ("back_and_forth", "all rounds backwards", lambda *given: like_cards(*given).flip(0)),
-]  # fmt: skip
+]
 
 
 def top_times(share, blocks, drawn, top):
@@ -117,6 +148,9 @@ def test_a_tempting_mistake_is_refused_by_a_case_worked_by_hand(name, mine):
 
 
 def test_every_exercise_has_an_answer_and_a_mistake():
-    public = {n for n, f in vars(exercises_method).items() if getattr(f, "__doc__", None)
-              and f.__doc__.startswith("Notebook")}  # fmt: skip
+    public = {
+        n
+        for n, f in vars(exercises_method).items()
+        if getattr(f, "__doc__", None) and f.__doc__.startswith("Notebook")
+    }
     assert public == set(ANSWERS) == {name for name, *_ in MISTAKES}

@@ -67,9 +67,15 @@ def test_shared_own_and_dropped_add_up(deal):
 
 @pytest.mark.parametrize(
     ("n_shared", "n_experts", "kept", "common"),
-    [(512, 4, 1536, 512), (0, 4, 3072, 0), (256, 4, 2304, 256), (512, 2, 1024, 512),
-     (512, 8, 2560, 512), (512, 1, 768, 768)],
-)  # fmt: skip
+    [
+        (512, 4, 1536, 512),
+        (0, 4, 3072, 0),
+        (256, 4, 2304, 256),
+        (512, 2, 1024, 512),
+        (512, 8, 2560, 512),
+        (512, 1, 768, 768),
+    ],
+)
 def test_how_many_neurons_survive_at_the_papers_sizes(n_shared, n_experts, kept, common):
     dealt = deal_neurons(
         torch.randperm(3072), n_experts=n_experts, expert_size=768, n_shared=n_shared

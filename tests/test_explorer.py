@@ -13,11 +13,11 @@ import torch
 from nbclient import NotebookClient
 
 from moebert_lib import explorer, readout
+from moebert_lib.errors import UserError
 from moebert_lib.excitation import Excitation
 from moebert_lib.experts import deal_neurons
 from moebert_lib.explorer_widget import NONE, Explorer, views
 from moebert_lib.layer_view import view
-from moebert_lib.settings import UserError
 from moebert_lib.sources import ACTIVE, EQ4, Source
 
 VIEW = "application/vnd.jupyter.widget-view+json"
@@ -136,8 +136,10 @@ def test_menus_add_and_remove_columns_and_rescale_the_sliders(made):
     assert len(made.picture.columns) == len(made.views) == 1
     made.menus[0][0].value = "wider"
     assert {n: s.value for n, s in made.sliders.items() if n in SIZES} == {
-        "n_experts": 4, "expert_size": 32, "n_shared": 20,
-    }  # fmt: skip
+        "n_experts": 4,
+        "expert_size": 32,
+        "n_shared": 20,
+    }
     assert made.sliders["layer"].max == 3 and made.sliders["rank"].max == 128
 
 

@@ -14,7 +14,8 @@ from pandas.testing import assert_frame_equal
 from stored import put
 
 from moebert_lib import batch, experiment, export
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import Settings
 from moebert_lib.shared import Shared, sealed
 from moebert_lib.store import Store
 
@@ -101,8 +102,14 @@ def test_a_name_that_comes_twice_says_what_it_is_the_second_time(runs):
 
 def test_a_column_has_one_type_whichever_rows_have_a_value(runs):
     for seed, limit in enumerate([None, 8, None]):
-        settings = dict(seed=seed, max_train_examples=limit, max_eval_examples=None, epochs=None,
-                        teacher_dropout=bool(seed), model="m")  # fmt: skip
+        settings = dict(
+            seed=seed,
+            max_train_examples=limit,
+            max_eval_examples=None,
+            epochs=None,
+            teacher_dropout=bool(seed),
+            model="m",
+        )
         put(runs, "notebook", notebook(parameters={"any": [1, "x", True][seed]}, **settings))
     table = export.frame([runs])
     types = table.dtypes.astype(str)
@@ -205,9 +212,11 @@ def test_all_kinds_of_this_homes_store_share_a_table(moebert_home):
 
 
 REFUSED = [
-    ("runs", "studnet", "did you mean 'student'"), ("runs", "notebook", "choose from student, all"),
-    ("gone", "student", "no folder '.*gone'"), ("empty", "student", "no runs in .*empty;"),
-]  # fmt: skip
+    ("runs", "studnet", "did you mean 'student'"),
+    ("runs", "notebook", "choose from student, all"),
+    ("gone", "student", "no folder '.*gone'"),
+    ("empty", "student", "no runs in .*empty;"),
+]
 
 
 @pytest.mark.parametrize("store, kind, said", REFUSED)
@@ -282,8 +291,12 @@ def test_a_file_is_replaced_whole_and_other_places_are_refused(tmp_path):
     target.touch()
     export.write(table, target)
     assert target.read_text().startswith("kind,") and list(target.parent.iterdir()) == [target]
-    said = {"out": "is a folder", "x.parqet": "did you mean '.parquet'", "x": "choose from",
-            "gone/x.csv": "no folder"}  # fmt: skip
+    said = {
+        "out": "is a folder",
+        "x.parqet": "did you mean '.parquet'",
+        "x": "choose from",
+        "gone/x.csv": "no folder",
+    }
     for path, words in said.items():
         with pytest.raises(UserError, match=words):
             export.write(table, tmp_path / path)

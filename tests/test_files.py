@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from moebert_lib import files
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 from moebert_lib.tasks import TASKS
 
 GOOD = {"sentence": "a fine film", "label": 1, "idx": 0}

@@ -5,34 +5,79 @@ import pandas as pd
 import pytest
 
 from moebert_lib import findings
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 COMPARED = pd.DataFrame(
     [
-        ("importance", "importance > random", "better", 4, 4, 2.0, 1.0, 3.04, 0.92, 0.04,
-         "reproduced"),
-        ("inverse", "random > inverse", "better", 1, 3, -2.0, -3.0, -1.0, 0.65, 1.0,
-         "not reproduced"),
-        ("skip", "every other layer ~ all layers", "equal", 1, 3, 0.1, -0.9, 1.1, -0.09, 1.0,
-         "undecided"),
-        ("more", "8 experts > 4 experts", "better", 1, 1, 0.04, np.nan, np.nan, 0.06, 1.0,
-         "undecided"),
+        (
+            "importance",
+            "importance > random",
+            "better",
+            4,
+            4,
+            2.0,
+            1.0,
+            3.04,
+            0.92,
+            0.04,
+            "reproduced",
+        ),
+        (
+            "inverse",
+            "random > inverse",
+            "better",
+            1,
+            3,
+            -2.0,
+            -3.0,
+            -1.0,
+            0.65,
+            1.0,
+            "not reproduced",
+        ),
+        (
+            "skip",
+            "every other layer ~ all layers",
+            "equal",
+            1,
+            3,
+            0.1,
+            -0.9,
+            1.1,
+            -0.09,
+            1.0,
+            "undecided",
+        ),
+        (
+            "more",
+            "8 experts > 4 experts",
+            "better",
+            1,
+            1,
+            0.04,
+            np.nan,
+            np.nan,
+            0.06,
+            1.0,
+            "undecided",
+        ),
         ("large", "MoEBERT-large", "not worse", 0, 0, *[np.nan] * 5, "no runs"),
     ],
     columns="claim comparison kind tasks pairs mean low high paper p_holm verdict".split(),
-)  # fmt: skip
+)
 
 
 def test_each_comparison_with_runs_stands_under_its_verdict():
     page = findings.lists(COMPARED, "sst2")
-    yes, no, open_ = (page.index(f"**{word}**") for word in
-                      ("Reproduced", "Not reproduced", "Undecided"))  # fmt: skip
+    yes, no, open_ = (
+        page.index(f"**{word}**") for word in ("Reproduced", "Not reproduced", "Undecided")
+    )
     rows = {
         "| A split by importance beats a random one (Figure 3a) | importance > random | "
         "+2.0 (+1.0 to +3.0) | +0.9 | 4 tasks |": (yes, no),
         "| random > inverse | -2.0 (-3.0 to -1.0) | +0.7 | 3 seeds, sst2 |": (no, open_),
         "| 8 experts > 4 experts | +0.0 | +0.1 | 1 seed, sst2 |": (open_, len(page)),
-    }  # fmt: skip
+    }
     for row, (start, end) in rows.items():
         assert start < page.index(row) < end
     assert page.endswith("**No runs:** MoEBERT-large.\n") and page.count("MoEBERT-large") == 1
@@ -55,10 +100,12 @@ def test_the_claims_stand_first_with_what_luck_would_give():
 
 
 def test_a_switch_is_told_with_its_interval_and_every_seed():
-    gaps = pd.DataFrame({
-        "switch": ["a"] * 3 + ["b"] * 3 + ["c"] * 3 + ["d"] * 3,
-        "difference": [-2.0, -2.2, -1.8, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 2.0],
-    })  # fmt: skip
+    gaps = pd.DataFrame(
+        {
+            "switch": ["a"] * 3 + ["b"] * 3 + ["c"] * 3 + ["d"] * 3,
+            "difference": [-2.0, -2.2, -1.8, 1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 2.0],
+        }
+    )
     first, second, third, fourth = findings.switches(gaps).splitlines()
     assert first == "| a | -2.0 (-2.5 to -1.5) | -2.0, -2.2, -1.8 | lower |"
     assert second == "| b | +0.0 (-2.5 to +2.5) | +1.0, -1.0, +0.0 | cannot tell |"
@@ -82,9 +129,11 @@ def test_comparisons_of_several_tasks_are_judged_task_by_task():
 
 
 def test_every_pair_of_routers_is_told_both_ways():
-    rows = [(router, seed, score / 100, "here") for router, scores in
-            {"a": (80, 81, 82), "b": (79, 79.9, 81.1), "c": (81, 80, 82)}.items()
-            for seed, score in enumerate(scores)]  # fmt: skip
+    rows = [
+        (router, seed, score / 100, "here")
+        for router, scores in {"a": (80, 81, 82), "b": (79, 79.9, 81.1), "c": (81, 80, 82)}.items()
+        for seed, score in enumerate(scores)
+    ]
     rows.append(("a", None, np.nan, "paper"))
     table = pd.DataFrame(rows, columns=["routing", "seed", "accuracy", "source"])
     head, _, *lines = findings.routers(table).splitlines()

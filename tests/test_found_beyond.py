@@ -16,9 +16,11 @@ def figures(tmp_path):
         table = pd.DataFrame({"name": names, "untrained": 1.0, "mean": 2.0, "difference": gaps})
         table["low"], table["high"] = table["difference"] - 1, table["difference"] + 1
         table.to_csv(folder / found_beyond.GAPS, index=False)
-    rows = [(name, seed, 0.5 + gap * (1 + seed), size)
-            for name, gap, size in (("hash-random", 0.0, 100), ("gate, k = 2", 0.01, 125))
-            for seed in (0, 1, 2)]  # fmt: skip
+    rows = [
+        (name, seed, 0.5 + gap * (1 + seed), size)
+        for name, gap, size in (("hash-random", 0.0, 100), ("gate, k = 2", 0.01, 125))
+        for seed in (0, 1, 2)
+    ]
     columns = ["name", "seed", "accuracy", "effective_parameters"]
     pd.DataFrame(rows, columns=columns).to_csv(tmp_path / found_beyond.BEYOND, index=False)
     return tmp_path
@@ -40,11 +42,17 @@ def test_a_router_is_told_by_its_mean_with_the_t_interval_and_its_cost(figures):
 
 
 def test_the_oracles_gain_is_told_before_and_after_training():
-    rows = [(m, r, layer, d * layer, s)
-            for m, r, d, s in (("converted", "own", 4.0, 0.5), ("converted", "oracle", 3.0, 0.52),
-                               ("distilled", "own", 2.0, 0.8), ("distilled", "oracle", 1.0, 0.79),
-                               ("teacher", "own", 0.0, 0.9))
-            for layer in (0, 1)]  # fmt: skip
+    rows = [
+        (m, r, layer, d * layer, s)
+        for m, r, d, s in (
+            ("converted", "own", 4.0, 0.5),
+            ("converted", "oracle", 3.0, 0.52),
+            ("distilled", "own", 2.0, 0.8),
+            ("distilled", "oracle", 1.0, 0.79),
+            ("teacher", "own", 0.0, 0.9),
+        )
+        for layer in (0, 1)
+    ]
     frame = pd.DataFrame(rows, columns=["model", "router", "layer", "distance", "score"])
     text = " ".join(found_beyond.hindsight(frame).split())
     assert "25% smaller before training and 50% after it" in text
@@ -57,11 +65,16 @@ def test_scores_are_told_from_the_best_to_the_worst():
         columns=["score", "other", "rho"],
     )
     removal = pd.DataFrame(
-        [("importance", 0, 0.75, 0.8, 1.0, 0.5), ("weight", 0, 0.75, 0.6, 1.0, 0.5),
-         ("random", 0, 0.75, 0.5, 1.0, 0.5), ("random", 1, 0.75, 0.7, 1.0, 0.5),
-         ("taylor", 0, 0.75, 0.81, 1.0, 0.5), ("taylor", 0, 0.5, 0.1, 1.0, 0.5)],
+        [
+            ("importance", 0, 0.75, 0.8, 1.0, 0.5),
+            ("weight", 0, 0.75, 0.6, 1.0, 0.5),
+            ("random", 0, 0.75, 0.5, 1.0, 0.5),
+            ("random", 1, 0.75, 0.7, 1.0, 0.5),
+            ("taylor", 0, 0.75, 0.81, 1.0, 0.5),
+            ("taylor", 0, 0.5, 0.1, 1.0, 0.5),
+        ],
         columns=["order", "draw", "fraction", "accuracy", "loss", "guessing"],
-    )  # fmt: skip
+    )
     text = " ".join(found_beyond.scores(agreement, removal).split())
     assert "Eq. 4: taylor 0.80, weight -0.10." in text
     assert "taylor +1.0, " in text and text.endswith("-20.0.") and "random -20.0" in text

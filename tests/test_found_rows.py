@@ -3,7 +3,8 @@
 import pytest
 
 from moebert_lib import archive, found_rows
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import Settings
 
 MACHINE = {"cpu": "A CPU", "cores": 2, "torch_threads": 1}
 VERSIONS = {"python": "3.11", "torch": "2.0", "transformers": "5.0"}
@@ -12,10 +13,17 @@ VERSIONS = {"python": "3.11", "torch": "2.0", "transformers": "5.0"}
 def student(seed, steps=32, seconds=20.0, *, commit="a" * 40, torch="2.0", **changes):
     """The record of a student on RTE at scale small, some settings changed."""
     key = Settings.at("small", task="rte", seed=seed, teacher_seed=0, **changes).model_dump()
-    return {"kind": "student", "key": {**key, "data": "d" * 64}, "digest": f"{seed}{steps}",
-            "commit": commit, "created": "2026-01-02T00:00:00", "seconds": seconds,
-            "machine": MACHINE, "versions": {**VERSIONS, "torch": torch},
-            "row": {"task": "rte", "steps": steps}}  # fmt: skip
+    return {
+        "kind": "student",
+        "key": {**key, "data": "d" * 64},
+        "digest": f"{seed}{steps}",
+        "commit": commit,
+        "created": "2026-01-02T00:00:00",
+        "seconds": seconds,
+        "machine": MACHINE,
+        "versions": {**VERSIONS, "torch": torch},
+        "row": {"task": "rte", "steps": steps},
+    }
 
 
 class Rows:
@@ -45,8 +53,12 @@ def test_a_commit_that_was_not_clean_keeps_its_suffix_and_every_version_is_named
 
 
 def test_steps_and_the_cost_of_padding_are_those_of_the_shortest_students(rows):
-    rows(student(0, steps=250, seconds=900.0), student(0, seconds=18.4), student(1, seconds=30.6),
-         student(2, seconds=61.9, padding_in_loss=True))  # fmt: skip
+    rows(
+        student(0, steps=250, seconds=900.0),
+        student(0, seconds=18.4),
+        student(1, seconds=30.6),
+        student(2, seconds=61.9, padding_in_loss=True),
+    )
     assert found_rows.brief() == (
         "These students had 32 steps of 32 sentences; one that counts padding took 62 seconds, "
         "any other 18 to 31. One sentence of the development set is 0.50 points."

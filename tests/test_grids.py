@@ -6,10 +6,11 @@ import pytest
 from checkout import NOTEBOOKS
 
 from moebert_lib import batch, experiment, forecast, grids
+from moebert_lib.errors import UserError
 from moebert_lib.paper import FIGURE_SETTINGS, FIGURES, TABLE7
 from moebert_lib.routing import ROUTINGS
 from moebert_lib.scales import BASE, LARGE
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 
 
 @pytest.fixture
@@ -21,17 +22,31 @@ def paper_plan(moebert_home) -> list[forecast.Run]:
 
 def students(plan, **settings):
     """Students of a plan whose settings have these values."""
-    return [run for run in plan if run.stage == "student"
-            and all(getattr(run.settings, name) == v for name, v in settings.items())]  # fmt: skip
+    return [
+        run
+        for run in plan
+        if run.stage == "student"
+        and all(getattr(run.settings, name) == v for name, v in settings.items())
+    ]
 
 
 def usual(plan, task, model=BASE):
     """Students with the scale's own settings."""
     own = Settings.at("paper", task=task, model=model)
     width = 4096 if model == LARGE else 3072
-    varied = ("n_experts", "ranking", "routing", "distill", "preset", "gate_scaling",
-              "teacher_dropout", "padding_in_loss", "shared_neurons", "expert_layer_norm",
-              "importance_split")  # fmt: skip
+    varied = (
+        "n_experts",
+        "ranking",
+        "routing",
+        "distill",
+        "preset",
+        "gate_scaling",
+        "teacher_dropout",
+        "padding_in_loss",
+        "shared_neurons",
+        "expert_layer_norm",
+        "importance_split",
+    )
     same = {name: getattr(own, name) for name in varied} | {"task": task, "model": model}
     return [r for r in students(plan, **same) if r.settings.sizes(width) == own.sizes(width)]
 
@@ -90,11 +105,19 @@ def test_every_student_has_its_teacher_and_scores_in_the_plan(paper_plan):
 def test_two_points_are_one_run_exactly_if_the_store_has_one_key_for_them():
     base = Settings.at("smoke")
     points = [
-        base, base.but(split_seed=3), base.but(seed=1), base.but(ranking="random"),
-        base.but(ranking="random", split_seed=3), base.but(expert_size=16, n_shared=10),
-        base.but(n_shared=8), base.but(distill="none"), base.but(importance_examples=16),
-        base.but(teacher_seed=1), base.but(n_seeds=5), base.but(max_grad_norm=2.0),
-    ]  # fmt: skip
+        base,
+        base.but(split_seed=3),
+        base.but(seed=1),
+        base.but(ranking="random"),
+        base.but(ranking="random", split_seed=3),
+        base.but(expert_size=16, n_shared=10),
+        base.but(n_shared=8),
+        base.but(distill="none"),
+        base.but(importance_examples=16),
+        base.but(teacher_seed=1),
+        base.but(n_seeds=5),
+        base.but(max_grad_norm=2.0),
+    ]
     for one, other in itertools.combinations(points, 2):
         same = forecast.Run("student", one).key() == forecast.Run("student", other).key()
         assert same == (experiment.student_key(one) == experiment.student_key(other)), (one, other)
@@ -216,8 +239,10 @@ def test_the_explorers_conversions_are_plain_whatever_the_settings():
     other = Settings.at("quick", ranking="random", routing="gate-token", preset="release")
     for point in grids.conversions(other, 1536):
         assert (point.ranking, point.routing, point.gate_scaling) == (
-            "importance", "hash-random", "inside",
-        )  # fmt: skip
+            "importance",
+            "hash-random",
+            "inside",
+        )
         assert point.importance_split == "validation"
 
 

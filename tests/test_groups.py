@@ -203,10 +203,12 @@ def test_only_directions_count():
     [
         (lambda: balanced_kmeans(np.ones((7, 2)), 3, seed=0), "7 points do not make 3 clusters"),
         (lambda: partition(np.ones((7, 7)), 2), "7 neurons do not make 2 parts"),
-        (lambda: group_neurons(torch.arange(8).view(2, 4), 2, torch.tensor([0, 0, 0, 1])),
-         r"groups of \[3, 1\] neurons; expected 2 of 2"),
+        (
+            lambda: group_neurons(torch.arange(8).view(2, 4), 2, torch.tensor([0, 0, 0, 1])),
+            r"groups of \[3, 1\] neurons; expected 2 of 2",
+        ),
     ],
-)  # fmt: skip
+)
 def test_groups_of_other_sizes_are_refused(call, said):
     with pytest.raises(ValueError, match=said):
         call()

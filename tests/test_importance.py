@@ -21,9 +21,16 @@ def test_scores_equal_the_per_example_loop_in_float64(tiny_bert, tiny_batch):
 
 
 KINDS = (
-    "padded sentences", "holes", "two segments", "no mask", "one sentence", "padded on the left",
-    "regression", "padded spans", "spans without padding",
-)  # fmt: skip
+    "padded sentences",
+    "holes",
+    "two segments",
+    "no mask",
+    "one sentence",
+    "padded on the left",
+    "regression",
+    "padded spans",
+    "spans without padding",
+)
 
 
 def by_weights(model, batch):

@@ -78,8 +78,10 @@ def in_place(model):
 
 
 def other_values(model):
-    return {name: 1.5 * values if values.is_floating_point() else values
-            for name, values in model.state_dict().items()}  # fmt: skip
+    return {
+        name: 1.5 * values if values.is_floating_point() else values
+        for name, values in model.state_dict().items()
+    }
 
 
 def swap_data(model):
@@ -203,8 +205,9 @@ def wrong(monkeypatch):
         default=lambda x, *others: real.default(x.flip(-1).contiguous(), *others),
         binary=lambda x, *others: real.binary(x.flip(-1).contiguous(), *others),
     )
-    both = dict(_linear_pointwise=turned,
-                _reorder_linear_weight=torch.ops.mkldnn._reorder_linear_weight)  # fmt: skip
+    both = dict(
+        _linear_pointwise=turned, _reorder_linear_weight=torch.ops.mkldnn._reorder_linear_weight
+    )
     monkeypatch.setattr(torch.ops, "mkldnn", types.SimpleNamespace(**both), raising=False)
 
 
@@ -265,9 +268,11 @@ def test_a_layer_that_is_more_than_linear_runs_as_it_is(place):
     model = dense().float()
     layer = model.bert.encoder.layer[0]
     parent, name = {
-        "query": (layer.attention.self, "query"), "value": (layer.attention.self, "value"),
-        "intermediate": (layer.intermediate, "dense"), "output": (layer.output, "dense"),
-    }[place]  # fmt: skip
+        "query": (layer.attention.self, "query"),
+        "value": (layer.attention.self, "value"),
+        "intermediate": (layer.intermediate, "dense"),
+        "output": (layer.output, "dense"),
+    }[place]
     plain = copy.deepcopy(model)
     setattr(parent, name, Adapted(getattr(parent, name)))
     with torch.no_grad():

@@ -14,9 +14,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from moebert_lib import leases, store
+from moebert_lib import leases
+from moebert_lib.errors import CHECKOUT, UserError
 from moebert_lib.leases import Lease
-from moebert_lib.settings import UserError
 from moebert_lib.shared import Shared
 from moebert_lib.store import Store
 
@@ -197,7 +197,7 @@ def test_a_killed_holder_is_succeeded_and_what_it_left_is_tidied(tmp_path, capsy
         "Store(sys.argv[1], shared=sys.argv[2]).make('unit', {}, build)\n"
     )
     one, mirror = tmp_path / "one", str(tmp_path / "mirror")
-    env = {"PYTHONPATH": str(Path(store.__file__).parents[1])}
+    env = {"PYTHONPATH": str(CHECKOUT)}
     command = [sys.executable, str(script), str(one), mirror]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
         try:

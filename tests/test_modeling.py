@@ -37,9 +37,13 @@ def moebert(tiny_bert):
         frequencies = torch.arange(99)
         dense = span_bert(tiny_bert()) if spans else tiny_bert()
         model = to_moebert(
-            dense, RANKING, n_experts=4, expert_size=16, n_shared=8,
+            dense,
+            RANKING,
+            n_experts=4,
+            expert_size=16,
+            n_shared=8,
             **{"token_frequencies": frequencies, **changes},
-        )  # fmt: skip
+        )
         for layer in moe_layers(model):
             for values in layer.LayerNorm.parameters():
                 values.data += 0.3 * torch.randn(values.shape, dtype=values.dtype)

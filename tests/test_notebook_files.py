@@ -6,8 +6,8 @@ import fixture_home
 import pytest
 
 from moebert_lib import planning
+from moebert_lib.errors import UserError
 from moebert_lib.notebook_files import select
-from moebert_lib.settings import UserError
 
 
 @pytest.fixture

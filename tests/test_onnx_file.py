@@ -15,19 +15,25 @@ from transformers import (
 
 from moebert_lib import encoder_checks, onnx_file, receipt, ship
 from moebert_lib.convert import to_moebert
+from moebert_lib.errors import UserError
 from moebert_lib.experts import random_ranking
 from moebert_lib.moe_layer import moe_layers
-from moebert_lib.settings import UserError
 
 SHAPES = ([7, 12, 3, 5], [1], [9], [1, 1], [4, 4, 4, 2, 8, 60])
 
 
-@pytest.mark.parametrize("kind, changes", [
-    (RobertaForQuestionAnswering, {"routing": "hash-random"}),
-    (ElectraForSequenceClassification,
-     {"routing": "gate-token", "num_experts_per_tok": 2, "shared_neurons": "tied"}),
-    (DistilBertForSequenceClassification, {"routing": "gate-sentence"}),
-], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        (RobertaForQuestionAnswering, {"routing": "hash-random"}),
+        (
+            ElectraForSequenceClassification,
+            {"routing": "gate-token", "num_experts_per_tok": 2, "shared_neurons": "tied"},
+        ),
+        (DistilBertForSequenceClassification, {"routing": "gate-sentence"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_it_agrees_whatever_the_batch(kind, changes, tmp_path):
     spans = kind is RobertaForQuestionAnswering
     model = to_moebert(encoder_checks.tiny(kind), random_ranking(2, 64, seed=0), **changes)

@@ -54,13 +54,16 @@ def test_it_goes_layer_by_layer_along_its_own_states():
     model, teacher, inputs = moebert(), dense(), batch([6, 4])
     targets = teacher(**inputs, output_hidden_states=True).hidden_states[1:]
     seen, layers = [], moe_layers(model)
-    hooks = [layer.register_forward_hook(lambda m, a, out: seen.append((a[0], out)))
-             for layer in layers]  # fmt: skip
+    hooks = [
+        layer.register_forward_hook(lambda m, a, out: seen.append((a[0], out))) for layer in layers
+    ]
     Oracle(model, teacher)(**inputs)
     [hook.remove() for hook in hooks]
     for layer, target, (hidden, out) in zip(layers, targets, seen, strict=True):
-        every = [layer.serve(hidden, hidden, Route(torch.full((12, 1), e), torch.ones(12, 1), None))
-                 for e in range(4)]  # fmt: skip
+        every = [
+            layer.serve(hidden, hidden, Route(torch.full((12, 1), e), torch.ones(12, 1), None))
+            for e in range(4)
+        ]
         apart = torch.stack([(x - target).square().sum(-1) for x in every])
         assert torch.allclose((out - target).square().sum(-1), apart.min(0).values)
 
@@ -77,9 +80,10 @@ def test_a_row_for_each_model_router_and_layer():
     inputs = {**batch([6, 4]), "index": torch.arange(2)}
     models = {"teacher": dense(), "converted": moebert(), "distilled": perturbed(moebert(), seed=3)}
     bundle = SimpleNamespace(
-        task=SimpleNamespace(metric="sum"), batches=lambda split, limit: [inputs],
+        task=SimpleNamespace(metric="sum"),
+        batches=lambda split, limit: [inputs],
         score=lambda logits, split, limit: {"sum": float(logits.sum())},
-    )  # fmt: skip
+    )
     frame = compare(models, bundle, split="validation", limit=2)
     assert len(frame) == 2 * 2 * 3 + 3
     itself = frame[frame["model"] == "teacher"]

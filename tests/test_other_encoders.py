@@ -15,11 +15,12 @@ from transformers import (
 )
 
 from moebert_lib import corpus, data, experiment, inputs, receipt, ship, teachers
+from moebert_lib.errors import UserError
 from moebert_lib.evaluate import faster, predict
 from moebert_lib.inputs import new_model
 from moebert_lib.modeling import MoEHead
 from moebert_lib.planning import _check_model
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
@@ -35,14 +36,20 @@ def tokenizer(kind):
     texts = [sentence.text for sentence in corpus.sentences(files_per_package=1)]
     made.train_from_iterator(texts, trainer(**options))
     made.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", pair="<s> $A </s> $B </s>",
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B </s>",
         special_tokens=[("<s>", 0), ("</s>", 2)],
-    )  # fmt: skip
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, bos_token="<s>", cls_token="<s>", eos_token="</s>",
-        sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=made,
+        bos_token="<s>",
+        cls_token="<s>",
+        eos_token="</s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
         model_input_names=["input_ids", "attention_mask"],
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(params=["roberta", "distilbert"])
@@ -53,10 +60,16 @@ def folder(request, tmp_path, moebert_home):
     own = tokenizer(request.param)
     size = dict(vocab_size=len(own), pad_token_id=1, max_position_embeddings=24)
     if request.param == "roberta":
-        model = RobertaModel(RobertaConfig(
-            **size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-            intermediate_size=64, type_vocab_size=1,
-        ))  # fmt: skip
+        model = RobertaModel(
+            RobertaConfig(
+                **size,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                type_vocab_size=1,
+            )
+        )
     else:
         sizes = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64)
         model = DistilBertModel(DistilBertConfig(**size, **sizes))

@@ -20,9 +20,13 @@ from moebert_lib.moe_layer import moe_layers
 from moebert_lib.routing import ROUTINGS
 
 DENSE = (
-    BertForSequenceClassification, BertForQuestionAnswering, BertForTokenClassification,
-    BertForMaskedLM, BertForNextSentencePrediction, BertModel,
-)  # fmt: skip
+    BertForSequenceClassification,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertModel,
+)
 KINDS = [
     dict(routing=routing, shared_neurons=how, expert_layer_norm=norm, gate_scaling=scaling)
     for routing, how, norm, scaling in itertools.product(

@@ -86,8 +86,11 @@ def test_ways_to_split_have_marks_of_their_own(draw):
     frame = pd.DataFrame({"ranking": [*MARKERS], "accuracy": 0.5, "n_shared": 0, "fraction": 0.5})
     frame = frame.assign(order=frame["ranking"].map(orders), draw=0)
     ax = getattr(module, draw)(frame, **({"dense": 0.6} if draw == "after_conversion" else {}))
-    marks = {line.get_color(): line.get_marker() for line in ax.get_lines()[::-1]
-             if line.get_marker() in MARKERS.values()}  # fmt: skip
+    marks = {
+        line.get_color(): line.get_marker()
+        for line in ax.get_lines()[::-1]
+        if line.get_marker() in MARKERS.values()
+    }
     assert marks == {COLORS[name]: mark for name, mark in MARKERS.items()}
 
 

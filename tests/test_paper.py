@@ -40,11 +40,14 @@ def test_scores_of_a_task_are_the_printed_ones(task, bert, moebert):
 
 def test_all_figures_agree_on_the_default_configuration_within_the_papers_own_noise():
     default = [
-        paper.FIGURES["figure2a"][768], paper.FIGURES["figure2b"][4],
-        paper.FIGURES["figure2c"][512], paper.FIGURES["figure3a"]["importance"],
-        paper.FIGURES["figure3b"]["all"], paper.FIGURES["figure3c"]["hash-random"],
+        paper.FIGURES["figure2a"][768],
+        paper.FIGURES["figure2b"][4],
+        paper.FIGURES["figure2c"][512],
+        paper.FIGURES["figure3a"]["importance"],
+        paper.FIGURES["figure3b"]["all"],
+        paper.FIGURES["figure3c"]["hash-random"],
         sum(paper.moebert("mnli").values()) / 2,
-    ]  # fmt: skip
+    ]
     assert max(default) - min(default) <= 0.11
 
 

@@ -24,9 +24,12 @@ def closed():
 def timings():
     """Two rounds in two settings; the second round is twice as slow for all."""
     seconds = {"dense": 6.0, LIMIT: 2.0, MOE: 3.0}
-    rows = [(setting, name, repeat, length * (1 + repeat) * s)
-            for setting, length in (("1 x 64", 1), ("32 x 128", 10))
-            for repeat in range(2) for name, s in seconds.items()]  # fmt: skip
+    rows = [
+        (setting, name, repeat, length * (1 + repeat) * s)
+        for setting, length in (("1 x 64", 1), ("32 x 128", 10))
+        for repeat in range(2)
+        for name, s in seconds.items()
+    ]
     return pd.DataFrame(rows, columns=["setting", "variant", "repeat", "seconds"])
 
 
@@ -37,11 +40,14 @@ def record(timings, gpu="none", **more):
     return {
         "what": "inference" if gpu == "none" else "inference-cuda",
         "summary": bench.summary(timings).to_dict("records"),
-        "timings": timings.to_dict("records"), "targets": bench.judge(timings, WISHES),
+        "timings": timings.to_dict("records"),
+        "targets": bench.judge(timings, WISHES),
         "machine": {"cpu": "A processor", "cores": 2, "gpu": gpu},
-        "versions": {"torch": "2.13.0"}, "commit": "0123456789", "created": "2026-01-02T03:04",
+        "versions": {"torch": "2.13.0"},
+        "commit": "0123456789",
+        "created": "2026-01-02T03:04",
         **more,
-    }  # fmt: skip
+    }
 
 
 def dots(ax):
@@ -65,8 +71,13 @@ def test_settings_are_panels_and_codes_are_headings(timings):
     left, right = plots_bench.ratios(timings, against="dense").axes
     assert [ax.get_title(loc="left") for ax in (left, right)] == ["1 × 64", "32 × 128"]
     rows = [label.get_text() for label in left.get_yticklabels()]
-    assert rows == ["as transformers runs them", "dense BERT", "accelerated", "equal FLOPs",
-                    "MoEBERT, hash-random"]  # fmt: skip
+    assert rows == [
+        "as transformers runs them",
+        "dense BERT",
+        "accelerated",
+        "equal FLOPs",
+        "MoEBERT, hash-random",
+    ]
 
 
 def test_the_limit_is_a_line_across_the_rows_of_its_code_alone(timings):
@@ -92,12 +103,20 @@ def test_a_variant_that_a_setting_lacks_leaves_its_row_empty(timings):
 
 def test_a_page_says_of_each_benchmark_what_was_found_and_on_what(timings):
     fig = plots_bench.page({"inference": record(timings), "other": record(timings)})
-    said = ("MoEBERT, hash-random, accelerated, is 2.00 (1 × 64) and 2.00 (32 × 128) times as "
-            "fast as dense BERT; 1 of 2 targets met")  # fmt: skip
+    said = (
+        "MoEBERT, hash-random, accelerated, is 2.00 (1 × 64) and 2.00 (32 × 128) times as "
+        "fast as dense BERT; 1 of 2 targets met"
+    )
     assert finding(fig) == f"Inference: {said}. Other: {said}"
     below = [part.get_supxlabel() for part in fig.subfigs]
-    assert below == ["times as fast as dense BERT\nA processor, 2 cores, torch 2.13.0, commit "
-                     "0123456, 2026-01-02, no GPU was measured yet"] * 2  # fmt: skip
+    assert (
+        below
+        == [
+            "times as fast as dense BERT\nA processor, 2 cores, torch 2.13.0, commit "
+            "0123456, 2026-01-02, no GPU was measured yet"
+        ]
+        * 2
+    )
 
 
 def test_with_a_gpus_record_nothing_is_missing(timings):
@@ -139,8 +158,9 @@ def test_operations_are_a_line_through_the_largest_size(grown):
 
 def test_growth_is_told_from_the_first_to_the_last_size(grown):
     timings, table = grown
-    kept = record(pd.DataFrame({"setting": ["a"], "variant": ["dense"], "repeat": [0],
-                                "seconds": [1.0]}))  # fmt: skip
+    kept = record(
+        pd.DataFrame({"setting": ["a"], "variant": ["dense"], "repeat": [0], "seconds": [1.0]})
+    )
     kept |= {"timings": timings.to_dict("records"), "summary": table.to_dict("records")}
     said = "MoEBERT takes 4.0 times as long for 16 times the tokens"
     assert finding(plots_bench.growth(kept)) == said

@@ -11,8 +11,11 @@ from moebert_lib.plots_claims import forest
 
 def made(**arms):
     """Scores of arms given as points, seed by seed."""
-    rows = [(name.replace("_", " "), "library", seed, score / 100)
-            for name, scores in arms.items() for seed, score in enumerate(scores)]  # fmt: skip
+    rows = [
+        (name.replace("_", " "), "library", seed, score / 100)
+        for name, scores in arms.items()
+        for seed, score in enumerate(scores)
+    ]
     frame = pd.DataFrame(rows, columns=["arm", "task", "seed", "score"])
     return verdicts.compare(frame), claims.pairs(frame)
 

@@ -71,8 +71,12 @@ def test_ladder_joins_the_runs_of_each_seed_in_the_order_of_stages():
 
 
 def test_gaps_draw_the_paper_hollow_and_every_run_of_ours():
-    rows = [("RTE", 10.5, "paper"), ("SST-2", 0.1, "paper"), ("SST-2", -1.0, "here"),
-            ("SST-2", 2.0, "here")]  # fmt: skip
+    rows = [
+        ("RTE", 10.5, "paper"),
+        ("SST-2", 0.1, "paper"),
+        ("SST-2", -1.0, "here"),
+        ("SST-2", 2.0, "here"),
+    ]
     ax = drawn.gaps(pd.DataFrame(rows, columns=["task", "gap", "source"]))
     _, paper, here = ax.get_lines()
     assert list(paper.get_xdata()) == [10.5, 0.1] and paper.get_markerfacecolor() == "white"

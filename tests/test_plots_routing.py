@@ -67,10 +67,14 @@ def test_a_long_sentence_is_drawn_to_its_24th_token_and_counted_whole():
 
 
 RUNS = pd.DataFrame(
-    [("hash-random", 0, 0.80), ("gate-token, k = 2", 0, 0.85),
-     ("hash-random", 1, 0.70), ("gate-token, k = 2", 1, 0.65)],
+    [
+        ("hash-random", 0, 0.80),
+        ("gate-token, k = 2", 0, 0.85),
+        ("hash-random", 1, 0.70),
+        ("gate-token, k = 2", 1, 0.65),
+    ],
     columns=["name", "seed", "accuracy"],
-)  # fmt: skip
+)
 
 
 def test_routers_beyond_the_paper_are_a_line_for_each_seed_and_a_bar_at_each_mean():
@@ -82,7 +86,9 @@ def test_routers_beyond_the_paper_are_a_line_for_each_seed_and_a_bar_at_each_mea
     assert [bar[0][1] for bar in bars] == pytest.approx([75, 75])
     assert "90" in " ".join(str(np.round(line.get_ydata(), 9)) for line in ax.lines)
     assert [label.get_text() for label in ax.get_xticklabels()] == [
-        "hash-\nrandom", "gate-\ntoken\nk = 2"]  # fmt: skip
+        "hash-\nrandom",
+        "gate-\ntoken\nk = 2",
+    ]
 
 
 def test_hindsight_has_a_curve_and_a_point_for_each_model_and_router():
@@ -97,9 +103,11 @@ def test_hindsight_has_a_curve_and_a_point_for_each_model_and_router():
     left, right = drawn.hindsight(frame, "accuracy").axes
     curves = {line.get_label(): list(line.get_ydata()) for line in left.lines}
     assert curves == {
-        "converted, own router": [0, 0.1, 0.2], "converted, oracle": [1, 1.1, 1.2],
-        "trained, own router": [10, 10.1, 10.2], "trained, oracle": [11, 11.1, 11.2],
-    }  # fmt: skip
+        "converted, own router": [0, 0.1, 0.2],
+        "converted, oracle": [1, 1.1, 1.2],
+        "trained, own router": [10, 10.1, 10.2],
+        "trained, oracle": [11, 11.1, 11.2],
+    }
     points = [float(line.get_ydata()[0]) for line in right.lines if len(line.get_xdata()) == 1]
     assert points == pytest.approx([0, 10, 10, 20])
     assert [90, 90] in [list(np.round(line.get_ydata(), 9)) for line in right.lines]

@@ -25,8 +25,9 @@ def dashed(ax):
 
 
 def test_speed_draws_every_timing_from_zero_with_the_limit_as_a_line():
-    frame = timed(("dense", 0.5), ("dense", 0.25), ("equal FLOPs", 0.125),
-                  ("moebert gate-sentence", 0.2))  # fmt: skip
+    frame = timed(
+        ("dense", 0.5), ("dense", 0.25), ("equal FLOPs", 0.125), ("moebert gate-sentence", 0.2)
+    )
     ax = drawn.speed(frame, ratios={"moebert gate-sentence": 2.0})
     points = [list(line.get_xdata()) for line in ax.get_lines() if line.get_marker() == "o"]
     assert points == [[2, 4], [5]]
@@ -36,12 +37,22 @@ def test_speed_draws_every_timing_from_zero_with_the_limit_as_a_line():
 
 
 def test_each_code_has_a_limit_of_its_own_across_its_own_rows():
-    frame = timed(("dense", 1.0), ("equal FLOPs", 0.5), ("dense, accelerated", 0.5),
-                  ("equal FLOPs, accelerated", 0.25), ("half depth", 0.5))  # fmt: skip
+    frame = timed(
+        ("dense", 1.0),
+        ("equal FLOPs", 0.5),
+        ("dense, accelerated", 0.5),
+        ("equal FLOPs, accelerated", 0.25),
+        ("half depth", 0.5),
+    )
     ax = drawn.speed(frame)
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["as transformers runs them", "dense BERT", "half depth", "accelerated",
-                      "dense BERT"]  # fmt: skip
+    assert labels == [
+        "as transformers runs them",
+        "dense BERT",
+        "half depth",
+        "accelerated",
+        "dense BERT",
+    ]
     rows = list(ax.get_yticks())
     (first, *ordinary), (second, *accelerated) = dashed(ax)
     assert (first, second) == (2, 4)
@@ -51,10 +62,13 @@ def test_each_code_has_a_limit_of_its_own_across_its_own_rows():
 
 @pytest.mark.parametrize(
     "variant, parts",
-    [("dense", ("dense", "ordinary")), ("dense, bf16", ("dense", "bf16")),
-     ("half depth, accelerated, bf16", ("half depth", "accelerated, bf16")),
-     ("one backward, padded", ("one backward, padded", "ordinary"))],
-)  # fmt: skip
+    [
+        ("dense", ("dense", "ordinary")),
+        ("dense, bf16", ("dense", "bf16")),
+        ("half depth, accelerated, bf16", ("half depth", "accelerated, bf16")),
+        ("one backward, padded", ("one backward, padded", "ordinary")),
+    ],
+)
 def test_only_known_codes_are_split_off_a_variant(variant, parts):
     assert drawn.model_and_code(variant) == parts
 
@@ -74,7 +88,9 @@ def test_latency_has_a_panel_for_each_code_on_one_scale():
     frame = timed(("dense", 0.01), ("dense, accelerated", 0.002)).assign(tokens=8)
     left, right = drawn.latency(frame).axes
     assert [ax.get_title(loc="left") for ax in (left, right)] == [
-        "as transformers runs them", "accelerated"]  # fmt: skip
+        "as transformers runs them",
+        "accelerated",
+    ]
     assert left.get_ylim() == right.get_ylim()
     assert [list(ax.get_lines()[0].get_ydata()) for ax in (left, right)] == [[10], [2]]
 
@@ -96,9 +112,12 @@ def test_latency_names_each_model_beside_its_line_in_the_lines_colour():
 @pytest.fixture
 def roofed():
     """100 operations a second, 10 bytes a second: the bend is at 10 operations a byte."""
-    rows = [("dense", 16, 1.0, 40.0, 20.0), ("dense", 16, 2.0, 40.0, 20.0),
-            ("dense", 64, 2.0, 160.0, 8.0),
-            ("moebert hash-random", 16, 4.0, 40.0, 40.0)]  # fmt: skip
+    rows = [
+        ("dense", 16, 1.0, 40.0, 20.0),
+        ("dense", 16, 2.0, 40.0, 20.0),
+        ("dense", 64, 2.0, 160.0, 8.0),
+        ("moebert hash-random", 16, 4.0, 40.0, 40.0),
+    ]
     frame = pd.DataFrame(rows, columns=["variant", "tokens", "seconds", "flops", "bytes"])
     return drawn.roof(frame, flops=100.0, bandwidth=10.0)
 

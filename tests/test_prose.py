@@ -70,10 +70,15 @@ def test_every_link_leads_somewhere(path):
 
 @pytest.mark.parametrize(
     "text, said",
-    [("[a](gone.ipynb)", "no file"), ("[a](glossary.md#unicorn)", "no heading"),
-     ("[a](http://example.org)", "https"), ("[a](https://nowhere)", "https"),
-     ('<a href="gone.md">', "no file"), ("[a](01_importance.ipynb#the-deal)", "no heading")],
-)  # fmt: skip
+    [
+        ("[a](gone.ipynb)", "no file"),
+        ("[a](glossary.md#unicorn)", "no heading"),
+        ("[a](http://example.org)", "https"),
+        ("[a](https://nowhere)", "https"),
+        ('<a href="gone.md">', "no file"),
+        ("[a](01_importance.ipynb#the-deal)", "no heading"),
+    ],
+)
 def test_a_planted_broken_link_is_found(tmp_path, text, said):
     for near in (GLOSSARY, NOTEBOOKS[1]):
         (tmp_path / near.name).symlink_to(near)
@@ -105,8 +110,10 @@ def your_models(tmp_path, tiny_bert, monkeypatch) -> dict[str, Path]:
     BertForQuestionAnswering(BertConfig(**dense.config.to_dict())).save_pretrained(tmp_path / "qa")
     BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
     monkeypatch.chdir(tmp_path)
-    return {"path/to/your-fine-tuned-bert": tmp_path / "bert", "path/to/your-squad-bert":
-            tmp_path / "qa"}  # fmt: skip
+    return {
+        "path/to/your-fine-tuned-bert": tmp_path / "bert",
+        "path/to/your-squad-bert": tmp_path / "qa",
+    }
 
 
 def test_the_guides_code_runs_from_first_to_last_block(your_models, monkeypatch, capsys):

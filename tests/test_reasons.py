@@ -83,17 +83,21 @@ def test_what_is_stored_and_what_never_ran_are_said_in_two_words():
         (less("settings", "n_experts"), "setting removed: n_experts"),
         (but(parameters={"layers": [2]}), "new value: layers=[2] (nearest run has layers=[0, 1])"),
         (but(settings={"seed": False}), "new value: seed=False (nearest run has seed=0)"),
-        (but(settings=None, parameters={"layers": []}),
-         "new value: layers=[] (nearest run has layers=[0, 1]); settings changed"),
-        (but(settings={"model": "y"}, inputs={"model": "m1"}),
-         "new value: model=y (nearest run has model=x)"),
+        (
+            but(settings=None, parameters={"layers": []}),
+            "new value: layers=[] (nearest run has layers=[0, 1]); settings changed",
+        ),
+        (
+            but(settings={"model": "y"}, inputs={"model": "m1"}),
+            "new value: model=y (nearest run has model=x)",
+        ),
         (but(cells="digest"), "notebook code changed"),
         (but(code="digest"), "library changed"),
         (but(future=1), "future changed"),
         (but(versions=[]), "versions changed"),
         (but(inputs=None), "inputs changed"),
     ],
-)  # fmt: skip
+)
 def test_each_reason_is_named(key, said):
     assert why(key, entries(KEY)) == said
 
@@ -105,8 +109,13 @@ def test_one_cell_among_hundreds_that_are_alike_is_found():
 
 def test_several_reasons_are_joined_and_told_one_a_line():
     key = but(cells=["X"], code={"train": "9"}, versions={"torch": "3"}, inputs={"model": "m1"})
-    said = ["code cell 1 changed", "code cells 2, 3 and 4 removed", "library changed: train",
-            "torch 2.12.0 -> 3", "weights changed"]  # fmt: skip
+    said = [
+        "code cell 1 changed",
+        "code cells 2, 3 and 4 removed",
+        "library changed: train",
+        "torch 2.12.0 -> 3",
+        "weights changed",
+    ]
     assert why(key, entries(KEY)) == "; ".join(said)
     split = [f"code cell {number} removed" for number in (2, 3, 4)]
     assert details(key, entries(KEY)) == [said[0], *split, *said[2:]]
@@ -239,8 +248,10 @@ def test_the_nearest_is_the_first_of_all_in_the_documented_order(key, stored):
 @given(st.lists(st.sampled_from("abcdef"), max_size=9), st.lists(st.sampled_from("abcdef")))
 def test_cells_named_lead_from_the_old_notebook_to_the_new(old, new):
     differences = compare(but(cells=new), entries(but(cells=old))).differences
-    named = {kind: [int(one.name) - 1 for one in differences if one.kind == f"cell {kind}"]
-             for kind in ("changed", "added", "removed")}  # fmt: skip
+    named = {
+        kind: [int(one.name) - 1 for one in differences if one.kind == f"cell {kind}"]
+        for kind in ("changed", "added", "removed")
+    }
     kept = [cell for n, cell in enumerate(old) if n not in named["removed"]]
     for n in named["added"]:
         kept.insert(n, new[n])

@@ -11,9 +11,9 @@ from shipping import made, saved_bert
 
 from moebert_lib import receipt, ship
 from moebert_lib.convert import to_moebert
+from moebert_lib.errors import UserError
 from moebert_lib.moe_layer import Experts, moe_layers
 from moebert_lib.provenance import file_digest
-from moebert_lib.settings import UserError
 
 
 @pytest.fixture
@@ -26,8 +26,13 @@ def shipped(tmp_path, tiny_bert, tiny_batch):
 
 def checked(one, folder, **changes):
     """The receipt's rows for a model of which something may be another."""
-    parts = {"dense": one.dense, "scores": one.scores, "untrained": one.untrained,
-             "model": one.model, **changes}  # fmt: skip
+    parts = {
+        "dense": one.dense,
+        "scores": one.scores,
+        "untrained": one.untrained,
+        "model": one.model,
+        **changes,
+    }
     return receipt.checked(*parts.values(), folder, one.batch)
 
 
@@ -175,8 +180,12 @@ def test_a_file_that_is_not_in_the_receipt_is_refused_unless_hidden(shipped):
         (folder / name).unlink()
 
 
-METRIC = {"metric": "accuracy", "dense": [0.9, 0.86, 0.93], "moebert": [0.875, 0.83, 0.91],
-          "difference": [-0.025, -0.05, 0.0]}  # fmt: skip
+METRIC = {
+    "metric": "accuracy",
+    "dense": [0.9, 0.86, 0.93],
+    "moebert": [0.875, 0.83, 0.91],
+    "difference": [-0.025, -0.05, 0.0],
+}
 
 
 def test_a_card_with_other_metrics_or_checks_than_the_receipt_is_refused(shipped):
@@ -186,9 +195,13 @@ def test_a_card_with_other_metrics_or_checks_than_the_receipt_is_refused(shipped
     assert receipt.verify(folder)["metrics"] == [METRIC]
     card = (folder / "README.md").read_text()
     for here, there in (
-        ("87.5 (83.0", "97.5 (83.0"), ("On 400 ", "On 40,000 "), ("value: 0.875", "value: 0.975"),
-        ("type: accuracy", "type: f1"), ("| holds |", "| **FAILS** |"), ("\nmodel-index:", "\nx:"),
-    ):  # fmt: skip
+        ("87.5 (83.0", "97.5 (83.0"),
+        ("On 400 ", "On 40,000 "),
+        ("value: 0.875", "value: 0.975"),
+        ("type: accuracy", "type: f1"),
+        ("| holds |", "| **FAILS** |"),
+        ("\nmodel-index:", "\nx:"),
+    ):
         assert here in card
         (folder / "README.md").write_text(card.replace(here, there, 1))
         with pytest.raises(UserError, match="shows other checks or metrics than the receipt"):

@@ -21,7 +21,8 @@ from moebert_lib import (
     results,
     teachers,
 )
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import Settings
 from moebert_lib.store import Store
 
 
@@ -174,25 +175,38 @@ def test_a_workbook_is_drawn_and_every_file_that_differs_is_named(workbook, tmp_
     (figures / "bench").mkdir()
     (figures / "bench" / "inference.json").write_text("{}")
     assert redraw.check(workbook) == [
-        "figure0.csv: other bytes", "follows/row.json: missing from figures/",
+        "figure0.csv: other bytes",
+        "follows/row.json: missing from figures/",
         "old.png: nothing draws it",
-    ]  # fmt: skip
+    ]
 
 
 def test_provenance_of_what_is_drawn_is_the_same_on_any_machine(workbook, tmp_path, monkeypatch):
     first = (redraw.draw(workbook) / "provenance.json").read_text()
     monkeypatch.setattr(provenance, "versions", lambda: {"python": "3.99"})
-    monkeypatch.setenv("MOEBERT_HOME", str(fixture_home.make(tmp_path / "other", {
-        "00_the_idea": "plain", "01_importance": "settings",
-    })))  # fmt: skip
+    monkeypatch.setenv(
+        "MOEBERT_HOME",
+        str(
+            fixture_home.make(
+                tmp_path / "other",
+                {
+                    "00_the_idea": "plain",
+                    "01_importance": "settings",
+                },
+            )
+        ),
+    )
     assert (redraw.draw(workbook) / "provenance.json").read_text() == first
     assert "machine" not in first and '"rows.parquet"' in first
 
 
-@pytest.mark.parametrize(("argv", "told"), [
-    (["--check"], "--check compares what --from draws; give both"),
-    (["--from", "nowhere"], "no rows.parquet in"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--check"], "--check compares what --from draws; give both"),
+        (["--from", "nowhere"], "no rows.parquet in"),
+    ],
+)
 def test_a_report_that_cannot_be_drawn_is_refused_in_one_line(argv, told, moebert_home, capsys):
     assert cli.main(["report", *argv]) == 2
     said = capsys.readouterr()

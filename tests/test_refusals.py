@@ -10,6 +10,7 @@ import pytest
 from checkout import NOTEBOOKS
 
 from moebert_lib import cli
+from moebert_lib.errors import CHECKOUT
 
 SST2 = ["--scale", "small", "-p", "task=sst2"]
 
@@ -32,14 +33,18 @@ REFUSED = {
     "one good and one bad notebook": (["run", "01", "routin"], "did you mean '05_routing'?"),
     # kinds of value that look right
     "scale in a list": (["run", "01", "-p", "scale=[quick]"], "did you mean 'quick'?"),
-    "task in a list": (["importance", "--scale", "paper", "-p", "task=[1]", "--out", "x"],
-                       "task=[1]"),
+    "task in a list": (
+        ["importance", "--scale", "paper", "-p", "task=[1]", "--out", "x"],
+        "task=[1]",
+    ),
     "true for a number": (["run", "01", "-p", "epochs=true"], "values of a switch only"),
     # model
     "hub model at an offline scale": (["run", "01", "-p", "model=bert-base-uncased"], "is offline"),
     "model folder not there": (["run", "01", "-p", "model=/no/bert"], "no folder '/no/bert'"),
-    "no expert": (["convert", "m", "--n-experts", "0", "--importance", "f", "--out", "o"],
-                  "expected at least 1"),
+    "no expert": (
+        ["convert", "m", "--n-experts", "0", "--importance", "f", "--out", "o"],
+        "expected at least 1",
+    ),
     # scale
     "misspelt scale": (["run", "--scale", "qiuck"], "unknown scale 'qiuck'; did you mean 'quick'?"),
     "empty scale": (["run", "--scale", ""], "choose from smoke, quick, small, paper"),
@@ -68,8 +73,10 @@ REFUSED = {
     "misspelt choice": (["run", "-p", "routing=hash-randm"], "did you mean 'hash-random'?"),
     "misspelt ranking": (["run", "-p", "ranking=inverted"], "did you mean 'inverse'?"),
     # sizes
-    "experts too large": (["run", "-p", "expert_size=800", "-p", "n_shared=0"],
-                          "largest expert_size that fits is 384"),
+    "experts too large": (
+        ["run", "-p", "expert_size=800", "-p", "n_shared=0"],
+        "largest expert_size that fits is 384",
+    ),
     "more shared than there are": (["run", "-p", "n_shared=500"], "largest n_shared is 384"),
     "too many experts": (["run", "-p", "n_experts=11", "-p", "expert_size=384"], "fits is"),
     # tasks and data
@@ -78,8 +85,10 @@ REFUSED = {
     "GLUE offline without data": (["run", "-p", "task=sst2"], "data"),
     "data folder not there": (["run", *SST2, "--data-dir", "{tmp}/none"], "none"),
     "data folder empty": (["run", *SST2, "--data-dir", "{tmp}/empty"], "no folder 'sst2'"),
-    "task not in the folder": (["run", "--scale", "small", "-p", "task=rte", "--data-dir",
-                                "{tmp}/glue"], "rte"),
+    "task not in the folder": (
+        ["run", "--scale", "small", "-p", "task=rte", "--data-dir", "{tmp}/glue"],
+        "rte",
+    ),
     "wrong columns": (["run", *SST2, "--data-dir", "{tmp}/glue"], "sentence"),
     # sweep
     "grid not there": (["sweep", "none.yaml"], "no file none.yaml"),
@@ -95,18 +104,26 @@ REFUSED = {
     "importance without a file": (["importance", "--task", "library"], "required: --out"),
     "importance of no task": (["importance", "--task", "libary", "--out", "x"], "'library'?"),
     "importance to no folder": (["importance", "--out", "{tmp}/no/x"], "no folder"),
-    "importance with a misspelt setting": (["importance", "--out", "x", "-p", "epoch=1"],
-                                           "did you mean 'epochs'?"),
+    "importance with a misspelt setting": (
+        ["importance", "--out", "x", "-p", "epoch=1"],
+        "did you mean 'epochs'?",
+    ),
     "convert without scores": (["convert", "m", "--importance", "no", "--out", "o"], "no file no"),
-    "convert over a folder": (["convert", "m", "--importance", "{tmp}/typo.yaml", "--out",
-                               "{tmp}/glue"], "is there already"),
-    "convert with a misspelt router": (["convert", "m", "--importance", "x", "--out", "o",
-                                        "--routing", "gate-tokn"], "did you mean 'gate-token'?"),
-    "convert with a word for a number": (["convert", "m", "--importance", "x", "--out", "o",
-                                          "--n-experts", "four"], "invalid int value: 'four'"),
+    "convert over a folder": (
+        ["convert", "m", "--importance", "{tmp}/typo.yaml", "--out", "{tmp}/glue"],
+        "is there already",
+    ),
+    "convert with a misspelt router": (
+        ["convert", "m", "--importance", "x", "--out", "o", "--routing", "gate-tokn"],
+        "did you mean 'gate-token'?",
+    ),
+    "convert with a word for a number": (
+        ["convert", "m", "--importance", "x", "--out", "o", "--n-experts", "four"],
+        "invalid int value: 'four'",
+    ),
     "bench of nothing known": (["bench", "inferense"], "inference"),
     "bench of no sentences": (["bench", "--batch", "0"], "at least 1"),
-}  # fmt: skip
+}
 
 #: Asked of the workbook's own notebooks.
 REFUSED_KNOBS = {
@@ -139,7 +156,7 @@ REFUSED_KNOBS = {
     "toy of no expert": ("00", "n_experts=0", "n_experts=0: expected at least 1"),
     "toy of empty experts": ("00", "expert_size=0", "expected at least 1"),
     "toy sharing less than nothing": ("00", "n_shared=-1", "expected at least 0"),
-}  # fmt: skip
+}
 
 GRIDS = {
     "typo": "seed: [0, 1]\n",
@@ -205,7 +222,7 @@ def test_there_are_at_least_25_of_them():
 @pytest.mark.parametrize("name", ["misspelt command", "misspelt parameter", "misspelt scale"])
 def test_the_command_itself_ends_with_status_2_and_no_traceback(place, name):
     argv, said = REFUSED[name]
-    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(CHECKOUT)}
     command = [sys.executable, "-m", "moebert_lib", *argv]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and said in done.stderr

@@ -48,9 +48,14 @@ def case(tiny_bert, tiny_batch):
 def converted(dense, routing, **changes):
     frequencies = torch.arange(99) % 7
     return to_moebert(
-        dense, RANKING, routing=routing, token_frequencies=frequencies, seed=2,
-        **SIZES, **{**OPTIONS, **changes},
-    )  # fmt: skip
+        dense,
+        RANKING,
+        routing=routing,
+        token_frequencies=frequencies,
+        seed=2,
+        **SIZES,
+        **{**OPTIONS, **changes},
+    )
 
 
 def released(dense, routing, student):
@@ -146,9 +151,12 @@ def test_the_objective_and_its_gradients_are_the_releases(case, tmp_path, routin
     dense, batch = case(task)
     student, reference = trained(dense, batch, routing)
     trainer = DistillationTrainer(
-        student, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), teacher=dense,
-        weight=LAMBDA, padding_in_loss=RELEASE["padding_in_loss"],
-    )  # fmt: skip
+        student,
+        TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]),
+        teacher=dense,
+        weight=LAMBDA,
+        padding_in_loss=RELEASE["padding_in_loss"],
+    )
     loss = trainer.compute_loss(student, batch)
     expected, teacher = reference(**batch), dense(**batch, output_hidden_states=True)
     distill = hidden_loss(expected.states, teacher.hidden_states)

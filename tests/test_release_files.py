@@ -13,15 +13,33 @@ import pytest
 import torch
 
 from moebert_lib import cli, paper, plots_release, release, stability
+from moebert_lib.errors import UserError
 from moebert_lib.importance import Importance
-from moebert_lib.settings import UserError
 
 #: Importance that the top 512 and the kept 1536 neurons hold in the released files, and the
 #: overlap of the top 512 between tasks, as counted once by other code.
-TOP = {"rte": 0.515, "cola": 0.442, "mrpc": 0.475, "sst2": 0.430, "qnli": 0.413, "qqp": 0.398,
-       "mnli": 0.412, "squad": 0.463, "squad_v2": 0.447}  # fmt: skip
-KEPT = {"rte": 0.792, "cola": 0.762, "mrpc": 0.776, "sst2": 0.760, "qnli": 0.741, "qqp": 0.727,
-        "mnli": 0.739, "squad": 0.773, "squad_v2": 0.765}  # fmt: skip
+TOP = {
+    "rte": 0.515,
+    "cola": 0.442,
+    "mrpc": 0.475,
+    "sst2": 0.430,
+    "qnli": 0.413,
+    "qqp": 0.398,
+    "mnli": 0.412,
+    "squad": 0.463,
+    "squad_v2": 0.447,
+}
+KEPT = {
+    "rte": 0.792,
+    "cola": 0.762,
+    "mrpc": 0.776,
+    "sst2": 0.760,
+    "qnli": 0.741,
+    "qqp": 0.727,
+    "mnli": 0.739,
+    "squad": 0.773,
+    "squad_v2": 0.765,
+}
 
 
 def content(scores):
@@ -193,7 +211,7 @@ WRONG = {
     "a neuron twice": ({"importance": ROWS, "idx": [[0, 0], [1, 0]]}, "each of the 2 neurons"),
     "a neuron beyond": ({"importance": ROWS, "idx": [[0, 2], [1, 0]]}, "each of the 2 neurons"),
     "only zeros": ({"importance": [[0.0, 0.0], ROWS[1]], "idx": IDX}, "no score above zero"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -267,12 +285,17 @@ def test_the_command_converts_a_file_that_convert_accepts(tmp_path, tiny_bert, r
 
     scores = Importance.load(out)
     model = to_moebert(tiny_bert(), scores)
-    assert all((scores.ranking[layer, :10] == one.neurons[:, :10]).all()
-               for layer, one in enumerate(moe_layers(model)))  # fmt: skip
+    assert all(
+        (scores.ranking[layer, :10] == one.neurons[:, :10]).all()
+        for layer, one in enumerate(moe_layers(model))
+    )
 
 
-@pytest.mark.parametrize("option", [["--task", "rte"], ["--scale", "smoke"], ["-p", "seed=1"],
-                                    ["--data-dir", "x"]], ids=lambda option: option[0])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [["--task", "rte"], ["--scale", "smoke"], ["-p", "seed=1"], ["--data-dir", "x"]],
+    ids=lambda option: option[0],
+)
 def test_import_takes_no_option_of_scoring(option, tmp_path, scores, capsys):
     path = write(tmp_path / "x.pkl", content(scores))
     args = ["importance", "--import", str(path), "--out", str(tmp_path / "out"), *option]

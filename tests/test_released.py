@@ -11,9 +11,15 @@ TINY = bench.TINY_SHAPE
 
 
 def moebert(routing="hash-random", **more):
-    config = MoEBertConfig(**TINY, expert_size=16, n_shared=8, routing=routing,
-                           hidden_dropout_prob=0, attention_probs_dropout_prob=0,
-                           **more)  # fmt: skip
+    config = MoEBertConfig(
+        **TINY,
+        expert_size=16,
+        n_shared=8,
+        routing=routing,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+        **more,
+    )
     torch.manual_seed(3)
     model = MoEBertForSequenceClassification(config).double()
     with torch.no_grad():  # at first all LayerNorms are equal, and no mistake would show
@@ -22,14 +28,19 @@ def moebert(routing="hash-random", **more):
     return model
 
 
-@pytest.mark.parametrize("more", [{}, {"gate_scaling": "outside"}, {"shared_neurons": "tied"},
-                                  {"expert_layer_norm": "shared"}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"gate_scaling": "outside"}, {"shared_neurons": "tied"}, {"expert_layer_norm": "shared"}],
+    ids=str,
+)
 @pytest.mark.parametrize("routing", ["hash-random", "gate-token", "gate-sentence"])
 def test_it_answers_as_the_model_it_was_made_from(routing, more):
     model, inputs = moebert(routing, **more), glue_like(99, n=5, longest=9)
     labels = torch.tensor([0, 1, 1, 0, 1])
-    found, wanted = (m(**inputs, labels=labels, output_hidden_states=True)
-                     for m in (released.as_released(model), model))  # fmt: skip
+    found, wanted = (
+        m(**inputs, labels=labels, output_hidden_states=True)
+        for m in (released.as_released(model), model)
+    )
     assert torch.allclose(found.logits, wanted.logits, rtol=0, atol=1e-12)
     assert torch.allclose(found.loss, wanted.loss, rtol=0, atol=1e-12)
     for own, other in zip(found.hidden_states, wanted.hidden_states, strict=True):
@@ -43,9 +54,11 @@ def test_its_gradients_are_those_of_the_model():
         m(**inputs).logits.square().sum().backward()
     layer, own = model.bert.encoder.layer[0].output, copy.bert.encoder.layer[0].output
     for expert, module in enumerate(own.experts):
-        pairs = [(module.fc1.weight.grad, layer.experts.up_proj.grad[expert]),
-                 (module.fc2.bias.grad, layer.experts.down_proj_bias.grad[expert]),
-                 (module.LayerNorm.weight.grad, layer.LayerNorm.weight.grad[expert])]  # fmt: skip
+        pairs = [
+            (module.fc1.weight.grad, layer.experts.up_proj.grad[expert]),
+            (module.fc2.bias.grad, layer.experts.down_proj_bias.grad[expert]),
+            (module.LayerNorm.weight.grad, layer.LayerNorm.weight.grad[expert]),
+        ]
         assert all(torch.allclose(a, b, rtol=0, atol=1e-10) and b.abs().sum() for a, b in pairs)
 
 

@@ -12,7 +12,8 @@ import pytest
 from checkout import NOTEBOOKS
 
 from moebert_lib import pages, publish, report
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import Settings
 from moebert_lib.store import Store
 
 DOT = bytes.fromhex(
@@ -93,15 +94,22 @@ def test_every_figure_is_embedded_with_caption_and_alternative_text(page):
 def test_every_figure_of_the_workbook_has_a_caption_from_before_its_cell(path):
     node = json.loads(path.read_text())
     sources = ["".join(cell["source"]) for cell in node["cells"]]
-    names = set(re.findall(r"[\"'](\d\d_\w+|figure\d\w?)[\"']", "\n".join(
-        source for source in sources if "plots.save(" in source or "draw(" in source)))  # fmt: skip
+    names = set(
+        re.findall(
+            r"[\"'](\d\d_\w+|figure\d\w?)[\"']",
+            "\n".join(source for source in sources if "plots.save(" in source or "draw(" in source),
+        )
+    )
     assert names
     for name in names:
         words = re.sub(r"<(math|a) .*?</\1>|<[^>]*>", "\0", report._caption(name, node), flags=re.S)
         longest = max(map(unescape, words.split("\0")), key=len).strip()
         assert len(longest) > 20, name
-        said = next(i for i, source in enumerate(sources) if longest in re.sub(r"\n", " ", source)
-                    or longest in source)  # fmt: skip
+        said = next(
+            i
+            for i, source in enumerate(sources)
+            if longest in re.sub(r"\n", " ", source) or longest in source
+        )
         assert said < max(i for i, source in enumerate(sources) if f'"{name}"' in source), name
 
 

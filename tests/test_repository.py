@@ -162,7 +162,7 @@ def test_loopback_stays_open():
 
 
 def test_tests_write_outside_the_checkout():
-    from moebert_lib.settings import home
+    from moebert_lib.errors import home
 
     assert ROOT not in (home(), *home().parents)
     assert Path(os.environ["HF_HOME"]).is_relative_to(home().parent)

@@ -69,8 +69,9 @@ def test_experts_count_where_a_token_visits_them():
 
 def test_bfloat16_moves_half_of_the_bytes():
     model, inputs = bench.models(TINY, only=("dense",))["dense"], zipf(VOCAB, n=2, length=8)
-    full, half = (roofline.work(accelerate(model, dtype=dtype), inputs)
-                  for dtype in (None, torch.bfloat16))  # fmt: skip
+    full, half = (
+        roofline.work(accelerate(model, dtype=dtype), inputs) for dtype in (None, torch.bfloat16)
+    )
     head = 4 * (32 * 32 + 32 * 2)  # stays in the model's own dtype
     assert full.flops == half.flops and full.bytes - head == 2 * (half.bytes - head)
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)

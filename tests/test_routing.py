@@ -65,8 +65,9 @@ def test_zipf_tokens_are_better_balanced_than_at_random():
     frequencies = (100_000 / torch.arange(1, 5001)).long()
     spread = {}
     for name, router in {
-        "balance": BalancedHash(frequencies, 4), "random": RandomHash(5000, 4)
-    }.items():  # fmt: skip
+        "balance": BalancedHash(frequencies, 4),
+        "random": RandomHash(5000, 4),
+    }.items():
         load = torch.zeros(4).index_add_(0, router.tid2eid[:, 0], frequencies.float())
         spread[name] = float(load.max() / load.min())
     assert spread["balance"] < 1.01 < spread["random"]

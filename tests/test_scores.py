@@ -27,8 +27,10 @@ def unpadded(batch):
     """One example at a time, without its padding."""
     for i in range(len(batch["input_ids"])):
         real = batch["attention_mask"][i].bool()
-        one = {name: value[i : i + 1] if value.dim() == 1 else value[i : i + 1, real]
-               for name, value in batch.items()}  # fmt: skip
+        one = {
+            name: value[i : i + 1] if value.dim() == 1 else value[i : i + 1, real]
+            for name, value in batch.items()
+        }
         yield {**one, "position_ids": real.nonzero().T}
 
 
@@ -86,8 +88,9 @@ def test_activations_need_no_labels_and_count_every_token_of_any_mask(kind, tiny
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     bare.pop("attention_mask")
     full = {**bare, "attention_mask": torch.ones_like(bare["input_ids"])}
-    assert torch.equal(ffn_scores(tiny_bert(), [bare], kind).scores,
-                       ffn_scores(tiny_bert(), [full], kind).scores)  # fmt: skip
+    assert torch.equal(
+        ffn_scores(tiny_bert(), [bare], kind).scores, ffn_scores(tiny_bert(), [full], kind).scores
+    )
 
 
 def test_a_span_heads_padding_excites_nobody(tiny_bert, tiny_batch):
@@ -201,12 +204,16 @@ def test_the_model_is_left_as_it_was(tiny_bert, tiny_batch):
     assert all(torch.equal(first[kind].scores, again[kind].scores) for kind in SCORES)
 
 
-@pytest.mark.parametrize(("kind", "batches", "message"), [
-    ("fischer", [], "unknown score 'fischer'; did you mean 'fisher'?"),
-    ("magic", [], "unknown score 'magic'; choose from importance, taylor"),
-    ("taylor", [], "no batches"), ("wanda", [], "no batches"),
-    ("fisher", [{"input_ids": torch.ones(1, 3).long()}], "needs labels"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "batches", "message"),
+    [
+        ("fischer", [], "unknown score 'fischer'; did you mean 'fisher'?"),
+        ("magic", [], "unknown score 'magic'; choose from importance, taylor"),
+        ("taylor", [], "no batches"),
+        ("wanda", [], "no batches"),
+        ("fisher", [{"input_ids": torch.ones(1, 3).long()}], "needs labels"),
+    ],
+)
 def test_what_cannot_be_scored_is_refused(kind, batches, message, tiny_bert):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         ffn_scores(tiny_bert(), batches, kind)

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
+from moebert_lib.errors import UserError, nearest
 from moebert_lib.scales import MINILM, RELEASE, SCALES
-from moebert_lib.settings import Settings, UserError, nearest
+from moebert_lib.settings import Settings
 from moebert_lib.sizes import check_sizes
 
 

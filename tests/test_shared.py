@@ -12,10 +12,9 @@ from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 from hostile import HOSTILE
 
-from moebert_lib import store
 from moebert_lib.disk import DAY
+from moebert_lib.errors import CHECKOUT, UserError
 from moebert_lib.provenance import checksums
-from moebert_lib.settings import UserError
 from moebert_lib.shared import Shared
 from moebert_lib.store import Store
 
@@ -237,14 +236,16 @@ def test_machines_that_want_the_same_entry_build_it_once(tmp_path):
         "entry = Store(sys.argv[1], shared=sys.argv[2]).make('unit', {}, build)\n"
         "assert entry.row == {'score': 1}\n"
     )
-    env = {"PYTHONPATH": str(Path(store.__file__).parents[1])}
+    env = {"PYTHONPATH": str(CHECKOUT)}
     both = [
         subprocess.Popen(
             [sys.executable, str(script), str(tmp_path / root), str(tmp_path / "mirror")],
-            env=env, cwd=tmp_path, stdout=subprocess.DEVNULL,
+            env=env,
+            cwd=tmp_path,
+            stdout=subprocess.DEVNULL,
         )
         for root in ("one", "other")
-    ]  # fmt: skip
+    ]
     assert [process.wait(120) for process in both] == [0, 0]
     assert (tmp_path / "log").read_text() == "built\n"
     mirror = Shared(str(tmp_path / "mirror"))

@@ -16,8 +16,9 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from moebert_lib import cli, experiment, receipt, ship
+from moebert_lib.errors import UserError
 from moebert_lib.provenance import checksums
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 
 SMOKE = ["--task", "library", "--scale", "smoke"]
 
@@ -49,8 +50,15 @@ def test_a_bert_becomes_a_folder_that_holds_all_and_says_what_it_is(teacher, tmp
     out = capsys.readouterr().out
     assert "student: step" in out and "receipt: 11 of 11 checks hold" in out
     names = {path.name for path in (tmp_path / "moe").iterdir()}
-    assert names == {"README.md", "config.json", "importance.safetensors", "model.safetensors",
-                     "receipt.json", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert names == {
+        "README.md",
+        "config.json",
+        "importance.safetensors",
+        "model.safetensors",
+        "receipt.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert not [path for path in tmp_path.iterdir() if path.name != "moe"]
 
 
@@ -59,8 +67,10 @@ def test_its_metrics_are_those_of_a_plain_loop(teacher):
     one = ship.from_task(str(teacher.entry.folder), settings)
     (row,), bundle = one.told["metrics"], experiment.dataset(settings)
     for name, model in (("dense", one.dense), ("moebert", one.model)):
-        said = [int(model(torch.tensor([ids])).logits.argmax())
-                for ids in bundle.validation["input_ids"]]  # fmt: skip
+        said = [
+            int(model(torch.tensor([ids])).logits.argmax())
+            for ids in bundle.validation["input_ids"]
+        ]
         assert row[name][0] == accuracy_score(bundle.truths(), said)
         assert row[name][1] <= row[name][0] <= row[name][2]
     assert row["difference"][0] == row["moebert"][0] - row["dense"][0]
@@ -72,9 +82,14 @@ def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monke
     truths = experiment.dataset(Settings.at("smoke")).truths()
     wrong = [(label + 1) % 6 for label in truths]
     few = [*truths[:12], *wrong[12:]]  # a quarter right
-    monkeypatch.setattr(ship, "judge", lambda settings, model: (
-        {}, np.array(few if hasattr(model.config, "n_experts") else truths)
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        ship,
+        "judge",
+        lambda settings, model: (
+            {},
+            np.array(few if hasattr(model.config, "n_experts") else truths),
+        ),
+    )
     words = ("-p", "seed=5", "--untrained", "--out", "moe")
     assert convert(teacher.entry.folder, *SMOKE, *words) == 0
     assert "accuracy 25.0, dense 100.0, on 48 validation examples" in capsys.readouterr().out
@@ -91,8 +106,9 @@ def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monke
 def test_the_stages_key_holds_all_code_but_that_which_writes_the_folder(teacher, monkeypatch):
     code = "import sys, moebert_lib.ship; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    loaded = {name.partition(".")[2] for name in done.stdout.split()
-              if name.startswith("moebert_lib.")}  # fmt: skip
+    loaded = {
+        name.partition(".")[2] for name in done.stdout.split() if name.startswith("moebert_lib.")
+    }
     asked = []
     monkeypatch.setattr(ship, "code_digest", lambda *names: asked.append(names) or "x")
     ship.from_task(str(teacher.entry.folder), Settings.at("smoke"), train=False)
@@ -113,8 +129,10 @@ def test_two_experts_a_token_are_shipped_as_two(tmp_path, capsys):
 def test_training_moves_the_experts_and_untrained_leaves_them(teacher):
     folder, settings = str(teacher.entry.folder), Settings.at("smoke", n_experts=2)
     trained, plain = (ship.from_task(folder, settings, train=train) for train in (True, False))
-    same = [torch.equal(a, b) for a, b in
-            zip(plain.model.parameters(), plain.untrained.parameters(), strict=True)]  # fmt: skip
+    same = [
+        torch.equal(a, b)
+        for a, b in zip(plain.model.parameters(), plain.untrained.parameters(), strict=True)
+    ]
     assert all(same) and plain.told["steps"] is None
     moved = zip(trained.model.parameters(), trained.untrained.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in moved if a.shape[0] == 2)
@@ -213,8 +231,11 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(tmp_path,
 
 def test_a_check_that_fails_is_said_with_status_1(monkeypatch, capsys):
     usual = receipt.checked
-    monkeypatch.setattr(receipt, "checked", lambda *args: [
-        {**row, "holds": row["claim"][:3] != "one"} for row in usual(*args)])  # fmt: skip
+    monkeypatch.setattr(
+        receipt,
+        "checked",
+        lambda *args: [{**row, "holds": row["claim"][:3] != "one"} for row in usual(*args)],
+    )
     assert convert(*SMOKE, "--out", "moe") == 1
     assert "10 of 11 checks hold; FAILS: one full-width expert" in capsys.readouterr().out
 

@@ -16,7 +16,7 @@ from checkout import LIBRARY, NOTEBOOKS, ROOT
 from PIL import Image
 
 from moebert_lib import batch, publish, site, site_reference
-from moebert_lib.settings import UserError
+from moebert_lib.errors import UserError
 
 FIGURES = "smoke-library"
 
@@ -124,10 +124,13 @@ def test_all_links_between_pages_lead_somewhere(made, pages):
 
 @pytest.mark.parametrize(
     "body, said",
-    [('<img src="gone.png" alt="a">', ["status 404", "not loaded"]),
-     ('<script src="http://cdn.invalid/x.js"></script>', ["another host: http://cdn.invalid"]),
-     ('<img src="there.png" alt=" ">', ["no alt"]), ('<script>lost()</script>', ["uncaught"])],
-)  # fmt: skip
+    [
+        ('<img src="gone.png" alt="a">', ["status 404", "not loaded"]),
+        ('<script src="http://cdn.invalid/x.js"></script>', ["another host: http://cdn.invalid"]),
+        ('<img src="there.png" alt=" ">', ["no alt"]),
+        ("<script>lost()</script>", ["uncaught"]),
+    ],
+)
 def test_planted_faults_are_found(tmp_path, serve, page, watch, body, said):
     Image.new("RGB", (2, 2)).save(tmp_path / "there.png")
     (tmp_path / "favicon.ico").touch()
@@ -183,8 +186,12 @@ def test_alt_texts_are_the_figures_findings(home, pages):
 def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home, pages, path):
     folders = home / "figures", home / "figures" / FIGURES
     known = [(folder, publish.read_provenance(folder)) for folder in folders]
-    drawn = [folder / name for folder, files in known for name, about in files.items()
-             if about["notebook"] == path.stem and name.endswith(".png")]  # fmt: skip
+    drawn = [
+        folder / name
+        for folder, files in known
+        for name, about in files.items()
+        if about["notebook"] == path.stem and name.endswith(".png")
+    ]
     shown = [tag["alt"] for tag in pages[f"notebooks/{path.stem}.html"].select("article img")]
     assert drawn and sorted(shown) == sorted(Image.open(png).text["Title"] for png in drawn)
 
@@ -196,8 +203,12 @@ def test_every_figure_and_table_is_offered_with_its_files(home, pages):
 
 
 def test_every_public_name_has_an_entry(pages):
-    ids = {tag["id"] for name, soup in pages.items() if name.startswith("reference/")
-           for tag in soup.select("[id]")}  # fmt: skip
+    ids = {
+        tag["id"]
+        for name, soup in pages.items()
+        if name.startswith("reference/")
+        for tag in soup.select("[id]")
+    }
     modules = {path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__")}
     rooms = site_reference.rooms((ROOT / "README.md").read_text())
     assert set().union(*rooms.values()) == modules

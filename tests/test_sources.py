@@ -9,9 +9,10 @@ from conftest import make_home
 from tiny_spans import span_bert
 
 from moebert_lib import estimate, experiment, sources
+from moebert_lib.errors import UserError
 from moebert_lib.importance import Importance
 from moebert_lib.moe_layer import parameter_counts
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 from moebert_lib.sources import ACTIVE, EQ4, LARGE
 
 SMOKE = Settings.at("smoke")

@@ -118,9 +118,13 @@ def test_no_answer_is_given_where_the_null_score_wins_by_the_threshold(tokenizer
         for threshold in (None, 0.0, 2.0)
     }
     assert said == {
-        (5.0, None): "Nile", (5.0, 0.0): "Nile", (5.0, 2.0): "Nile",
-        (7.0, None): "Nile", (7.0, 0.0): "", (7.0, 2.0): "Nile",
-    }  # fmt: skip
+        (5.0, None): "Nile",
+        (5.0, 0.0): "Nile",
+        (5.0, 2.0): "Nile",
+        (7.0, None): "Nile",
+        (7.0, 0.0): "",
+        (7.0, 2.0): "Nile",
+    }
 
 
 def test_the_null_score_is_the_lowest_of_a_questions_windows(tokenizer):

@@ -33,8 +33,10 @@ def test_pairs_of_scores_come_once_with_their_means_over_layers(generator):
     one, other, third = torch.rand(3, 2, 30, generator=generator)
     pairs = stability.score_pairs({"a": one, "b": other, "c": -third}, 10)
     assert list(zip(pairs["score"], pairs["other"], strict=True)) == [
-        ("a", "b"), ("a", "c"), ("b", "c"),
-    ]  # fmt: skip
+        ("a", "b"),
+        ("a", "c"),
+        ("b", "c"),
+    ]
     expected = [spearmanr(a, b).statistic for a, b in zip(one, -third, strict=True)]
     assert pairs["rho"][1] == pytest.approx(sum(expected) / 2)
     best = [set(scores.argsort()[-10:].tolist()) for scores in (*one, *other)]

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkout import LIBRARY
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moebert_lib
 from moebert_lib import export, provenance, store
+from moebert_lib.errors import CHECKOUT
 from moebert_lib.store import Store, digest
 
 JSON = st.recursive(
@@ -133,7 +136,7 @@ def test_processes_that_want_the_same_entry_build_it_once(tmp_path):
         "Store(sys.argv[1]).make('unit', {}, build)\n"
     )
     command = [sys.executable, str(script), str(tmp_path / "runs"), str(tmp_path / "log")]
-    env = {"PYTHONPATH": str(Path(store.__file__).parents[1])}
+    env = {"PYTHONPATH": str(CHECKOUT)}
     both = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [process.wait(120) for process in both] == [0, 0]
     assert (tmp_path / "log").read_text() == "built\n"
@@ -187,11 +190,38 @@ def test_code_digest_depends_on_the_modules_named():
     assert store.code_digest("experts") != store.code_digest("routing") != store.code_digest()
 
 
+def test_modules_are_found_in_folders_and_followed_through_imports(tmp_path, monkeypatch):
+    texts = {
+        "room/low.py": "x = 1\n",
+        "room/middle.py": "def f():\n    from moebert_lib.room import low\n",
+        "other/top.py": "from moebert_lib.room.middle import f\nfrom moebert_lib import public\n",
+        "other/held.py": "public = 1\n",
+        "other/beside.py": "y = 2\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(provenance, "LIBRARY", tmp_path)
+    monkeypatch.setattr(moebert_lib, "PUBLIC", {"public": "other.held"})
+    provenance.library_modules.cache_clear()
+    try:
+        reached = provenance.reached("other.top")
+        assert reached == ["other.held", "other.top", "room.low", "room.middle"]
+        assert provenance.reached("other.top", but=("room.middle",)) == ["other.held", "other.top"]
+    finally:
+        provenance.library_modules.cache_clear()
+
+
+def test_every_module_of_the_library_has_a_digest():
+    modules = {path.stem for path in LIBRARY.rglob("*.py")} - {"__init__"}
+    assert {name.rpartition(".")[2] for name in provenance.code_digests()} == modules
+
+
 def test_commit_names_head_and_says_when_the_library_differs(tmp_path, monkeypatch):
     library = tmp_path / "moebert_lib"
     library.mkdir()
     (library / "provenance.py").write_text("x = 1\n")
-    monkeypatch.setattr(provenance, "__file__", str(library / "provenance.py"))
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
     assert provenance.commit() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):

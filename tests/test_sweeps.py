@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebert_lib import batch, inventory, sweep_tables, sweeps, worker
+from moebert_lib.errors import UserError
 from moebert_lib.execution import NotebookFailed
-from moebert_lib.settings import UserError
 from moebert_lib.store import Entry
 
 SMOKE = {"notebook": "01", "scale": "smoke"}
@@ -33,9 +33,15 @@ def values(grid, *names):
 def test_the_grid_is_a_product_and_its_last_axis_is_fastest():
     grid = {"tasks": ["library", "follows"], "seeds": [1, 0], "settings": {"n_experts": [2, 4]}}
     assert values(grid, "task", "seed", "n_experts") == [
-        ("library", 1, 2), ("library", 1, 4), ("library", 0, 2), ("library", 0, 4),
-        ("follows", 1, 2), ("follows", 1, 4), ("follows", 0, 2), ("follows", 0, 4),
-    ]  # fmt: skip
+        ("library", 1, 2),
+        ("library", 1, 4),
+        ("library", 0, 2),
+        ("library", 0, 4),
+        ("follows", 1, 2),
+        ("follows", 1, 4),
+        ("follows", 0, 2),
+        ("follows", 0, 4),
+    ]
 
 
 def test_points_are_sets_of_values_that_go_together():
@@ -48,32 +54,43 @@ def test_a_point_may_name_a_notebook_of_its_own(home):
     (home / "notebooks" / "00_the_idea.ipynb").write_bytes(
         (fixture_home.FIXTURES / "plain.ipynb").read_bytes()
     )
-    grid = {"scale": "smoke", "data_dir": "", "settings": {"n_shared": 11}, "points": [
-        {"notebook": "00"}, {"notebook": "01", "seed": 2}, {"notebook": "01", "seed": 2}, {},
-    ]}  # fmt: skip
+    grid = {
+        "scale": "smoke",
+        "data_dir": "",
+        "settings": {"n_shared": 11},
+        "points": [
+            {"notebook": "00"},
+            {"notebook": "01", "seed": 2},
+            {"notebook": "01", "seed": 2},
+            {},
+        ],
+    }
     plain, one, usual = sweeps.plan(grid).jobs
     assert [job.name for job in (plain, one, usual)] == [
-        "00_the_idea", "01_importance", "03_distillation",
-    ]  # fmt: skip
+        "00_the_idea",
+        "01_importance",
+        "03_distillation",
+    ]
     assert plain.given == {} and (one.settings.seed, one.settings.n_shared) == (2, 11)
     with pytest.raises(UserError, match="unknown parameter 'seed' of 00_the_idea"):
         sweeps.plan({"points": [{"notebook": "00", "seed": 1}]})
     assert list(sweep_tables.table([plain, one], [None, None])["notebook"]) == [
-        "00_the_idea", "01_importance",
-    ]  # fmt: skip
+        "00_the_idea",
+        "01_importance",
+    ]
 
 
 def test_a_point_of_listed_seeds_is_one_seed_unless_the_grid_says_otherwise():
     assert values({"seeds": [0]}, "n_seeds") == [(1,)]
     assert values({"seeds": [0], "settings": {"n_seeds": 2}}, "n_seeds") == [(2,)]
-    assert values({}, "n_seeds") == [(batch.plan(batch.select(["01"]), scale="smoke")[0]
-                                      .settings.n_seeds,)]  # fmt: skip
+    assert values({}, "n_seeds") == [
+        (batch.plan(batch.select(["01"]), scale="smoke")[0].settings.n_seeds,)
+    ]
 
 
 def test_one_value_needs_no_list_and_lists_are_values_of_list_parameters():
     grid = {"tasks": "library", "settings": {"n_experts": 2, "layers": [[0], [1]]}}
-    assert values(grid, "task", "n_experts", "layers") == [
-        ("library", 2, [0]), ("library", 2, [1])]  # fmt: skip
+    assert values(grid, "task", "n_experts", "layers") == [("library", 2, [0]), ("library", 2, [1])]
 
 
 def test_a_grid_of_tasks_from_files_needs_no_task_of_the_scales_own(tiny_glue):
@@ -211,9 +228,19 @@ def test_no_failed_sweep_is_no_sweep_to_retry():
 
 @given(st.lists(st.sampled_from([0.25, 0.5, 1.0]), min_size=2, max_size=6))
 def test_means_are_those_of_the_runs_with_students_interval(accuracies):
-    rows = [{"scale": "smoke", "task": "library", "seed": seed, "n_experts": n, "state": "done",
-             "run": "", "accuracy": accuracy + n}
-            for n in (2, 4) for seed, accuracy in enumerate(accuracies)]  # fmt: skip
+    rows = [
+        {
+            "scale": "smoke",
+            "task": "library",
+            "seed": seed,
+            "n_experts": n,
+            "state": "done",
+            "run": "",
+            "accuracy": accuracy + n,
+        }
+        for n in (2, 4)
+        for seed, accuracy in enumerate(accuracies)
+    ]
     frame = sweep_tables.means(pd.DataFrame(rows))
     assert frame["n_experts"].tolist() == [2, 4] and set(frame["n"]) == {len(accuracies)}
     assert frame["mean"].tolist() == pytest.approx([np.mean(accuracies) + n for n in (2, 4)])

@@ -12,9 +12,10 @@ from test_checkpoints import Pad, sentences
 
 from moebert_lib import batching, data, teacher_states
 from moebert_lib.convert import to_moebert
+from moebert_lib.errors import UserError
 from moebert_lib.experts import random_ranking
 from moebert_lib.packed import accelerate
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 from moebert_lib.teacher_states import STATES, TeacherStates
 from moebert_lib.train import distil
 
@@ -38,10 +39,15 @@ def filled(folder, teacher, *, layers, dtype):
     return states
 
 
-@pytest.mark.parametrize(("layers", "dtype", "close"), [
-    ([0, 1, 2], torch.float64, 1e-12), ([0, 2], torch.float64, 1e-12), ([2], torch.float32, 1e-6),
-    ([0, 1, 2], torch.bfloat16, 8e-3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "dtype", "close"),
+    [
+        ([0, 1, 2], torch.float64, 1e-12),
+        ([0, 2], torch.float64, 1e-12),
+        ([2], torch.float32, 1e-6),
+        ([0, 1, 2], torch.bfloat16, 8e-3),
+    ],
+)
 def test_what_is_kept_is_what_the_teacher_says_in_any_other_batch(
     tiny_bert, tmp_path, layers, dtype, close
 ):
@@ -114,9 +120,12 @@ def test_a_teacher_is_asked_once_for_all_students_of_a_dataset(tiny_bert, tmp_pa
     settings = SETTINGS.but(cache_teacher=True, epochs=1.0)
     few = sentences().select(range(8))
     for encoded, distil_from, n in (
-        (sentences(), "all", 1), (sentences(), "last", 1), (sentences(), "none", 1),
-        (few, "all", 2), (few, "skip", 2),
-    ):  # fmt: skip
+        (sentences(), "all", 1),
+        (sentences(), "last", 1),
+        (sentences(), "none", 1),
+        (few, "all", 2),
+        (few, "skip", 2),
+    ):
         changed = settings.but(distill=distil_from)
         distil(student, teacher, encoded, Pad(), changed, str(tmp_path / "new"))
         assert len(calls) == n

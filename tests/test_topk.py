@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from tiny_models import batch, moebert, real
 
 from moebert_lib import experiment
+from moebert_lib.errors import UserError
 from moebert_lib.evaluate import faster
 from moebert_lib.modeling import MoEBertForSequenceClassification
 from moebert_lib.moe_layer import moe_layers, parameter_counts, record_routes
 from moebert_lib.routing import Route, TokenGate, balance_loss, loads
-from moebert_lib.settings import Settings, UserError
+from moebert_lib.settings import Settings
 
 GATES = ["gate-token", "gate-sentence"]
 
@@ -130,12 +131,15 @@ def test_balance_of_two_experts_a_token_by_hand():
     assert float(balance_loss(route)) == pytest.approx(1.1625)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"routing": "hash-random"}, "needs a gate"),
-    ({"num_experts_per_tok": 5}, "expected 1 to n_experts=4"),
-    ({"num_experts_per_tok": 0}, "expected 1 to n_experts=4"),
-    ({"gate_scaling": "outside"}, "scales one expert's state"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"routing": "hash-random"}, "needs a gate"),
+        ({"num_experts_per_tok": 5}, "expected 1 to n_experts=4"),
+        ({"num_experts_per_tok": 0}, "expected 1 to n_experts=4"),
+        ({"gate_scaling": "outside"}, "scales one expert's state"),
+    ],
+)
 def test_what_nobody_has_defined_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         moebert(**{"routing": "gate-token", "num_experts_per_tok": 2, **changes})

@@ -27,10 +27,14 @@ def encoded():
     noise = torch.Generator().manual_seed(1)
     lengths = torch.randint(3, 12, (22,), generator=noise).tolist()
     rows = [torch.randint(1, 99, (n,), generator=noise).tolist() for n in lengths]
-    return datasets.Dataset.from_dict({
-        "input_ids": rows, "attention_mask": [[1] * n for n in lengths], "length": lengths,
-        "labels": torch.randint(2, (22,), generator=noise).tolist(),
-    })  # fmt: skip
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": rows,
+            "attention_mask": [[1] * n for n in lengths],
+            "length": lengths,
+            "labels": torch.randint(2, (22,), generator=noise).tolist(),
+        }
+    )
 
 
 @pytest.fixture
@@ -46,9 +50,14 @@ def pair(tiny_bert):
 
 def trainer(student, teacher, folder, **changes):
     arguments = training_arguments(
-        folder, seed=0, epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.0,
+        folder,
+        seed=0,
+        epochs=1,
+        batch_size=4,
+        learning_rate=1e-3,
+        weight_decay=0.0,
         settings=SETTINGS,
-    )  # fmt: skip
+    )
     return DistillationTrainer(student, arguments, teacher=teacher, data_collator=list, **changes)
 
 

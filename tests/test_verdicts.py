@@ -87,8 +87,9 @@ def test_a_claimed_equality(gaps, verdict):
     assert judge(gaps, "equal")[0] == verdict
 
 
-@pytest.mark.parametrize("shift, verdict", [(3, REPRODUCED), (0, REPRODUCED), (-3, CONTRADICTED),
-                                            (-0.5, UNDECIDED)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shift, verdict", [(3, REPRODUCED), (0, REPRODUCED), (-3, CONTRADICTED), (-0.5, UNDECIDED)]
+)
 def test_not_worse_allows_for_the_margin_and_for_any_gain(shift, verdict):
     assert judge(np.add(NOISE, shift), "not worse")[0] == verdict
 
@@ -178,13 +179,16 @@ def runs(task, model="tiny", **scores):
 
 
 def test_runs_beside_the_paper_are_in_percent_with_every_metric():
-    scores = dict(accuracy=[0.7, 0.8, 0.9], teacher_accuracy=[0.75] * 3, f1=[0.5] * 3,
-                  teacher_f1=[0.5] * 3)  # fmt: skip
+    scores = dict(
+        accuracy=[0.7, 0.8, 0.9], teacher_accuracy=[0.75] * 3, f1=[0.5] * 3, teacher_f1=[0.5] * 3
+    )
     other = runs("library", accuracy=[0.5], teacher_accuracy=[0.25])
     rows = verdicts.beside_paper(pd.concat([runs("mrpc", **scores), other]))
     assert rows[["task", "metric"]].values.tolist() == [
-        ["mrpc", "f1"], ["mrpc", "accuracy"], ["library", "accuracy"]
-    ]  # fmt: skip
+        ["mrpc", "f1"],
+        ["mrpc", "accuracy"],
+        ["library", "accuracy"],
+    ]
     printed = table(1)["MRPC Acc"]
     row = rows.iloc[1]
     assert row[["ours", "low", "high", "n", "teacher", "gap"]].tolist() == pytest.approx(
@@ -205,8 +209,12 @@ def test_five_runs_have_an_interval_and_bert_large_stands_beside_table_4():
 
 
 def test_tables_quote_the_paper_and_end_with_ours():
-    mnli = dict(accuracy=[0.75], teacher_accuracy=[0.5], accuracy_mismatched=[0.25],
-                teacher_accuracy_mismatched=[0.125])  # fmt: skip
+    mnli = dict(
+        accuracy=[0.75],
+        teacher_accuracy=[0.5],
+        accuracy_mismatched=[0.25],
+        teacher_accuracy_mismatched=[0.125],
+    )
     span = dict(f1=[0.5], teacher_f1=[0.75], exact_match=[0.25], teacher_exact_match=[0.5])
     frame = pd.concat([runs("mnli", **mnli), runs("squad", **span), runs("passage", **span)])
     beside = verdicts.beside_paper(frame)
@@ -238,10 +246,15 @@ def test_gaps_are_the_papers_and_every_run_s_under_one_name():
 
 def test_methods_are_levels_of_the_headline_metric_and_a_shared_teacher_counts_once():
     teacher = dict(teacher_f1=[0.9, 0.9], converted_f1=[0.2, 0.3])
-    on_mrpc = [("importance", "all", [0.8, 0.84]), ("importance", "none", [0.7, 0.72]),
-               ("random", "all", [0.6, 0.64])]  # fmt: skip
-    frames = [runs("mrpc", f1=f1, accuracy=[0.1, 0.1], **teacher).assign(ranking=deal, distill=how)
-              for deal, how, f1 in on_mrpc]  # fmt: skip
+    on_mrpc = [
+        ("importance", "all", [0.8, 0.84]),
+        ("importance", "none", [0.7, 0.72]),
+        ("random", "all", [0.6, 0.64]),
+    ]
+    frames = [
+        runs("mrpc", f1=f1, accuracy=[0.1, 0.1], **teacher).assign(ranking=deal, distill=how)
+        for deal, how, f1 in on_mrpc
+    ]
     five = [0.6, 0.7, 0.65, 0.62, 0.68]
     alone = dict(accuracy=five, teacher_accuracy=five, converted_accuracy=five)
     rte = runs("rte", **alone).assign(ranking="importance", distill="all", teacher_seed=None)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moebert_lib import weights
-from moebert_lib.settings import MINILM, UserError
+from moebert_lib.errors import UserError
+from moebert_lib.settings import MINILM
 
 
 @pytest.fixture

@@ -128,8 +128,13 @@ def test_controls_say_what_they_are_and_are_not_cut_off(moved, states, routed):
     controls = [value for value in moved.values() if isinstance(value, ipywidgets.DOMWidget)]
     named = [control for control in controls if getattr(control, "description", "")]
     assert {control.description for control in named} == {
-        "experts", "expert size", "shared neurons", "layer", "student", "sentence"
-    }  # fmt: skip
+        "experts",
+        "expert size",
+        "shared neurons",
+        "layer",
+        "student",
+        "sentence",
+    }
     assert {control.style.description_width for control in named} == {"9em"}
 
 

@@ -11,10 +11,15 @@ from moebert_lib.convert import to_moebert
 from moebert_lib.experts import random_ranking
 
 SIZES = dict(
-    vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-    intermediate_size=64, max_position_embeddings=64, hidden_dropout_prob=0.0,
+    vocab_size=99,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=64,
+    hidden_dropout_prob=0.0,
     attention_probs_dropout_prob=0.0,
-)  # fmt: skip
+)
 
 
 def perturbed(model, *, seed=0):
@@ -36,9 +41,13 @@ def moebert(*, spans=False, dtype=torch.float64, config=None, **changes):
     kind = BertForQuestionAnswering if spans else BertForSequenceClassification
     options = {"routing": "hash-random", "token_frequencies": torch.arange(99), **changes}
     model = to_moebert(
-        dense(kind, **(config or {})), random_ranking(2, 64, seed=0), n_experts=4,
-        expert_size=16, n_shared=8, **options,
-    )  # fmt: skip
+        dense(kind, **(config or {})),
+        random_ranking(2, 64, seed=0),
+        n_experts=4,
+        expert_size=16,
+        n_shared=8,
+        **options,
+    )
     return perturbed(model, seed=1).to(dtype)
 
 

@@ -69,14 +69,19 @@ class Home:
         words = words or ("sweep", f"{self.base}/home/grid.yaml", "--workers", "2")
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         own = {
-            MARK: self.mark, "MOEBERT_HOME": f"{self.base}/home", "MOEBERT_LOG": str(self.log_file),
-            "TMPDIR": str(self.temporary), "JUPYTER_RUNTIME_DIR": str(self.base / "runtime"),
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": path,
-        }  # fmt: skip
+            MARK: self.mark,
+            "MOEBERT_HOME": f"{self.base}/home",
+            "MOEBERT_LOG": str(self.log_file),
+            "TMPDIR": str(self.temporary),
+            "JUPYTER_RUNTIME_DIR": str(self.base / "runtime"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": path,
+        }
         return Command(
             [*self.prefix, sys.executable, "-m", "moebert_lib", *words],
-            os.environ | own, self.base,
-        )  # fmt: skip
+            os.environ | own,
+            self.base,
+        )
 
     def run(self, *words: str) -> Ended:
         """The same, waited for; leaves no process."""
@@ -145,9 +150,14 @@ class Command:
         self.out, self.err = (folder / f"{name}-{uuid4().hex}.txt" for name in ("out", "err"))
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                words, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=err, start_new_session=True,
-            )  # fmt: skip
+                words,
+                env=environment,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
 
     def end(self) -> Ended:
         """Wait for its end."""
@@ -182,8 +192,9 @@ def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*")) if path.is_file()
-    }  # fmt: skip
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 @cache

@@ -26,9 +26,12 @@ class SmallDisk:
         mount = f'mount -t tmpfs -o size={SIZE} tmpfs "$0" && echo ready && exec cat'
         for how in ("-m", "-rm"):  # as root, else as root of a user namespace
             self.holder = subprocess.Popen(
-                ["unshare", how, "sh", "-c", mount, str(place)], text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
+                ["unshare", how, "sh", "-c", mount, str(place)],
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             if self.holder.stdout.readline() == "ready\n":
                 break
             said.append(self.holder.communicate()[1])

@@ -47,12 +47,14 @@ def test_values_reach_the_notebook_as_text_and_pages_as_escaped_text(tmp_path):
     home, ran = Home(tmp_path), tmp_path / "ran"
     tag = "<script>alert(1)</script>"
     code = [
-        f'a"; open("{ran}", "w")  #', f"b'; open('{ran}', 'w')  #",
-        f"c'''\nopen('{ran}', 'w')\n'''", f'd"""\nopen("{ran}", "w")\n"""',
+        f'a"; open("{ran}", "w")  #',
+        f"b'; open('{ran}', 'w')  #",
+        f"c'''\nopen('{ran}', 'w')\n'''",
+        f'd"""\nopen("{ran}", "w")\n"""',
         f"`touch {ran}` $(touch {ran}) {{x}} {{{{y}}}} %s \\",
         f"\\\u2028open('{ran}', 'w')\u2029\x85\r\n\ttab \x00 é 漢 \\",
         f"{tag}</pre>{tag}-->{tag}",
-    ]  # fmt: skip
+    ]
     labels = ["\n".join(code), f"""{tag}'"`&{{}}\\"""]
     home.grid(seeds=[0], settings={"label": labels})
     edit(home, TEXT, f"assert len(label) > 99, label; {TEXT}")
