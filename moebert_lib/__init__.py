@@ -19,20 +19,20 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 
 #: Public names, and the module that holds each.
 PUBLIC = {
-    "Importance": "importance",
-    "ffn_importance": "importance",
-    "deal_neurons": "experts",
-    "to_moebert": "convert",
-    "MoEBertConfig": "modeling",
-    "MoEBertForSequenceClassification": "modeling",
-    "MoEBertForQuestionAnswering": "modeling",
-    "accelerate": "packed",
-    "parameter_counts": "moe_layer",
-    "record_routes": "moe_layer",
-    "DistillationTrainer": "train",
-    "Settings": "settings",
-    "record": "records",
-    "sweep": "sweeps",
+    "Importance": "method.importance",
+    "ffn_importance": "method.importance",
+    "deal_neurons": "method.partition",
+    "to_moebert": "model.conversion",
+    "MoEBertConfig": "model.modeling",
+    "MoEBertForSequenceClassification": "model.modeling",
+    "MoEBertForQuestionAnswering": "model.modeling",
+    "accelerate": "model.accelerate",
+    "parameter_counts": "model.moe_layer",
+    "record_routes": "model.moe_layer",
+    "DistillationTrainer": "training.trainer",
+    "Settings": "config.settings",
+    "record": "store.run_outputs",
+    "sweep": "runs.sweep",
 }
 __all__ = sorted(PUBLIC)
 
@@ -51,8 +51,8 @@ def _is_command() -> bool:
     """Whether this process is the ``moebert`` command, or one that runs notebooks for it."""
     by_script = Path(sys.argv[0]).name in ("moebert", "moebert.exe") if sys.argv else False
     module = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] else ""
-    return by_script or module in ("moebert_lib", "moebert_lib.worker")
+    return by_script or module in ("moebert_lib", "moebert_lib.runs.execution")
 
 
 if not _is_command():  # the command imports torch and transformers only where it needs them
-    importlib.import_module("moebert_lib.encoders")  # registers with AutoConfig and AutoModel
+    importlib.import_module("moebert_lib.model.modeling")  # registers with AutoConfig and AutoModel

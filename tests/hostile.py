@@ -5,7 +5,7 @@ import stat
 import zipfile
 from io import BytesIO
 
-from moebert_lib.shared import sealed
+from moebert_lib.store.shared import sealed
 
 
 def zipped(members: dict, *, compressed=(), links=()) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from moebert_lib.cluster import LOOPBACK
+from moebert_lib.runs.ray_cluster import LOOPBACK
 
 
 def start(place: Path, name: str, *options: str) -> None:
@@ -55,7 +55,7 @@ def runs(mark: object) -> list[psutil.Process]:
             told = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if "moebert_lib.worker" in told or "ipykernel" in told:
+        if "moebert_lib.runs.execution" in told or "ipykernel" in told:
             found.append(process)
     return found
 

@@ -4,9 +4,9 @@ import torch
 from tiny_spans import span_batch, span_bert
 from transformers import BertTokenizerFast
 
-from moebert_lib import ship
-from moebert_lib.convert import load_dense
-from moebert_lib.importance import ffn_importance
+from moebert_lib.method.importance import ffn_importance
+from moebert_lib.model.conversion import load_dense
+from moebert_lib.publish import share_model
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "film", "short", ".", "the"]
 
@@ -24,4 +24,4 @@ def made(folder, tiny_batch, **sizes):
     """The saved BERT converted by its own scores."""
     dense, batch = load_dense(str(folder)), tiny_batch()
     scores = ffn_importance(dense, [span_batch(batch) if hasattr(dense, "qa_outputs") else batch])
-    return ship.from_scores(str(folder), scores, **{"n_experts": 4, "seed": 0, **sizes})
+    return share_model.from_scores(str(folder), scores, **{"n_experts": 4, "seed": 0, **sizes})

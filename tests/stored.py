@@ -2,8 +2,8 @@
 
 import json
 
-from moebert_lib.shared import sealed
-from moebert_lib.store import digest
+from moebert_lib.config.provenance import digest
+from moebert_lib.store.shared import sealed
 
 
 def put(root, kind, key, row=None, **fields):

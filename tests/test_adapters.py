@@ -16,19 +16,19 @@ from transformers import (
     ModernBertForSequenceClassification,
 )
 
-from moebert_lib import adapters, checks, checks_model
-from moebert_lib.convert import load_dense, to_moebert
-from moebert_lib.encoder_checks import batch, table, tiny
-from moebert_lib.encoders import HEADS
-from moebert_lib.evaluate import faster
-from moebert_lib.excitation import excite
-from moebert_lib.experts import random_ranking
-from moebert_lib.importance import ffn_importance
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.packed import accelerate
-from moebert_lib.removal import without
-from moebert_lib.routing import ROUTINGS
-from moebert_lib.scores import ffn_scores
+from moebert_lib.experiments.neuron_measurements import excite, without
+from moebert_lib.method import encoder_layouts
+from moebert_lib.method.importance import ffn_importance
+from moebert_lib.method.other_scores import ffn_scores
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.method.routing import ROUTINGS
+from moebert_lib.model.accelerate import accelerate
+from moebert_lib.model.conversion import load_dense, to_moebert
+from moebert_lib.model.modeling import HEADS
+from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.teaching import checks, model_checks
+from moebert_lib.teaching.model_checks import batch, table, tiny
+from moebert_lib.training.evaluation import faster
 
 KINDS = list(HEADS)
 CLASSIFIERS = [kind for kind in KINDS if kind.__name__.endswith("SequenceClassification")]
@@ -57,8 +57,8 @@ def logits(model, given):
 
 
 def test_two_heads_of_each_family_are_in_the_table():
-    assert {kind.config_class.model_type for kind in KINDS} == set(adapters.FAMILIES)
-    assert len(KINDS) == 2 * len(adapters.FAMILIES)
+    assert {kind.config_class.model_type for kind in KINDS} == set(encoder_layouts.FAMILIES)
+    assert len(KINDS) == 2 * len(encoder_layouts.FAMILIES)
     for kind, moe in HEADS.items():
         assert issubclass(moe, kind)
         assert moe.config_class.model_type == "moe" + kind.config_class.model_type
@@ -89,7 +89,7 @@ def test_scores_equal_the_slow_loop_over_weight_gradients(kind):
 def test_scores_of_a_permuted_model_are_the_permuted_scores(kind):
     dense, order = tiny(kind), torch.randperm(64)
     shuffled = copy.deepcopy(dense)
-    for layer in adapters.ffns(shuffled):
+    for layer in encoder_layouts.ffns(shuffled):
         layer.up.weight.data, layer.up.bias.data = layer.up.weight[order], layer.up.bias[order]
         layer.down.weight.data = layer.down.weight[:, order]
     one, other = (ffn_importance(model, [batch(dense)]).scores for model in (dense, shuffled))
@@ -110,7 +110,7 @@ def test_saving_changes_nothing_and_padding_neither(kind, routing, tmp_path):
 def test_every_neuron_sits_where_the_deal_says(kind):
     dense = tiny(kind)
     moe = to_moebert(dense, RANKING, expert_size=16, n_shared=8)
-    for layer, old in zip(moe_layers(moe), adapters.ffns(dense), strict=True):
+    for layer, old in zip(moe_layers(moe), encoder_layouts.ffns(dense), strict=True):
         for e, kept in enumerate(layer.neurons):
             assert torch.equal(layer.experts.up_proj[e], old.up.weight[kept])
             assert torch.equal(layer.experts.up_proj_bias[e], old.up.bias[kept])
@@ -175,7 +175,7 @@ def test_tied_neurons_grouped_mm_and_hash_hold_as_for_bert(kind):
     tied, one = converted(tiny(kind), shared_neurons="tied"), converted(tiny(kind))
     given = batch(tied)
     checks.saving_changes_nothing(tied, given)
-    checks_model.same_token_same_expert(one, given)
+    model_checks.same_token_same_expert(one, given)
     loop = logits(one.float(), given)
     one.set_experts_implementation("grouped_mm")
     assert torch.allclose(logits(one, given), loop, atol=1e-5)
@@ -185,7 +185,7 @@ def test_tied_neurons_grouped_mm_and_hash_hold_as_for_bert(kind):
 def test_removed_neurons_are_zeros_in_their_rows(kind):
     dense = tiny(kind)
     gone, zeroed = RANKING[:, :20], copy.deepcopy(dense)
-    for layer, neurons in zip(adapters.ffns(zeroed), gone, strict=True):
+    for layer, neurons in zip(encoder_layouts.ffns(zeroed), gone, strict=True):
         layer.down.weight.data[:, neurons] = 0
     with without(dense, gone):
         cut = logits(dense, batch(dense))
@@ -205,7 +205,7 @@ def test_what_packs_berts_refuses_others_and_faster_leaves_them(kind):
 
 def test_the_table_of_the_notebook_has_each_family_and_holds():
     made = table()
-    assert list(made["encoder"]) == [row.name for row in adapters.FAMILIES.values()]
+    assert list(made["encoder"]) == [row.name for row in encoder_layouts.FAMILIES.values()]
     assert (made["effective"] < made["dense"]).all() and (made["dense"] < made["stored"]).all()
 
 
@@ -227,7 +227,7 @@ def test_an_unsupported_model_is_refused_in_a_line_that_names_the_supported():
         to_moebert(gated, RANKING)
     with pytest.raises(ValueError, match=f"cannot convert a BertForMaskedLM; {known}"):
         to_moebert(tiny(BertForMaskedLM), RANKING)
-    for score in (ffn_importance, lambda model, given: adapters.width(model.config)):
+    for score in (ffn_importance, lambda model, given: encoder_layouts.width(model.config)):
         with pytest.raises(ValueError, match="BERT, MiniLM, RoBERTa, ELECTRA, DistilBERT"):
             score(gated, [{}])
 
@@ -252,7 +252,7 @@ def test_an_encoder_whose_layers_have_berts_names_is_not_scored_for_them():
 @every_family
 def test_the_longest_input_is_taken_and_no_longer_one(kind):
     dense = tiny(kind)
-    longest = adapters.longest(dense)
+    longest = encoder_layouts.longest(dense)
     assert longest == {"roberta": 62}.get(dense.config.model_type, 64)
     dense(torch.full((1, longest), 5))
     with pytest.raises((IndexError, RuntimeError)):

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib import batch, execution, publish, worker
-from moebert_lib.execution import NotebookFailed
-from moebert_lib.settings import Settings
-from moebert_lib.store import Store
+from moebert_lib.config.settings import Settings
+from moebert_lib.runs import execution, local_pool, plan
+from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.store.store import Store
 
 ATTACKS = [
     'a"; import os; os._exit(3)  #',
@@ -36,7 +36,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def planned(*names, scale="smoke", data_dir="", **parameters):
-    return batch.plan(batch.select(names), scale=scale, parameters=parameters, data_dir=data_dir)
+    return plan.plan(plan.select(names), scale=scale, parameters=parameters, data_dir=data_dir)
 
 
 def row_of(entry) -> dict:
@@ -73,7 +73,7 @@ def test_planning_writes_nothing(home):
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_value_reaches_the_notebook_as_text_and_never_as_code(home, attack):
-    (path,) = batch.select(["01"])
+    (path,) = plan.select(["01"])
     source = path.read_text()
     (job,) = planned("01", label=attack)
     assert job.given["label"] == attack and job.source == source == path.read_text()
@@ -98,16 +98,16 @@ def test_a_run_is_made_once_and_its_figures_published_and_restored(home):
     lines: list[str] = []
     attack = "\n".join(ATTACKS)
     jobs = planned("01", label=attack)
-    (entry,) = batch.run(jobs, echo=lines.append)
+    (entry,) = local_pool.run(jobs, echo=lines.append)
     assert row_of(entry)["label"] == attack and row_of(entry)["settings"]["scale"] == "smoke"
     assert {"notebook.ipynb", "notebook.html", "log.txt"} <= set(os.listdir(entry.folder))
     assert "    · settings read" in lines and not any("quiet" in line for line in lines)
-    published = batch.published(jobs[0])
-    about = publish.read_provenance(published)["figure1.png"]
+    published = local_pool.published(jobs[0])
+    about = local_pool.read_provenance(published)["figure1.png"]
     assert about["run"] == entry.digest and about["settings"]["seed"] == 0
     (published / "figure1.png").unlink()
     (published / "figure1.csv").write_text("edited")
-    (again,) = batch.run(jobs, echo=lines.append)
+    (again,) = local_pool.run(jobs, echo=lines.append)
     assert again.reused and "reused" in lines[-1]
     assert (published / "figure1.png").is_file() and "edited" not in (
         published / "figure1.csv"
@@ -116,42 +116,42 @@ def test_a_run_is_made_once_and_its_figures_published_and_restored(home):
 
 def test_a_failed_run_says_where_and_keeps_its_copy_but_no_entry(home):
     with pytest.raises(NotebookFailed) as caught:
-        batch.run(planned("02"))
+        local_pool.run(planned("02"))
     assert str(caught.value) == "notebook 02_fails, cell 3: ValueError: seed 0"
     assert "is not allowed" in caught.value.copy.read_text()
     assert Store().entries() == [] and not (home / "figures").exists()
     assert list((home / "runs" / "tmp").iterdir()) == []
-    assert [run["notebook"] for run in batch.failed_runs()] == ["02_fails"]
+    assert [run["notebook"] for run in local_pool.failed_runs()] == ["02_fails"]
 
 
 def test_a_failure_is_forgotten_once_the_notebook_is_mended(home):
-    (path,) = batch.select(["02"])
+    (path,) = plan.select(["02"])
     for _ in range(2):
         with pytest.raises(NotebookFailed):
-            batch.run(planned("02"))
-    assert len(batch.failed_runs()) == 1
+            local_pool.run(planned("02"))
+    assert len(local_pool.failed_runs()) == 1
     edited(path, "seed == 0", "seed == 9")
-    batch.run(planned("02"))
-    assert len(Store().entries()) == 1 and batch.failed_runs() == []
+    local_pool.run(planned("02"))
+    assert len(Store().entries()) == 1 and local_pool.failed_runs() == []
 
 
 def test_a_failure_that_another_process_met_meanwhile_is_told_and_not_met_again(home):
     (job,) = planned("02")
     before = time.time() - 1
     with pytest.raises(NotebookFailed):
-        worker.make(job)
-    first = (worker.kept(job) / worker.FAILED).stat().st_mtime_ns
+        execution.make(job)
+    first = (execution.kept(job) / execution.FAILED).stat().st_mtime_ns
     with pytest.raises(NotebookFailed, match="cell 3: ValueError: seed 0"):
-        worker.make(job, since=before)
-    assert (worker.kept(job) / worker.FAILED).stat().st_mtime_ns == first
+        execution.make(job, since=before)
+    assert (execution.kept(job) / execution.FAILED).stat().st_mtime_ns == first
     with pytest.raises(NotebookFailed):
-        worker.make(job, since=time.time())
-    assert (worker.kept(job) / worker.FAILED).stat().st_mtime_ns > first
+        execution.make(job, since=time.time())
+    assert (execution.kept(job) / execution.FAILED).stat().st_mtime_ns > first
 
 
 def test_after_a_failure_the_others_can_still_run(home):
     lines: list[str] = []
-    failure, entry = batch.run(planned("02", "00"), keep_going=True, echo=lines.append)
+    failure, entry = local_pool.run(planned("02", "00"), keep_going=True, echo=lines.append)
     assert isinstance(failure, NotebookFailed) and entry.row["notebook"] == "00_the_idea"
     assert [entry.key["notebook"] for entry in Store().entries()] == ["00_the_idea"]
     assert (home / "figures" / "figure0.csv").is_file()
@@ -163,7 +163,7 @@ def test_after_a_failure_the_others_can_still_run(home):
 def test_a_dead_kernel_and_a_broken_widget_fail_the_run(home, fixture, said):
     path = fixture_home.FIXTURES / f"{fixture}.ipynb"
     with pytest.raises(NotebookFailed, match=said):
-        batch.run(batch.plan([path]))
+        local_pool.run(plan.plan([path]))
 
 
 def edited(path, old, new):
@@ -173,7 +173,7 @@ def edited(path, old, new):
 
 
 def test_editing_code_makes_a_new_run_but_prose_and_outputs_do_not(home):
-    (path,) = batch.select(["01"])
+    (path,) = plan.select(["01"])
     old = planned("01")[0].key()
     edited(path, '"outputs": []', '"outputs": [ ]')
     edited(path, '"execution_count": null', '"execution_count": 7')
@@ -184,7 +184,7 @@ def test_editing_code_makes_a_new_run_but_prose_and_outputs_do_not(home):
 
 
 def test_an_exercise_that_is_filled_in_reruns_nothing(home):
-    (path,) = batch.select(["01"])
+    (path,) = plan.select(["01"])
     notebook = nbformat.read(path, as_version=4)
     cell = nbformat.v4.new_code_cell("def mine(): ...", metadata={"tags": ["exercise"]})
     notebook.cells.append(cell)
@@ -217,40 +217,44 @@ def test_publishing_removes_what_an_earlier_run_of_the_same_notebook_left(tmp_pa
 
         return store.make("notebook", {"notebook": f"0{number}", "names": names}, build)
 
-    publish.publish(entry(1, "a.csv", "b.csv"), folder)
-    publish.publish(entry(2, "c.csv"), folder)
-    publish.publish(entry(1, "b.csv"), folder)
-    assert sorted(publish.read_provenance(folder)) == ["b.csv", "c.csv"]
+    local_pool.publish(entry(1, "a.csv", "b.csv"), folder)
+    local_pool.publish(entry(2, "c.csv"), folder)
+    local_pool.publish(entry(1, "b.csv"), folder)
+    assert sorted(local_pool.read_provenance(folder)) == ["b.csv", "c.csv"]
     assert sorted(os.listdir(folder)) == ["b.csv", "c.csv", "provenance.json"]
 
 
 def test_only_quick_as_it_comes_is_published_as_the_workbooks_own(home):
     def place(**values):
-        return batch.published(planned("01", **values)[0]).relative_to(home).as_posix()
+        return local_pool.published(planned("01", **values)[0]).relative_to(home).as_posix()
 
     assert place(scale="quick") == "figures"
     assert place(scale="quick", task="acceptability") == "figures/quick-acceptability"
     assert place(scale="smoke") == "figures/smoke-library"
-    assert batch.published(planned("00")[0]) == home / "figures"
+    assert local_pool.published(planned("00")[0]) == home / "figures"
 
 
 def test_variants_are_published_apart_under_what_was_changed(home, tiny_glue):
     def place(**values):
-        return batch.published(planned("01", **values)[0]).relative_to(home / "figures").as_posix()
+        return (
+            local_pool.published(planned("01", **values)[0])
+            .relative_to(home / "figures")
+            .as_posix()
+        )
 
     assert place(scale="quick", seed=1, n_experts=2) == "quick-library-n_experts2-seed1"
     assert place(scale="smoke", layers=[0, 2]) == "smoke-library-layers0_2"
     where = dict(scale="small", data_dir=str(tiny_glue))
     assert place(**where) == "small-sst2" and place(**where, task="rte") == "small-rte"
-    plain = publish.destination(None, changed={"n_shared": 9})
+    plain = local_pool.destination(None, changed={"n_shared": 9})
     assert plain == home / "figures" / "changed-n_shared9"
 
 
 @given(label=st.text(min_size=1), other=st.text(min_size=1))
 def test_names_of_folders_are_short_and_plain_and_two_for_two_values(label, other):
-    one, two = (publish.destination(None, changed={"label": x}).name for x in (label, other))
+    one, two = (local_pool.destination(None, changed={"label": x}).name for x in (label, other))
     assert re.fullmatch(r"[\w.-]{1,80}", one, re.ASCII) and (one == two) == (label == other)
-    long = publish.destination(None, changed={"label": 90 * "x" + label}).name
+    long = local_pool.destination(None, changed={"label": 90 * "x" + label}).name
     assert len(long) <= 80 and re.fullmatch(r"[\w.-]+-[0-9a-f]{8}", long, re.ASCII)
 
 
@@ -275,8 +279,8 @@ def test_a_folders_place_on_this_machine_names_no_figures(tmp_path):
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "importance_rte.pkl").write_bytes(b"")
     values = {"importance_dir": str(tmp_path / "files")}
-    (job,) = batch.plan(batch.select(["08"]), scale="smoke", parameters=values)
-    assert batch.published(job).name == "smoke-library-importance_dirfiles"
+    (job,) = plan.plan(plan.select(["08"]), scale="smoke", parameters=values)
+    assert local_pool.published(job).name == "smoke-library-importance_dirfiles"
 
 
 def test_what_a_notebook_prints_past_python_is_no_word_of_its_worker(home):
@@ -286,5 +290,5 @@ def test_what_a_notebook_prints_past_python_is_no_word_of_its_worker(home):
     first, second = (nbformat.v4.new_code_cell(cell) for cell in cells)
     first.metadata["tags"] = ["parameters"]
     nbformat.write(nbformat.v4.new_notebook(cells=[first, second]), path)
-    (entry,) = batch.run(batch.plan([path], parameters={"n": 7}))
+    (entry,) = local_pool.run(plan.plan([path], parameters={"n": 7}))
     assert "7" in (entry.folder / "log.txt").read_text()

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from moebert_lib import bench, bench_training
-from moebert_lib.bench_training import (
+from moebert_lib.bench import harness, training
+from moebert_lib.bench.training import (
     CACHED,
     DRY,
     HALF,
@@ -19,14 +19,14 @@ from moebert_lib.bench_training import (
     variants,
     wet,
 )
-from moebert_lib.errors import UserError
+from moebert_lib.config.errors import UserError
 
-VOCAB = bench.TINY_SHAPE["vocab_size"]
+VOCAB = harness.TINY_SHAPE["vocab_size"]
 
 
 @pytest.fixture
 def steps(tmp_path):
-    return variants(bench.TINY_SHAPE, glue(VOCAB, scale=4), dropout=0.0, folder=tmp_path)
+    return variants(harness.TINY_SHAPE, glue(VOCAB, scale=4), dropout=0.0, folder=tmp_path)
 
 
 def test_all_variants_of_a_student_have_one_loss_and_one_gradient(steps):
@@ -68,22 +68,22 @@ def test_the_cached_teachers_file_leaves_no_name(steps, tmp_path):
 
 
 def test_each_setting_is_timed_and_judged_against_the_release():
-    timings = bench_training.measure(bench.TINY_SHAPE, repeats=3, scale=4)
+    timings = training.measure(harness.TINY_SHAPE, repeats=3, scale=4)
     assert timings.groupby("setting")["repeat"].max().to_dict() == {DRY: 2, WET: 1}
     assert set(timings[timings["setting"] == WET]["variant"]) == {RELEASE, PACKED, HALF}
     assert (timings["seconds"] > 0).all()
-    table = bench.summary(timings, against=RELEASE, limits=LIMITS, units=8)
+    table = harness.summary(timings, against=RELEASE, limits=LIMITS, units=8)
     base = table[table["variant"] == RELEASE]
     assert base["ratio"].tolist() == [1, 1]
     dry = table[table["setting"] == DRY].set_index("variant")
     assert dry.loc[[*LIMITS], "of_limit"].notna().all()
-    wanted = {(t["variant"], t["wanted"]) for t in bench.judge(timings, bench_training.WISHES)}
+    wanted = {(t["variant"], t["wanted"]) for t in harness.judge(timings, training.WISHES)}
     assert {(PACKED, 3.0), (HALF, 4.5)} <= wanted
 
 
 def test_the_command_keeps_a_record(tmp_path, capsys):
     out = tmp_path / "training.json"
-    assert bench_training.main(shape=bench.TINY_SHAPE, repeats=2, out=out)
+    assert training.main(shape=harness.TINY_SHAPE, repeats=2, out=out)
     assert "packed is" in capsys.readouterr().out
     text = out.read_text()
     assert '"what": "training"' in text and '"targets"' in text and RELEASE in text

@@ -5,12 +5,12 @@ import json
 import pandas as pd
 import pytest
 
-from moebert_lib import bench_widgets
+from moebert_lib.bench import workflow
 
 
-@pytest.mark.parametrize("name", [n for n in bench_widgets.WIDGETS if n.startswith("explorer")])
+@pytest.mark.parametrize("name", [n for n in workflow.WIDGETS if n.startswith("explorer")])
 def test_a_move_of_the_explorer_is_a_new_picture(name):
-    move = bench_widgets.WIDGETS[name]()
+    move = workflow.WIDGETS[name]()
     made = move.__closure__[0].cell_contents
     frames = []
     for n in range(3):
@@ -23,13 +23,13 @@ def test_a_widget_is_within_where_its_slow_moves_are():
     timings = pd.DataFrame(
         {"widget": ["a"] * 10 + ["b"] * 10, "ms": [50] * 10 + [50] * 7 + [150] * 3}
     )
-    table = bench_widgets.summary(timings).set_index("widget")
+    table = workflow.summary(timings).set_index("widget")
     assert table["median_ms"].tolist() == [50, 50] and table["within"].tolist() == [True, False]
 
 
 def test_main_prints_each_widget_and_keeps_the_times(moebert_home, monkeypatch, capsys):
-    monkeypatch.setattr(bench_widgets, "WIDGETS", {"quick one": lambda: lambda n: None})
-    bench_widgets.main(repeats=2)
+    monkeypatch.setattr(workflow, "WIDGETS", {"quick one": lambda: lambda n: None})
+    workflow.main_bench_widgets(repeats=2)
     said = capsys.readouterr().out
     assert "quick one" in said and "all within 100 ms" in said
     (path,) = (moebert_home / "runs").glob("bench-widgets-*.json")

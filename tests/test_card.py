@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import ModelCard, metadata_load
 from shipping import made, saved_bert
 
-from moebert_lib import card, receipt, ship
-from moebert_lib.settings import Settings
+from moebert_lib.config.settings import Settings
+from moebert_lib.publish import share_model
 
 ROW = {
     "metric": "accuracy",
@@ -32,7 +32,7 @@ TRAINED = {
 def shipped(tmp_path, tiny_bert, tiny_batch):
     """What is shipped untrained, its folder and its receipt."""
     one = made(saved_bert(tmp_path, tiny_bert), tiny_batch)
-    return one, tmp_path / "moe", ship.write(one, tmp_path / "moe", name="moe")
+    return one, tmp_path / "moe", share_model.write(one, tmp_path / "moe", name="moe")
 
 
 def text_of(folder):
@@ -52,14 +52,14 @@ def test_the_card_of_an_untrained_model_says_so_and_claims_no_metric(shipped):
     assert "- Trained on: nothing since conversion" in text
     assert f"SHA-256 `{proof['files']['importance.safetensors']}`" in text
     assert f"{one.told['used']:,} of {one.told['stored']:,} parameters" in text
-    assert receipt.table(proof) in text and text.count("| holds |") == len(proof["checks"])
+    assert share_model.table(proof) in text and text.count("| holds |") == len(proof["checks"])
     assert "| routing |" not in text and "| n_experts | 4 |" in text
 
 
 def test_the_card_of_a_trained_model_has_its_metrics_with_n_and_interval(shipped):
     one, folder, proof = shipped
     told = {**one.told, **TRAINED, "name": "me/film", "base": "me/bert"}
-    card.write(folder, told, {**proof, **TRAINED})
+    share_model.write_card(folder, told, {**proof, **TRAINED})
     read = ModelCard.load(folder / "README.md")
     (result,) = read.data.eval_results
     assert (result.metric_type, result.metric_value) == ("accuracy", 0.875)
@@ -76,7 +76,7 @@ def test_an_interval_that_is_not_known_is_left_out(shipped):
     one, folder, proof = shipped
     few = {**ROW, "dense": [0.5, float("nan"), float("nan")]}
     changed = {**TRAINED, "metrics": [few]}
-    card.write(folder, {**one.told, **changed, "name": "x"}, {**proof, **changed})
+    share_model.write_card(folder, {**one.told, **changed, "name": "x"}, {**proof, **changed})
     assert "| accuracy | 50.0 | 87.5 (" in text_of(folder)
 
 
@@ -89,7 +89,7 @@ def test_an_interval_that_is_not_known_is_left_out(shipped):
 )
 def test_it_names_the_score_that_chose_the_neurons_and_how_many_are_kept(shipped, score, said):
     one, folder, proof = shipped
-    card.write(folder, {**one.told, "name": "x", "score": score}, proof)
+    share_model.write_card(folder, {**one.told, "name": "x", "score": score}, proof)
     assert said in text_of(folder) and "neurons of a layer are kept" in text_of(folder)
 
 
@@ -99,7 +99,7 @@ def test_neurons_chosen_on_what_the_metrics_are_of_is_a_limit(shipped, routing):
     for split in ("train", "validation"):
         told = {**one.told, **TRAINED, "name": "x", "scored_on": split}
         told["config"] = {**told["config"], "routing": routing}
-        card.write(folder, told, {**proof, **TRAINED})
+        share_model.write_card(folder, told, {**proof, **TRAINED})
         assert ("chosen on validation examples" in text_of(folder)) == (split == "validation")
 
 
@@ -113,7 +113,7 @@ def test_neurons_chosen_on_what_the_metrics_are_of_is_a_limit(shipped, routing):
 def test_it_tells_how_many_experts_serve_a_token(tmp_path, tiny_bert, tiny_batch, k, serving, work):
     sizes = {"routing": "gate-token", "num_experts_per_tok": k}
     one = made(saved_bert(tmp_path, tiny_bert), tiny_batch, **sizes)
-    proof = ship.write(one, tmp_path / "moe", name="moe")
+    proof = share_model.write(one, tmp_path / "moe", name="moe")
     assert serving in text_of(tmp_path / "moe") and work in text_of(tmp_path / "moe")
     assert all(row["holds"] for row in proof["checks"])
 
@@ -129,19 +129,19 @@ def test_it_tells_how_many_experts_serve_a_token(tmp_path, tiny_bert, tiny_batch
     ],
 )
 def test_a_part_of_a_split_is_told_as_one(task, n, cap, told):
-    assert card.part(Settings.at("small", task=task, max_eval_examples=cap), n) == told
+    assert share_model.part(Settings.at("small", task=task, max_eval_examples=cap), n) == told
 
 
 def test_a_check_that_failed_stands_in_the_card(shipped):
     one, folder, proof = shipped
     proof["checks"][1]["holds"] = False
-    card.write(folder, {**one.told, "name": "moe"}, proof)
+    share_model.write_card(folder, {**one.told, "name": "moe"}, proof)
     assert "| **FAILS** |" in text_of(folder)
 
 
 def test_a_model_of_spans_is_loaded_by_its_class(tmp_path, tiny_bert, tiny_batch):
     one = made(saved_bert(tmp_path, tiny_bert, spans=True), tiny_batch)
-    ship.write(one, tmp_path / "moe", name="moe")
+    share_model.write(one, tmp_path / "moe", name="moe")
     assert metadata_load(tmp_path / "moe" / "README.md")["pipeline_tag"] == "question-answering"
     (code,) = re.findall(r"```python\n(.*?)```", text_of(tmp_path / "moe"), re.DOTALL)
     found = {"NAME": str(tmp_path / "moe")}

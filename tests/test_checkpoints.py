@@ -15,11 +15,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, set_seed
 
-from moebert_lib import checkpoints, train
-from moebert_lib.convert import to_moebert
-from moebert_lib.errors import UserError
-from moebert_lib.experts import random_ranking
-from moebert_lib.settings import Settings
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.training import checkpoints, trainer
 
 NAMES = ("input_ids", "attention_mask")
 KINDS = {
@@ -53,7 +53,7 @@ SETTINGS = Settings.at(
 STEPS = 15
 
 
-class Interrupted(train.Progress):
+class Interrupted(trainer.Progress):
     """Ends a training after a step, by Ctrl-C, or by ``kill -9`` while a checkpoint is written."""
 
     def __init__(self, name, *, step, kill=False):
@@ -96,7 +96,7 @@ def sentences():
     return datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": labels})
 
 
-def trained(kind, folder, *, keep=True, progress=train.Progress):
+def trained(kind, folder, *, keep=True, progress=trainer.Progress):
     """A tiny model trained: its tensors by name, and the columns of a student's curve.
 
     Below ``folder``: ``trainer``, and ``kept`` for the checkpoints where they are asked for.
@@ -114,13 +114,13 @@ def trained(kind, folder, *, keep=True, progress=train.Progress):
     data = (sentences(), Pad(), SETTINGS.but(**OTHER.get(kind, {})), folder / "trainer")
     given = {"checkpoints": folder / "kept"} if keep else {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "Progress", progress)
+        patch.setattr(trainer, "Progress", progress)
         if kind == "teacher":
             model = dense
-            train.fine_tune(model, *data, **given)
+            trainer.fine_tune(model, *data, **given)
         else:
             model = to_moebert(dense, random_ranking(2, 64, seed=0), **KINDS[kind])
-            curve = train.distil(model, dense, *data, **given)
+            curve = trainer.distil(model, dense, *data, **given)
     tensors = {name: values.clone() for name, values in model.state_dict().items()}
     return tensors | {name: torch.tensor(curve[name].to_numpy()) for name in curve}
 
@@ -236,7 +236,7 @@ def test_checkpoints_keep_their_distance_in_time(tmp_path, monkeypatch):
     now = [0.0]  # a clock that a step moves by ten seconds
     monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now[0])
 
-    class Slow(train.Progress):
+    class Slow(trainer.Progress):
         def on_step_begin(self, args, state, control, **kwargs):
             now[0] += 10
 

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 
-from moebert_lib import checks
-from moebert_lib.convert import to_moebert
-from moebert_lib.experts import random_ranking
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.teaching import checks
 
 RANKING = random_ranking(2, 64, seed=0)
 

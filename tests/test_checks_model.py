@@ -6,13 +6,14 @@ import pytest
 import tiny_models
 import torch
 
-from moebert_lib import checks_model as checks
-from moebert_lib import moe_layer
-from moebert_lib.convert import to_moebert
-from moebert_lib.distill import prediction_loss
-from moebert_lib.experts import random_ranking
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.routing import balanced_table, random_table
+from moebert_lib.data import batching
+from moebert_lib.method.distillation_loss import prediction_loss
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.method.routing import balanced_table, random_table
+from moebert_lib.model import moe_layer
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.teaching import model_checks as checks
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_a_deal_in_another_order_is_found(tiny_bert, n_shared):
 def test_a_token_served_by_another_expert_is_found(changes, monkeypatch):
     model, inputs = tiny_models.moebert(**changes), tiny_models.batch([5, 9, 2])
     assert checks.experts_serve_their_tokens(model, inputs).difference < 1e-12
-    usual = moe_layer.by_expert
+    usual = batching.by_expert
 
     def back_to_another_place(experts, n_experts):
         order, back, counts = usual(experts, n_experts)

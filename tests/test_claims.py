@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import claims, grids, paper
-from moebert_lib.claims import ARMS, CLAIMS, Comparison
-from moebert_lib.settings import Settings
+from moebert_lib.config import paper_numbers
+from moebert_lib.config.settings import Settings
+from moebert_lib.evidence import claims
+from moebert_lib.evidence.claims import ARMS, CLAIMS, Comparison
+from moebert_lib.experiments import ablations
 
 COMPARISONS = [one for claim in CLAIMS for one in claim.comparisons]
 SETTINGS = Settings.at("quick")
@@ -40,8 +42,11 @@ def test_printed_steps_by_hand():
 
 def test_every_arm_is_a_run_that_some_notebook_asks_for():
     sweeps = dict(fractions=[24, 8, 4, 2], numbers=[1, 2, 4, 8], thirds=[0, 1, 2, 3])
-    asked = [*grids.ablations(SETTINGS, WIDTH, **sweeps).values()]
-    asked += [*grids.routers(SETTINGS).values(), *grids.results(SETTINGS, ["library"]).values()]
+    asked = [*ablations.ablations(SETTINGS, WIDTH, **sweeps).values()]
+    asked += [
+        *ablations.routers(SETTINGS).values(),
+        *ablations.results(SETTINGS, ["library"]).values(),
+    ]
     size, shared = SETTINGS.sizes(WIDTH)
     full = {"expert_size": size, "n_shared": shared}
     points = {run if run.expert_size else run.but(**full) for runs in asked for run in runs}
@@ -80,7 +85,7 @@ def test_without_runs_there_are_no_pairs():
 
 def test_runs_are_collected_by_arm_whether_or_not_their_sizes_are_spelled_out():
     sized = SETTINGS.but(expert_size=WIDTH // 4, n_shared=SETTINGS.sizes(WIDTH)[1])
-    spans = grids.on_task(SETTINGS, "passage")
+    spans = ablations.on_task(SETTINGS, "passage")
     points = [
         SETTINGS.but(seed=1, split_seed=1),
         spans.but(seed=1, split_seed=1),
@@ -97,7 +102,7 @@ def test_runs_are_collected_by_arm_whether_or_not_their_sizes_are_spelled_out():
 
 def test_every_claim_says_where_it_is_shown():
     shown = {claim.shown_in for claim in CLAIMS}
-    figures = {name.replace("figure", "Figure ") for name in paper.FIGURES}
+    figures = {name.replace("figure", "Figure ") for name in paper_numbers.FIGURES}
     assert shown == figures | {"Table 1", "Table 2", "Table 3", "Table 4"}
 
 

@@ -12,9 +12,13 @@ from pathlib import Path
 import fixture_home
 import pytest
 
-from moebert_lib import bench_widgets, cli, explore_page, export, site, sweeps
-from moebert_lib.errors import CHECKOUT
-from moebert_lib.store import Store
+from moebert_lib.bench import workflow
+from moebert_lib.cli import main
+from moebert_lib.config.errors import CHECKOUT
+from moebert_lib.explore import explorer_page
+from moebert_lib.publish import site
+from moebert_lib.runs import export, sweep
+from moebert_lib.store.store import Store
 
 COMMANDS = ["run", "sweep", "status", "report", "export", "explore", "site", "importance"]
 COMMANDS += ["convert", "bench", "doctor"]
@@ -31,14 +35,14 @@ def home(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command, capsys):
-    assert cli.main([command, "--help"]) == 0
+    assert main.main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"example:\n  moebert {command}" in out and "positional arguments" not in out[:40]
 
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
 def test_help_lists_all_commands(argv, capsys):
-    assert cli.main(argv) == 0
+    assert main.main(argv) == 0
     out = capsys.readouterr().out
     assert all(f"  {command}" in out for command in COMMANDS)
 
@@ -54,19 +58,19 @@ def test_help_comes_at_once_because_torch_is_not_imported():
 
 def test_run_prints_progress_and_where_things_are_and_then_reuses(home, capsys):
     one = ["--workers", "1"]  # side by side, lines are shown now and then only
-    assert cli.main(["run", "03", "00", "--scale", "smoke", "-p", "layers=[1]", *one]) == 0
+    assert main.main(["run", "03", "00", "--scale", "smoke", "-p", "layers=[1]", *one]) == 0
     out = capsys.readouterr().out
     assert "    · settings read" in out and "figures/smoke-library" in out
     assert out.splitlines()[-1].split() == ["page", "runs/report.html"]
-    assert cli.main(["run", "00", "--scale", "smoke", "03", "-p", "layers=[1]"]) == 0
+    assert main.main(["run", "00", "--scale", "smoke", "03", "-p", "layers=[1]"]) == 0
     out = capsys.readouterr().out
     assert out.count("reused") == 2 and "running" not in out
-    assert cli.main(["status"]) == 0
+    assert main.main(["status"]) == 0
     assert "2 stored" in capsys.readouterr().out
 
 
 def test_plan_says_what_would_run_and_runs_nothing(home, capsys):
-    assert cli.main(["run", "03", "--plan", "-p", "seed=2"]) == 0
+    assert main.main(["run", "03", "--plan", "-p", "seed=2"]) == 0
     out = capsys.readouterr().out
     assert "03_distillation seed=2: to run" in out and "student" in out and "seeds 2-4" in out
     assert out.splitlines()[-1] == "1 notebook runs planned, nothing was executed"
@@ -87,18 +91,18 @@ def test_a_plan_at_scale_paper_is_there_at_once_and_offline(moebert_home):
 
 
 def test_a_plan_says_what_is_stored(home, capsys):
-    assert cli.main(["run", "03", "--scale", "smoke"]) == 0
-    assert cli.main(["run", "00", "03", "--scale", "smoke", "--plan"]) == 0
+    assert main.main(["run", "03", "--scale", "smoke"]) == 0
+    assert main.main(["run", "00", "03", "--scale", "smoke", "--plan"]) == 0
     out = capsys.readouterr().out
     assert "03_distillation scale=smoke: stored, 0." in out and "00_the_idea: to run" in out
 
 
 def test_a_failing_notebook_is_one_line_and_status_1(home, capsys):
-    assert cli.main(["run", "02"]) == 1
+    assert main.main(["run", "02"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moebert: notebook 02_fails, cell 3: ValueError: seed 0;")
     assert Path(line.rpartition("executed copy: ")[2]).is_file()
-    cli.main(["status"])
+    main.main(["status"])
     assert "failed      02_fails, cell 3: ValueError: seed 0" in capsys.readouterr().out
 
 
@@ -147,23 +151,23 @@ settings:
 def test_a_grid_is_the_product_of_its_lists_without_doubles(home, tmp_path, capsys):
     path = tmp_path / "grid.yaml"
     path.write_text(GRID.replace("[0, 1]", "[0, 1, 0]"))
-    jobs = sweeps.read(path).jobs
+    jobs = sweep.read(path).jobs
     points = [(job.settings.seed, job.settings.n_shared) for job in jobs]
     assert points == [(0, 12), (0, 16), (1, 12), (1, 16)]
     assert all(job.parameters["layers"] == [0] for job in jobs)
-    assert cli.main(["sweep", str(path), "--dry-run"]) == 0
+    assert main.main(["sweep", str(path), "--dry-run"]) == 0
     assert capsys.readouterr().out.count(": never run") == 4 and not (home / "runs").exists()
 
 
 def test_sweep_runs_its_points_and_stores_one_row_each(home, tmp_path):
     path = tmp_path / "grid.yaml"
     path.write_text("scale: smoke\nseeds: [1, 2]\n")
-    assert cli.main(["sweep", str(path)]) == 0
+    assert main.main(["sweep", str(path)]) == 0
     assert sorted(export.frame()["seed"]) == [1, 2]
 
 
 def test_doctor_says_ok_or_what_to_do(home, capsys):
-    status = cli.main(["doctor", "--data-dir", str(home)])
+    status = main.main(["doctor", "--data-dir", str(home)])
     lines = capsys.readouterr().out.splitlines()
     assert status == 1 and all(re.match(r"(ok|PROBLEM) +\w+ +\S", line) for line in lines)
     assert any(line.startswith("PROBLEM data") and "sst2" in line for line in lines)
@@ -174,11 +178,12 @@ def test_convert_makes_a_model_that_transformers_loads(tmp_path, tiny_bert, monk
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from moebert_lib import importance, weights
-    from moebert_lib.settings import MINILM
+    from moebert_lib.config.presets import MINILM
+    from moebert_lib.data import pretrained_weights
+    from moebert_lib.method import importance
 
     dense, out = tmp_path / "dense", tmp_path / "moe"
-    tokenizer = AutoTokenizer.from_pretrained(weights.find(MINILM))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_weights.find(MINILM))
     tokenizer.save_pretrained(dense)
     tiny_bert(dtype=torch.float32).save_pretrained(dense)  # of 99 tokens
     scores = importance.Importance(
@@ -189,21 +194,21 @@ def test_convert_makes_a_model_that_transformers_loads(tmp_path, tiny_bert, monk
     )
     scores.save(tmp_path / "scores.safetensors")
     given = ["--importance", str(tmp_path / "scores.safetensors"), "--out", str(out)]
-    assert cli.main(["convert", str(dense), *given, "--n-shared", "8"]) == 2
+    assert main.main(["convert", str(dense), *given, "--n-shared", "8"]) == 2
     assert "knows 30,522 tokens, the model 99" in capsys.readouterr().err and not out.exists()
 
     tiny_bert(dtype=torch.float32, vocab_size=len(tokenizer)).save_pretrained(dense)
-    assert cli.main(["convert", str(dense), *given, "--n-shared", "8"]) == 0
+    assert main.main(["convert", str(dense), *given, "--n-shared", "8"]) == 0
     model = AutoModelForSequenceClassification.from_pretrained(out)
     assert type(model).__name__ == "MoEBertForSequenceClassification"
     assert "4 experts a layer" in capsys.readouterr().out
 
 
 def test_importance_writes_a_file_that_loads(moebert_home, tmp_path, capsys):
-    from moebert_lib.importance import Importance
+    from moebert_lib.method.importance import Importance
 
     out = tmp_path / "scores.safetensors"
-    assert cli.main(["importance", "--scale", "smoke", "--out", str(out)]) == 0
+    assert main.main(["importance", "--scale", "smoke", "--out", str(out)]) == 0
     assert Importance.load(out).scores.shape == (2, 64)
     assert "2 layers of 64 neurons" in capsys.readouterr().out
 
@@ -222,7 +227,7 @@ def test_importance_writes_a_file_that_loads(moebert_home, tmp_path, capsys):
 )
 def test_explore_refuses_in_one_line_before_anything_opens(home, argv, told, capsys):
     (home / "README.md").write_text("no scores")
-    assert cli.main(["explore", *argv]) == 2
+    assert main.main(["explore", *argv]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moebert: ") and told in line
     assert not (home / "runs").exists()
@@ -230,23 +235,23 @@ def test_explore_refuses_in_one_line_before_anything_opens(home, argv, told, cap
 
 def test_explore_says_what_to_install_where_voila_is_missing(home, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "voila.app", None)
-    assert cli.main(["explore"]) == 2
+    assert main.main(["explore"]) == 2
     assert "pip install 'moebert[lab]'" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_gives_way_to_the_next_free_one():
     with socket.create_server(("localhost", 0)) as server:
         taken = server.getsockname()[1]
-        assert explore_page.free_port("localhost", taken) > taken
+        assert explorer_page.free_port("localhost", taken) > taken
 
 
 def test_explore_makes_what_it_shows_before_the_page_opens(home, monkeypatch, capsys):
     served = {}
-    monkeypatch.setattr(explore_page, "serve", lambda code, **how: served.update(how, code=code))
-    assert cli.main(["explore", "--scale", "smoke", "--no-browser"]) == 0
+    monkeypatch.setattr(explorer_page, "serve", lambda code, **how: served.update(how, code=code))
+    assert main.main(["explore", "--scale", "smoke", "--no-browser"]) == 0
     assert {"teacher", "importance"} <= {entry.kind for entry in Store().entries()}
     assert "made in" in capsys.readouterr().out and served["browser"] is False
-    assert cli.main(["explore"]) == 0
+    assert main.main(["explore"]) == 0
     assert "sources.from_store()" in served["code"] and served["ip"] == "localhost"
 
 
@@ -258,8 +263,8 @@ def test_site_and_widgets_are_given_what_was_asked_for(home, monkeypatch, capsys
         return home / "index.html"
 
     monkeypatch.setattr(site, "build", build)
-    monkeypatch.setattr(bench_widgets, "main", lambda **how: asked.update(how))
-    assert cli.main(["site", "--out", "public"]) == 0
+    monkeypatch.setattr(workflow, "main", lambda **how: asked.update(how))
+    assert main.main(["site", "--out", "public"]) == 0
     assert capsys.readouterr().out.split() == ["site", "index.html"]
-    assert cli.main(["bench", "widgets", "--repeats", "3"]) == 0
+    assert main.main(["bench", "widgets", "--repeats", "3"]) == 0
     assert asked == {"out": Path("public"), "figures": None, "repeats": 3}

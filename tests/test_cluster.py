@@ -14,9 +14,11 @@ import nbformat
 import pytest
 from ray_nodes import gone, kill, marked, runs, start
 
-from moebert_lib import batch, cluster, engines, nodes, worker
-from moebert_lib.errors import UserError
-from moebert_lib.store import Store, digest
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.provenance import digest
+from moebert_lib.runs import execution, local_pool, ray_cluster
+from moebert_lib.runs import plan as planning
+from moebert_lib.store.store import Store
 
 HEALTH = '{"health_check_initial_delay_ms":500,"health_check_period_ms":500,' + (
     '"health_check_timeout_ms":2000,"health_check_failure_threshold":3}'
@@ -79,7 +81,7 @@ def place():
 def head(place) -> str:
     """The address of a cluster of one node: one core, two GPUs that it only claims to have."""
     with socket.socket() as free:
-        free.bind((cluster.LOOPBACK, 0))
+        free.bind((ray_cluster.LOOPBACK, 0))
         port = free.getsockname()[1]
     start(
         place,
@@ -90,14 +92,14 @@ def head(place) -> str:
         "--include-dashboard=false",
         f"--system-config={HEALTH}",
     )
-    return f"{cluster.LOOPBACK}:{port}"
+    return f"{ray_cluster.LOOPBACK}:{port}"
 
 
 @pytest.fixture(scope="module")
 def engine(head):
     """Maker of engines of this process, which joins the cluster once."""
-    joined = cluster.Ray(head)
-    yield partial(cluster.Ray, gpus_per_run=0)
+    joined = ray_cluster.Ray(head)
+    yield partial(ray_cluster.Ray, gpus_per_run=0)
     joined.close()
 
 
@@ -109,7 +111,7 @@ def home(tmp_path, place, monkeypatch) -> Path:
     return tmp_path / "driver"
 
 
-def planned(home: Path, name: str, *cells: str, points: int = 1) -> list[batch.Job]:
+def planned(home: Path, name: str, *cells: str, points: int = 1) -> list[planning.Job]:
     """Jobs of a notebook with these code cells, one for each ``n``."""
     path = home / "notebooks" / f"{name}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,13 +119,15 @@ def planned(home: Path, name: str, *cells: str, points: int = 1) -> list[batch.J
     more = [nbformat.v4.new_code_cell(cell) for cell in cells]
     about = {"language_info": {"name": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[first, *more], metadata=about), path)
-    plans = [batch.plan([path], scale="smoke", parameters={"n": n}) for n in range(points)]
+    plans = [planning.plan([path], scale="smoke", parameters={"n": n}) for n in range(points)]
     return [job for plan in plans for job in plan]
 
 
 def run(jobs, made, lines=None, **options):
     echo = (lines if lines is not None else []).append
-    return batch.run(jobs, engine=made, publishing=False, keep_going=True, echo=echo, **options)
+    return local_pool.run(
+        jobs, engine=made, publishing=False, keep_going=True, echo=echo, **options
+    )
 
 
 def written(entry) -> list[str]:
@@ -146,12 +150,12 @@ def test_a_run_has_a_gpu_and_its_threads_to_itself(home, engine, monkeypatch):
 
 def test_a_run_that_fails_elsewhere_comes_back_and_other_code_names_its_host(home, place, engine):
     fails, other = planned(home, "02_fails", SAY, "1 / 0", points=2)
-    changed = worker.request(other) | {"digest": digest("another")}
-    found = outcomes(engine(cpus_per_run=0.5), [worker.request(fails), changed])
-    copy = worker.kept(fails) / "notebook.ipynb"
+    changed = execution.request(other) | {"digest": digest("another")}
+    found = outcomes(engine(cpus_per_run=0.5), [execution.request(fails), changed])
+    copy = execution.kept(fails) / "notebook.ipynb"
     assert found[0]["status"] == "failed" and found[0]["copy"] == str(copy)
     assert copy.is_relative_to(home) and "ZeroDivisionError" in copy.read_text()
-    assert "ZeroDivisionError" in str(worker.failed_before(fails))
+    assert "ZeroDivisionError" in str(execution.failed_before(fails))
     assert (place / "one" / "runs" / "failed").is_dir() and "files" not in found[0]
     assert found[1]["status"] == "refused"
     assert found[1]["error"].startswith(f"{socket.gethostname()}: library, data or weights")
@@ -183,10 +187,10 @@ def test_what_dies_is_asked_for_again_and_given_up_in_one_line(home, place, engi
 
 
 def test_closing_ends_what_runs_and_what_waits_and_leaves_the_cluster(home, place, engine):
-    requests = [worker.request(job) for job in planned(home, "05_long", SAY, SLEEP, points=2)]
+    requests = [execution.request(job) for job in planned(home, "05_long", SAY, SLEEP, points=2)]
     made = engine()
     events = made.run(requests, busy=lambda index: index == 0)
-    assert next(events) == engines.Event(1, started=True)  # the other one is busy elsewhere
+    assert next(events) == local_pool.Event(1, started=True)  # the other one is busy elsewhere
     assert next(events).line.startswith("· at one") and runs(place)
     events.close()
     assert gone(runs, place, 0.5)
@@ -218,8 +222,8 @@ def test_a_sweep_outlives_the_death_of_a_node(home, place, head, engine):
 
     jobs = planned(home, "08_sweep", SAY, STUCK, WRITE, points=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "QUIET", 0)  # every line of a run
-        results = batch.run(jobs, engine=made, publishing=False, keep_going=True, echo=echo)
+        patch.setattr(local_pool, "QUIET", 0)  # every line of a run
+        results = local_pool.run(jobs, engine=made, publishing=False, keep_going=True, echo=echo)
     places = [written(entry)[0] for entry in results]
     assert places.count("two") == 1 and places.count("one") == 3
     assert all(Store().folder("notebook", job.key()).is_relative_to(home) for job in jobs)
@@ -244,7 +248,7 @@ def test_what_no_node_can_hold_is_said(home, engine):
     made = engine(cpus_per_run=8)
     assert made.workers == 1
     (job,) = planned(home, "10_large", WRITE)
-    events = made.run([worker.request(job)], busy=lambda index: False)
+    events = made.run([execution.request(job)], busy=lambda index: False)
     assert next(events).line == "· waiting for a node with 8 CPUs"
     events.close()
 
@@ -263,7 +267,7 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(address, said, monke
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:2")
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(UserError, match=f"^.*{said}.*$"):
-        cluster.Ray(address)
+        ray_cluster.Ray(address)
 
 
 @pytest.mark.parametrize(
@@ -276,18 +280,18 @@ def test_a_cluster_that_is_not_there_is_refused_in_one_line(address, said, monke
 )
 def test_sizes_of_a_run_that_make_no_sense_are_refused(options, said):
     with pytest.raises(UserError, match=f"^{said} for a run: expected"):
-        cluster.Ray(**options)
+        ray_cluster.Ray(**options)
 
 
 def test_ray_is_asked_for_where_it_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'moebert\[cluster\]'"):
-        cluster.Ray()
+        ray_cluster.Ray()
 
 
 def test_of_a_failed_run_no_more_than_some_megabytes_come_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(nodes, "COPIED", 10)
+    monkeypatch.setattr(ray_cluster, "COPIED", 10)
     for name, size in (("a", 9), ("b/c", 1), ("d", 5)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x" * size)
-    assert nodes._packed(tmp_path) == {"b/c": b"x", "d": b"xxxxx"}
+    assert ray_cluster._packed(tmp_path) == {"b/c": b"x", "d": b"xxxxx"}

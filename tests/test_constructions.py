@@ -7,13 +7,15 @@ import pytest
 import torch
 from conftest import make_home
 
-from moebert_lib import archive, constructions, experiment, groups
-from moebert_lib.adapters import ffns
-from moebert_lib.convert import to_moebert
-from moebert_lib.errors import UserError
-from moebert_lib.experts import deal_layers, random_ranking
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.settings import Grouping, Settings
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Grouping, Settings
+from moebert_lib.experiments import dataset, expert_partitions, student, teacher
+from moebert_lib.method import clustering
+from moebert_lib.method.encoder_layouts import ffns
+from moebert_lib.method.partition import deal_layers, random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.store import committed_results
 
 GROUPED = get_args(Grouping)[1:]  # the first is the deal
 
@@ -33,8 +35,8 @@ def settings(home, monkeypatch) -> Settings:
 @pytest.mark.parametrize("n_shared", [0, None])
 @pytest.mark.parametrize("how", GROUPED)
 def test_a_grouping_keeps_the_neurons_that_the_deal_keeps(settings, how, n_shared):
-    dealt = constructions.neurons(settings.but(n_shared=n_shared))
-    grouped = constructions.neurons(settings.but(n_shared=n_shared, grouping=how))
+    dealt = expert_partitions.neurons(settings.but(n_shared=n_shared))
+    grouped = expert_partitions.neurons(settings.but(n_shared=n_shared, grouping=how))
     assert grouped.shape == dealt.shape and not torch.equal(grouped, dealt)
     for mine, other in zip(grouped, dealt, strict=True):
         assert sorted(mine.flatten().tolist()) == sorted(other.flatten().tolist())
@@ -45,22 +47,22 @@ def test_a_grouping_keeps_the_neurons_that_the_deal_keeps(settings, how, n_share
 def test_each_layer_is_grouped_by_its_own_weights_or_activations(settings, how):
     ways = settings.but(grouping=how, split_seed=3)
     n_shared = ways.sizes(64)[1]
-    layers = [*ffns(experiment.teacher(settings).model)]
+    layers = [*ffns(teacher.teacher(settings).model)]
     parts = zip(
         layers,
-        constructions.activations(settings),
-        constructions.neurons(settings),
-        constructions.neurons(ways),
+        expert_partitions.activations(settings),
+        expert_partitions.neurons(settings),
+        expert_partitions.neurons(ways),
         strict=True,
     )
     for layer, h, dealt, grouped in parts:
         own = dealt[:, n_shared:].T.flatten()
         rows = layer.up.weight.detach()[own] if how == "kmeans-weights" else h.T[own]
         if how == "coactivation":
-            labels = groups.partition(groups.coactivation(rows.T > 0), 4)
+            labels = clustering.partition(clustering.coactivation(rows.T > 0), 4)
         else:
             points = rows.double() / rows.double().norm(dim=1, keepdim=True)
-            labels = groups.balanced_kmeans(points.numpy(), 4, seed=3)
+            labels = clustering.balanced_kmeans(points.numpy(), 4, seed=3)
         found = [{*hand[n_shared:]} for hand in grouped.tolist()]
         assert found == [{*own[labels == e].tolist()} for e in range(4)]
 
@@ -68,20 +70,20 @@ def test_each_layer_is_grouped_by_its_own_weights_or_activations(settings, how):
 @pytest.mark.parametrize("how", GROUPED)
 def test_where_all_is_shared_there_is_nothing_to_group(settings, how):
     shared = settings.but(expert_size=16, n_shared=16)
-    grouped = constructions.neurons(shared.but(grouping=how))
-    assert torch.equal(grouped, constructions.neurons(shared))
+    grouped = expert_partitions.neurons(shared.but(grouping=how))
+    assert torch.equal(grouped, expert_partitions.neurons(shared))
 
 
 def test_the_converted_model_holds_them_and_says_so(settings):
     grouped = settings.but(grouping="coactivation")
-    model = experiment.converted(grouped)
+    model = student.converted(grouped)
     held = torch.stack([layer.neurons for layer in moe_layers(model)])
-    assert torch.equal(held, constructions.neurons(grouped))
+    assert torch.equal(held, expert_partitions.neurons(grouped))
 
 
 def test_activations_are_those_of_real_tokens(settings):
-    found = constructions.activations(settings)
-    bundle, model = experiment.dataset(settings), experiment.teacher(settings).model
+    found = expert_partitions.activations(settings)
+    bundle, model = dataset.dataset(settings), teacher.teacher(settings).model
     rows = bundle.rows("train", settings.importance_examples, shuffle=True)["input_ids"][:]
     assert found.shape[:2] == (2, sum(map(len, rows)))
     seen = []
@@ -98,13 +100,13 @@ def test_of_many_tokens_some_are_drawn_the_same_ones_in_each_layer(settings, mon
     longer = settings.but(max_train_examples=96, importance_examples=96)  # two batches
 
     def drawn(most: int) -> torch.Tensor:
-        constructions._activations.cache_clear()
+        expert_partitions._activations.cache_clear()
         with monkeypatch.context() as patch:
-            patch.setattr(constructions, "TOKENS", most)
-            return constructions.activations(longer)
+            patch.setattr(expert_partitions, "TOKENS", most)
+            return expert_partitions.activations(longer)
 
     whole, some = drawn(10**6), drawn(50)
-    constructions._activations.cache_clear()
+    expert_partitions._activations.cache_clear()
     assert some.shape == (2, 50, 64) and not torch.equal(some, whole[:, :50])
     places = [
         (rows[:, None] == everywhere).all(-1).int().argmax(1).tolist()
@@ -115,12 +117,12 @@ def test_of_many_tokens_some_are_drawn_the_same_ones_in_each_layer(settings, mon
 
 
 def test_more_company_is_in_the_experts_of_the_coactivation_graph(settings):
-    h = constructions.activations(settings)
-    graphs = [groups.coactivation(layer > 0) for layer in h]
+    h = expert_partitions.activations(settings)
+    graphs = [clustering.coactivation(layer > 0) for layer in h]
 
     def within(how: str) -> float:
         total = 0.0
-        neurons = constructions.neurons(settings.but(grouping=how, n_shared=0))
+        neurons = expert_partitions.neurons(settings.but(grouping=how, n_shared=0))
         for graph, experts in zip(graphs, neurons.tolist(), strict=True):
             pairs = (pair for hand in experts for pair in itertools.combinations(hand, 2))
             total += sum(graph[pair] for pair in pairs)
@@ -131,7 +133,7 @@ def test_more_company_is_in_the_experts_of_the_coactivation_graph(settings):
 
 def test_keys_hold_what_a_grouping_depends_on_and_nothing_for_a_deal(settings):
     def key(**changes):
-        return archive.choices(experiment.conversion_key(settings.but(**changes)))
+        return committed_results.choices(student.conversion_key(settings.but(**changes)))
 
     assert key() == key(split_seed=7) and "grouping" not in key()
     for how in GROUPED[:2]:
@@ -141,9 +143,11 @@ def test_keys_hold_what_a_grouping_depends_on_and_nothing_for_a_deal(settings):
 
 
 def test_a_grouping_is_made_once(settings, monkeypatch):
-    one = constructions.neurons(settings.but(grouping="coactivation"))
-    monkeypatch.setattr(groups, "partition", None)
-    assert torch.equal(constructions.neurons(settings.but(grouping="coactivation", seed=1)), one)
+    one = expert_partitions.neurons(settings.but(grouping="coactivation"))
+    monkeypatch.setattr(clustering, "partition", None)
+    assert torch.equal(
+        expert_partitions.neurons(settings.but(grouping="coactivation", seed=1)), one
+    )
 
 
 def test_an_unknown_grouping_names_the_nearest():

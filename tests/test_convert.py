@@ -5,12 +5,12 @@ import torch
 from tiny_spans import span_batch, span_bert
 from transformers import BertConfig, BertForMaskedLM
 
-from moebert_lib import checks
-from moebert_lib.convert import to_moebert
-from moebert_lib.experts import deal_layers, random_ranking
-from moebert_lib.importance import Importance, ffn_importance
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.routing import ROUTINGS
+from moebert_lib.method.importance import Importance, ffn_importance
+from moebert_lib.method.partition import deal_layers, random_ranking
+from moebert_lib.method.routing import ROUTINGS
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.teaching import checks
 
 RANKING = random_ranking(2, 64, seed=0)
 

@@ -12,10 +12,10 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from moebert_lib import cli
-from moebert_lib.convert import load_dense
-from moebert_lib.importance import Importance, ffn_importance
-from moebert_lib.moe_layer import moe_layers
+from moebert_lib.cli import main
+from moebert_lib.method.importance import Importance, ffn_importance
+from moebert_lib.model.conversion import load_dense
+from moebert_lib.model.moe_layer import moe_layers
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def saved(folder, tiny_bert, tiny_batch):
 
 
 def convert(name, scores="bert.scores", out="moe", *more):
-    return cli.main(["convert", name, "--importance", scores, "--out", out, *more])
+    return main.main(["convert", name, "--importance", scores, "--out", out, *more])
 
 
 def refusal(capsys):
@@ -136,13 +136,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_loading(
 
 
 def test_more_tokens_than_bert_takes_are_refused(capsys):
-    assert cli.main(["bench", "--length", "1000"]) == 2
+    assert main.main(["bench", "--length", "1000"]) == 2
     assert refusal(capsys) == "moebert: --length 1000: BERT takes at most 512 tokens"
 
 
 def test_nothing_after_the_equals_sign_is_an_empty_text(moebert_home, capsys):
-    assert cli.main(["run", "01", "--plan", "--scale", "smoke", "-p", "task="]) == 0
+    assert main.main(["run", "01", "--plan", "--scale", "smoke", "-p", "task="]) == 0
     assert "task" not in capsys.readouterr().out.splitlines()[0]
-    assert cli.main(["run", "01", "--plan", "-p", "seed="]) == 2
+    assert main.main(["run", "01", "--plan", "-p", "seed="]) == 2
     assert "seed=''" in refusal(capsys)
-    assert cli.main(["run", "01", "--plan", "-p", "n_shared=null"]) == 0
+    assert main.main(["run", "01", "--plan", "-p", "n_shared=null"]) == 0

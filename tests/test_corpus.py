@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib import corpus
-from moebert_lib.corpus import (
+from moebert_lib.config.errors import UserError
+from moebert_lib.data import builtin_corpus
+from moebert_lib.data.builtin_corpus import (
     PACKAGES,
     Sentence,
     distinct,
@@ -14,7 +15,6 @@ from moebert_lib.corpus import (
     normalised,
     sentences,
 )
-from moebert_lib.errors import UserError
 
 DOCSTRING = """
 Return the largest value of each row, as in :func:`~numpy.maximum` and ``sort``.
@@ -108,7 +108,7 @@ def test_sentences_are_distinct_plain_and_from_every_package(some):
 def test_docstrings_lie_in_one_split_and_a_fifth_is_for_validation():
     made = [Sentence("", "numpy", f"numpy/a.py:{line}", 0) for line in range(5000)]
     share = sum(s.split == "validation" for s in made) / len(made)
-    assert share == pytest.approx(corpus.VALIDATION_SHARE, abs=0.02)
+    assert share == pytest.approx(builtin_corpus.VALIDATION_SHARE, abs=0.02)
     assert made[0].split == made[0]._replace(position=7, text="other").split
 
 
@@ -155,12 +155,12 @@ def test_any_text_can_be_read(text):
 
 @pytest.fixture
 def one_package(monkeypatch):
-    monkeypatch.setattr(corpus, "PACKAGES", {"networkx": "networkx"})
+    monkeypatch.setattr(builtin_corpus, "PACKAGES", {"networkx": "networkx"})
 
 
 def test_sentences_are_read_once_and_kept(moebert_home, one_package, monkeypatch):
     first = sentences(files_per_package=1)
-    monkeypatch.setattr(corpus, "_package", None)  # reading again would fail
+    monkeypatch.setattr(builtin_corpus, "_package", None)  # reading again would fail
     assert sentences(files_per_package=1) == first
     assert not list((moebert_home / "runs").glob("*/*.tmp"))
 
@@ -176,25 +176,25 @@ def test_a_damaged_copy_is_made_again(moebert_home, one_package):
 
 @pytest.fixture
 def other_versions():
-    corpus._version.cache_clear()
+    builtin_corpus._version.cache_clear()
     yield
-    corpus._version.cache_clear()
+    builtin_corpus._version.cache_clear()
 
 
 def test_the_digest_follows_versions_but_not_how_torch_was_built(monkeypatch, other_versions):
     def at(version):
-        monkeypatch.setattr(corpus.metadata, "version", lambda name: version)
-        corpus._version.cache_clear()
-        return corpus.digest()
+        monkeypatch.setattr(builtin_corpus.metadata, "version", lambda name: version)
+        builtin_corpus._version.cache_clear()
+        return builtin_corpus.digest()
 
     assert at("2.13.0+cpu") == at("2.13.0") != at("2.14.0")
-    assert corpus.digest() != corpus.digest(files_per_package=3)
+    assert builtin_corpus.digest() != builtin_corpus.digest(files_per_package=3)
 
 
 def test_a_library_that_is_not_installed_is_named(monkeypatch, other_versions):
-    monkeypatch.setitem(corpus.PACKAGES, "sympy", "not-installed-anywhere")
+    monkeypatch.setitem(builtin_corpus.PACKAGES, "sympy", "not-installed-anywhere")
     with pytest.raises(UserError, match="docstrings of not-installed-anywhere, which is not"):
-        corpus.digest()
+        builtin_corpus.digest()
 
 
 def test_reading_imports_nothing(tmp_path, monkeypatch):
@@ -203,5 +203,5 @@ def test_reading_imports_nothing(tmp_path, monkeypatch):
     text = 'raise SystemExit\ndef f():\n    """The function that is never called by anyone."""\n'
     (package / "__init__.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
-    (found,) = corpus._package("boom", None)
+    (found,) = builtin_corpus._package("boom", None)
     assert (found.docstring, found.text) == ("boom/__init__.py:2", text.split('"""')[1])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification
+from moebert_lib.model.modeling import MoEBertConfig, MoEBertForSequenceClassification
 
 
 @pytest.mark.parametrize("routing", ["hash-random", "gate-token"])

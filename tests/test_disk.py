@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from moebert_lib import disk
-from moebert_lib.store import Store, Unwritable, write_bytes
+from moebert_lib.config import file_io
+from moebert_lib.config.file_io import Unwritable, write_bytes
+from moebert_lib.store.store import Store
 
 SIZE = 2**18  # bytes of the small disk
 
@@ -168,7 +169,7 @@ def test_two_builds_of_one_entry_never_share_a_folder(runs):
             runs.make("unit", {}, build)
     name = runs.folder("unit", {}).name
     assert places[0] != places[1]
-    assert all(disk.WORK.fullmatch(place.name)[1] == name for place in places)
+    assert all(file_io.WORK.fullmatch(place.name)[1] == name for place in places)
 
 
 def test_tidy_and_busy_see_that_a_build_is_alive(runs):
@@ -186,13 +187,13 @@ def test_tidy_removes_what_killed_processes_left_and_nothing_else(runs):
     entry = runs.make("unit", {}, lambda folder: {})
     died = subprocess.Popen([sys.executable, "-c", ""])
     died.wait(60)
-    yesterday = time.time() - 2 * disk.DAY
+    yesterday = time.time() - 2 * file_io.DAY
     gone = [runs.root / f"report.html.{died.pid}.tmp", runs.root / f"old.{os.getpid()}.tmp"]
     kept = [runs.root / f"new.{os.getpid()}.tmp", runs.root / "report.html", runs.root / "a.tmp"]
     for path in gone + kept:
         path.touch()
     os.utime(gone[1], (yesterday, yesterday))
-    left = disk.scratch(runs.folder("unit", {"a": 1}))
+    left = file_io.scratch(runs.folder("unit", {"a": 1}))
     (left / "half.bin").touch()
     foreign = runs.root / "tmp" / "notes"
     foreign.mkdir()
@@ -203,6 +204,6 @@ def test_tidy_removes_what_killed_processes_left_and_nothing_else(runs):
 
 
 def test_make_removes_what_a_killed_process_left_of_the_same_entry_only(runs):
-    same, another = (disk.scratch(runs.folder("unit", {"a": a})) for a in (1, 2))
+    same, another = (file_io.scratch(runs.folder("unit", {"a": a})) for a in (1, 2))
     runs.make("unit", {"a": 1}, lambda folder: {})
     assert another.exists() and not same.exists()

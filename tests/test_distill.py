@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib import checks
-from moebert_lib.distill import (
+from moebert_lib.method.distillation_loss import (
     chosen_layers,
     distillation_terms,
     layer_distances,
     prediction_loss,
 )
+from moebert_lib.teaching import checks
 
 
 def states(n=3, seed=0):

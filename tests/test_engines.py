@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moebert_lib import engines
-from moebert_lib.engines import Event, Local
-from moebert_lib.errors import UserError
+from moebert_lib.config.errors import UserError
+from moebert_lib.runs import cost, local_pool
+from moebert_lib.runs.local_pool import Event, Local
 
-#: Stands in for ``moebert_lib.worker``: a request is Python that gives ``outcome``.
+#: Stands in for ``moebert_lib.runs.execution``: a request is Python that gives ``outcome``.
 STAND_IN = """
 import json, os, sys
 for line in sys.stdin:
@@ -30,8 +30,10 @@ def stand_in(tmp_path, monkeypatch):
     package = tmp_path / "moebert_lib"
     package.mkdir()
     (package / "__init__.py").write_text("")
-    (package / "worker.py").write_text(STAND_IN)
-    monkeypatch.setattr(engines, "CHECKOUT", tmp_path)
+    (package / "runs").mkdir()
+    (package / "runs" / "__init__.py").write_text("")
+    (package / "runs" / "execution.py").write_text(STAND_IN)
+    monkeypatch.setattr(local_pool, "CHECKOUT", tmp_path)
     monkeypatch.chdir(tmp_path)
 
 
@@ -87,7 +89,7 @@ def test_what_dies_every_time_is_given_up_and_the_others_go_on(tmp_path):
     dies = f"open({str(log)!r}, 'a').write('x'); import os; os._exit(3)"
     found = outcomes(events(Local(1), asked(dies, "")))
     assert found[0]["status"] == "died" and "exit status 3" in found[0]["error"]
-    assert found[1] == {"status": "done"} and log.read_text() == "x" * (1 + engines.RETRIES)
+    assert found[1] == {"status": "done"} and log.read_text() == "x" * (1 + local_pool.RETRIES)
 
 
 def test_a_kernel_that_died_is_tried_again_too(tmp_path):
@@ -117,11 +119,11 @@ def test_closing_the_iterator_ends_every_process():
     time.sleep(0.5)
     mine = set(psutil.Process().children(recursive=True)) - set(others)
     start = time.monotonic()
-    engines.PATIENCE, before = 0.5, engines.PATIENCE  # the stand-in does not watch its input
+    local_pool.PATIENCE, before = 0.5, local_pool.PATIENCE  # the stand-in does not watch its input
     try:
         running.close()
     finally:
-        engines.PATIENCE = before
+        local_pool.PATIENCE = before
     assert time.monotonic() - start < 30
     assert mine and not psutil.wait_procs(mine, timeout=10)[1]
     assert not [thread for thread in threading.enumerate() if "serve" in thread.name]
@@ -144,7 +146,7 @@ def test_a_process_that_cannot_start_is_an_outcome_and_no_lost_request(monkeypat
     def full(environment):
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr(engines, "Worker", full)
+    monkeypatch.setattr(local_pool, "Worker", full)
     found = outcomes(events(Local(2), asked("", "", "")))
     assert sorted(found) == [0, 1, 2]
     assert all("Cannot allocate memory" in outcome["error"] for outcome in found.values())
@@ -152,33 +154,33 @@ def test_a_process_that_cannot_start_is_an_outcome_and_no_lost_request(monkeypat
 
 def test_as_many_workers_as_cores_memory_and_jobs_allow(monkeypatch):
     def fitting(n_cores, gigabytes, jobs):
-        monkeypatch.setattr(engines, "cores", lambda: n_cores)
-        monkeypatch.setattr(engines, "free_memory", lambda: gigabytes << 30)
-        return engines.fitting([None] * jobs).workers
+        monkeypatch.setattr(local_pool, "cores", lambda: n_cores)
+        monkeypatch.setattr(local_pool, "free_memory", lambda: gigabytes << 30)
+        return local_pool.fitting([None] * jobs).workers
 
-    monkeypatch.setattr(engines, "gpus", list)
-    monkeypatch.setattr(engines.forecast, "runs", lambda jobs: [[]])
+    monkeypatch.setattr(local_pool, "gpus", list)
+    monkeypatch.setattr(cost, "runs", lambda jobs: [[]])
     assert fitting(4, 64, 40) == 4 and fitting(4, 64, 3) == 3 and fitting(4, 0, 40) == 1
     assert fitting(8, 3, 40) == 3  # one gigabyte for each kernel
 
 
 def test_one_run_for_each_gpu_where_torch_can_use_one(monkeypatch):
-    monkeypatch.setattr(engines, "versions", lambda: {"torch": "2.13.0"})
+    monkeypatch.setattr(local_pool, "versions", lambda: {"torch": "2.13.0"})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 3")
-    local = engines.fitting([None] * 40)
+    local = local_pool.fitting([None] * 40)
     assert local.workers == 2 and local.gpus == ("0", "3")
     with pytest.raises(UserError, match="3 workers: each run has a GPU to itself"):
-        Local(3, gpus=engines.gpus())
+        Local(3, gpus=local_pool.gpus())
     for none in ("", "-1", "-1,0"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
-        assert engines.gpus() == []
+        assert local_pool.gpus() == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    monkeypatch.setattr(engines, "versions", lambda: {"torch": "2.13.0+cpu"})
-    assert engines.gpus() == []
+    monkeypatch.setattr(local_pool, "versions", lambda: {"torch": "2.13.0+cpu"})
+    assert local_pool.gpus() == []
 
 
 def test_free_memory_is_no_more_than_the_machine_has():
-    assert 0 < engines.free_memory() <= psutil.virtual_memory().total
+    assert 0 < local_pool.free_memory() <= psutil.virtual_memory().total
 
 
 def test_no_workers_are_refused():
@@ -188,7 +190,7 @@ def test_no_workers_are_refused():
 
 def test_the_real_worker_leaves_when_its_input_closes():
     root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "moebert_lib.worker"]
+    command = [sys.executable, "-m", "moebert_lib.runs.execution"]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     process = psutil.Popen(command, stdin=-1, stdout=-1, cwd=root, env=environment)
     process.stdin.close()

@@ -5,12 +5,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
-from moebert_lib import estimate, paper
-from moebert_lib.estimate import Shape, activation_bytes, forward_flops, parameters
-from moebert_lib.modeling import MoEBertConfig, MoEBertModel
-from moebert_lib.moe_layer import parameter_counts
-from moebert_lib.scales import BASE, FFN_WIDTHS, MINILM, TINY
-from moebert_lib.settings import Settings
+from moebert_lib.config import paper_numbers
+from moebert_lib.config.presets import BASE, FFN_WIDTHS, MINILM, TINY
+from moebert_lib.config.settings import Settings
+from moebert_lib.model.modeling import MoEBertConfig, MoEBertModel
+from moebert_lib.model.moe_layer import parameter_counts
+from moebert_lib.runs import cost
+from moebert_lib.runs.cost import Shape, activation_bytes, forward_flops, parameters
 
 TOY = Shape(layers=1, hidden=2, neurons=3, heads=1)
 
@@ -41,7 +42,7 @@ def test_the_operations_of_a_toy_are_those_counted_by_hand():
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_operations_equal_what_torch_counts(kind):
-    shape, B, T, K = estimate.SHAPES[TINY]._replace(vocabulary=99), 2, 10, 16
+    shape, B, T, K = cost.SHAPES[TINY]._replace(vocabulary=99), 2, 10, 16
     if kind == "dense":
         config = BertConfig(**named(shape), attn_implementation="eager")
         model, neurons = BertModel(config, add_pooling_layer=False), shape.neurons
@@ -57,7 +58,7 @@ def test_operations_equal_what_torch_counts(kind):
 
 @pytest.mark.parametrize("model", [TINY, MINILM, BASE])
 def test_parameters_are_those_of_the_model(model):
-    shape = estimate.shape(model)
+    shape = cost.shape(model)
     size = shape.neurons // 4
     with torch.device("meta"):
         dense = parameter_counts(BertModel(BertConfig(**named(shape))))
@@ -67,28 +68,28 @@ def test_parameters_are_those_of_the_model(model):
 
 
 def test_moebert_of_bert_base_uses_67_million_parameters_and_stores_110():
-    found = parameters(estimate.shape(BASE), n_experts=4, expert_size=768)
+    found = parameters(cost.shape(BASE), n_experts=4, expert_size=768)
     assert found == (66_987_264, 109_565_184)
 
 
 def test_shapes_have_the_widths_that_settings_check_against():
-    assert {name: shape.neurons for name, shape in estimate.SHAPES.items()} == FFN_WIDTHS
+    assert {name: shape.neurons for name, shape in cost.SHAPES.items()} == FFN_WIDTHS
 
 
 def test_a_saved_bert_has_the_sizes_of_its_config(tmp_path):
     config = named(TOY._replace(heads=2))
     BertConfig(**config).save_pretrained(tmp_path)
-    assert estimate.shape(str(tmp_path)) == TOY._replace(heads=2)
+    assert cost.shape(str(tmp_path)) == TOY._replace(heads=2)
 
 
 def test_a_folder_without_a_bert_is_taken_for_bert_base(tmp_path):
     for content in ("{}", "[1]", "no JSON"):
         (tmp_path / "config.json").write_text(content)
-        assert estimate.shape(str(tmp_path)) == estimate.shape(BASE)
+        assert cost.shape(str(tmp_path)) == cost.shape(BASE)
 
 
 def test_activations_of_a_transformer_are_the_usual_count():
-    shape = estimate.shape(BASE)  # F is 4 D
+    shape = cost.shape(BASE)  # F is 4 D
     usual = 8 * 128 * 12 * (34 * 768 + 5 * 12 * 128)
     assert activation_bytes(shape, 8, 128, 3072, bf16=True) == usual
     assert activation_bytes(shape, 8, 128, 3072, bf16=False) == 2 * usual
@@ -102,58 +103,56 @@ def default(**changes) -> Settings:
     "more", [{"epochs": 1.0}, {"expert_size": 512, "n_shared": 512}, {"max_eval_examples": 601}]
 )
 def test_more_work_costs_more_time(more):
-    less, larger = estimate.student(default()), estimate.student(default(**more))
+    less, larger = cost.student(default()), cost.student(default(**more))
     assert larger.flops > less.flops and larger.passes >= less.passes
 
 
 @pytest.mark.parametrize("more", [{"batch_size": 64}, {"n_experts": 4}])
 def test_larger_batches_and_more_experts_take_more_memory(more):
     base = default(n_experts=2, expert_size=384)
-    less, larger = estimate.student(base), estimate.student(base.but(**more))
+    less, larger = cost.student(base), cost.student(base.but(**more))
     assert larger.cpu_bytes > less.cpu_bytes and larger.gpu_bytes > less.gpu_bytes
     assert less.gpu_bytes < less.cpu_bytes
 
 
 def test_plain_training_spares_the_teachers_pass():
     settings = default(max_eval_examples=8)
-    with_teacher, plain = (
-        estimate.student(settings.but(distill=which)) for which in ("all", "none")
-    )
-    shape = estimate.shape(settings.model)
-    once = forward_flops(shape, estimate.MEAN_TOKENS["library"], shape.neurons)
+    with_teacher, plain = (cost.student(settings.but(distill=which)) for which in ("all", "none"))
+    shape = cost.shape(settings.model)
+    once = forward_flops(shape, cost.MEAN_TOKENS["library"], shape.neurons)
     assert with_teacher.flops - plain.flops == pytest.approx(256 * once)
 
 
 def test_two_experts_a_token_cost_as_one_of_twice_the_width():
     gate = default(routing="gate-token", n_experts=2, expert_size=384, n_shared=0, distill="none")
     two, wide = gate.but(gate_top_k=2), gate.but(expert_size=768)
-    assert estimate.student(two).flops == estimate.student(wide).flops
+    assert cost.student(two).flops == cost.student(wide).flops
 
 
 def test_known_sizes_are_the_papers_as_far_as_it_prints_them():
-    for task, (train, validation) in paper.TABLE6.items():
+    for task, (train, validation) in paper_numbers.TABLE6.items():
         release = 0.2 if task == "stsb" else 0.05  # its 7k are those of an earlier release
-        assert estimate.SIZES[task][0] == pytest.approx(train, rel=release)
-        assert estimate.SIZES[task][1] == pytest.approx(validation, rel=0.05)
-    assert {task: estimate.SIZES[task] for task in paper.TABLE5} == paper.TABLE5
+        assert cost.SIZES[task][0] == pytest.approx(train, rel=release)
+        assert cost.SIZES[task][1] == pytest.approx(validation, rel=0.05)
+    assert {task: cost.SIZES[task] for task in paper_numbers.TABLE5} == paper_numbers.TABLE5
 
 
 def test_examples_are_capped_or_counted_in_files(tiny_glue):
-    assert estimate.examples(default()) == (4000, 500)
+    assert cost.examples(default()) == (4000, 500)
     at = Settings.at("small", task="sst2", data_dir=str(tiny_glue))
     lines = [
         (tiny_glue / "sst2" / f"{name}.jsonl").read_text().splitlines()
         for name in ("train", "validation")
     ]
-    assert estimate.examples(at) == tuple(map(len, lines))
+    assert cost.examples(at) == tuple(map(len, lines))
 
 
 def test_a_gpu_is_bound_by_launches_where_batches_are_small():
-    tiny = estimate.Cost(flops=1e6, passes=100, cpu_bytes=0, gpu_bytes=0)
+    tiny = cost.Cost(flops=1e6, passes=100, cpu_bytes=0, gpu_bytes=0)
     large = tiny._replace(flops=1e16)
-    assert estimate.gpu_seconds(tiny) == estimate.RUN_SECONDS + 100 * estimate.GPU_PASS
-    assert estimate.gpu_seconds(large) == estimate.RUN_SECONDS + 1e16 / estimate.GPU_FLOPS
+    assert cost.gpu_seconds(tiny) == cost.RUN_SECONDS + 100 * cost.GPU_PASS
+    assert cost.gpu_seconds(large) == cost.RUN_SECONDS + 1e16 / cost.GPU_FLOPS
 
 
 def test_the_processors_speed_is_measured_and_plausible():
-    assert 1e9 < estimate.cpu_flops() < 1e14
+    assert 1e9 < cost.cpu_flops() < 1e14

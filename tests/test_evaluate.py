@@ -5,10 +5,10 @@ import pytest
 import torch
 from tiny_spans import span_bert
 
-from moebert_lib.convert import to_moebert
-from moebert_lib.distill import layer_distances
-from moebert_lib.evaluate import METRICS, faster, predict, score, state_distances
-from moebert_lib.experts import random_ranking
+from moebert_lib.method.distillation_loss import layer_distances
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.training.evaluation import METRICS, faster, predict, score, state_distances
 
 
 def test_metrics_by_hand():

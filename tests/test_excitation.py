@@ -2,9 +2,10 @@
 
 import torch
 
-from moebert_lib import data, excitation
-from moebert_lib.excitation import Excitation, excite
-from moebert_lib.settings import Settings
+from moebert_lib.config.settings import Settings
+from moebert_lib.data import tasks
+from moebert_lib.experiments import neuron_measurements
+from moebert_lib.experiments.neuron_measurements import Excitation, excite
 
 
 def activations(model, batch):
@@ -67,16 +68,16 @@ def test_a_word_in_pieces_is_shown_whole_between_its_neighbours():
 
 def test_the_pass_is_made_once_over_scored_examples(moebert_home, capsys):
     settings = Settings.at("smoke")
-    first = excitation.excitation(settings)
+    first = neuron_measurements.excitation(settings)
     assert len(first.tokens) == settings.importance_examples
-    assert data.TASKS[settings.task] and first.mean.shape == (2, 64)
-    again = excitation.excitation(settings)
+    assert tasks.TASKS[settings.task] and first.mean.shape == (2, 64)
+    again = neuron_measurements.excitation(settings)
     assert torch.equal(again.top, first.top) and again.tokens == first.tokens
     assert "excitation for library: reused" in capsys.readouterr().out
 
 
 def test_what_is_shown_is_what_the_example_says(moebert_home):
-    found = excitation.excitation(Settings.at("smoke"))
+    found = neuron_measurements.excitation(Settings.at("smoke"))
     for _, before, token, after in found.contexts(1, 9, around=100):
         text = " ".join(filter(None, (before, token, after)))
-        assert text in [excitation.joined(pieces) for pieces in found.tokens]
+        assert text in [neuron_measurements.joined(pieces) for pieces in found.tokens]

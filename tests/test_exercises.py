@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkout import NOTEBOOKS
 
-from moebert_lib.exercises import Case, attempt
+from moebert_lib.teaching.exercises import Case, attempt
 
 TWICE = [Case((torch.tensor([1.0, 2.0]),), torch.tensor([2.0, 4.0]))]
 SOLUTION = re.compile(

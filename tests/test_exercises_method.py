@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moebert_lib import exercises_method
-from moebert_lib.experts import composition, deal_neurons
+from moebert_lib.method.partition import composition, deal_neurons
+from moebert_lib.teaching import exercises
 
 
 def added(A, w1, b1, w2):
@@ -127,13 +127,13 @@ def top_times(share, blocks, drawn, top):
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_answer_is_right(name):
-    attempt = getattr(exercises_method, name)(ANSWERS[name])
+    attempt = getattr(exercises, name)(ANSWERS[name])
     assert attempt.right, attempt
 
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_empty_skeleton_is_to_do(name):
-    attempt = getattr(exercises_method, name)(lambda *_: None)
+    attempt = getattr(exercises, name)(lambda *_: None)
     assert attempt == (False, "to do: your function returns nothing yet")
 
 
@@ -142,7 +142,7 @@ def test_an_empty_skeleton_is_to_do(name):
 )
 def test_a_tempting_mistake_is_refused_by_a_case_worked_by_hand(name, mine):
     """In the first two cases, where the reader can follow the numbers."""
-    attempt = getattr(exercises_method, name)(mine)
+    attempt = getattr(exercises, name)(mine)
     assert not attempt.right and attempt.said.startswith("not yet: ")
     assert "tensor of shape" not in attempt.said.partition(" gave ")[0]
 
@@ -150,7 +150,7 @@ def test_a_tempting_mistake_is_refused_by_a_case_worked_by_hand(name, mine):
 def test_every_exercise_has_an_answer_and_a_mistake():
     public = {
         n
-        for n, f in vars(exercises_method).items()
+        for n, f in vars(exercises).items()
         if getattr(f, "__doc__", None) and f.__doc__.startswith("Notebook")
     }
     assert public == set(ANSWERS) == {name for name, *_ in MISTAKES}

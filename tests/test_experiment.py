@@ -3,18 +3,19 @@
 import pytest
 import torch
 
-from moebert_lib import experiment, inputs, teachers
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.settings import Settings
-from moebert_lib.states import sentence_states
-from moebert_lib.store import Store
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import dataset, teacher
+from moebert_lib.experiments import student as experiment
+from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.store.store import Store
+from moebert_lib.training.evaluation import sentence_states
 
 SETTINGS = Settings.at("smoke")
 
 
 def forget():
     """As a new process would start: nothing in memory, only what the store holds."""
-    for cached in (teachers._teacher, teachers._importance, inputs._dataset):
+    for cached in (teacher._teacher, teacher._importance, dataset._dataset):
         cached.cache_clear()
 
 
@@ -77,7 +78,7 @@ def test_conversion_leaves_the_embeddings_and_moves_the_layers(shared):
 def test_a_students_states_are_those_of_its_model_beside_its_teachers(shared):
     model = experiment.student(SETTINGS, keep_model=True).model()
     found = experiment.states(SETTINGS)
-    batches = experiment.dataset(SETTINGS).batches("validation", limit=experiment.NEAR)
+    batches = dataset.dataset(SETTINGS).batches("validation", limit=experiment.NEAR)
     again = sentence_states(model, batches)
     assert {values.shape for values in found.values()} == {again.shape}
     assert found["distilled"] == pytest.approx(again, abs=5e-3)  # kept in float16
@@ -89,16 +90,16 @@ def test_a_students_states_are_those_of_its_model_beside_its_teachers(shared):
 def test_every_kind_of_task_goes_the_whole_way(shared, tiny_glue, task):
     data_dir = "" if task == "passage" else str(tiny_glue)
     settings = Settings.at("smoke", task=task, data_dir=data_dir, doc_stride=8, max_length=48)
-    row, bundle = experiment.student(settings, keep_model=True).row, experiment.dataset(settings)
+    row, bundle = experiment.student(settings, keep_model=True).row, dataset.dataset(settings)
     names = [*bundle.task.metrics, *(["accuracy_mismatched"] if task == "mnli" else [])]
     assert {f"{when}{name}" for name in names for when in ("", "teacher_", "converted_")} <= set(
         row
     )
     model = experiment.student(settings).model()
-    assert experiment.evaluate(settings, model) == {name: row[name] for name in names}
-    said, truths = experiment.said(settings), experiment.truths(settings)
+    assert teacher.evaluate(settings, model) == {name: row[name] for name in names}
+    said, truths = experiment.said(settings), teacher.truths(settings)
     assert len(said) == len(truths) == len(bundle.examples["validation"])
-    assert said["distilled"].tolist() == list(teachers.judge(settings, model)[1])
+    assert said["distilled"].tolist() == list(teacher.judge(settings, model)[1])
 
 
 def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch):
@@ -116,7 +117,7 @@ def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch
 )
 def test_importance_depends_on_its_settings(changes):
     changed = SETTINGS.but(**changes)
-    assert experiment.importance_key(changed) != experiment.importance_key(SETTINGS)
+    assert teacher.importance_key(changed) != teacher.importance_key(SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -125,13 +126,13 @@ def test_importance_depends_on_its_settings(changes):
 def test_a_student_depends_on_how_its_training_is_computed(changes):
     changed = SETTINGS.but(**changes)
     assert experiment.student_key(changed) != experiment.student_key(SETTINGS)
-    same = experiment.teacher_key(changed) == experiment.teacher_key(SETTINGS)
+    same = teacher.teacher_key(changed) == teacher.teacher_key(SETTINGS)
     assert same == ("dtype" not in changes)
 
 
 @pytest.mark.parametrize("changes", [dict(seed=5), dict(distill="last"), dict(n_experts=2)])
 def test_the_teacher_does_not_depend_on_the_student(changes):
-    assert experiment.teacher_key(SETTINGS.but(**changes)) == experiment.teacher_key(SETTINGS)
+    assert teacher.teacher_key(SETTINGS.but(**changes)) == teacher.teacher_key(SETTINGS)
 
 
 def test_a_random_split_needs_no_scores(home):
@@ -141,7 +142,7 @@ def test_a_random_split_needs_no_scores(home):
 
 def test_conversion_is_the_metric_of_the_converted_model(shared):
     model = experiment.converted(SETTINGS)
-    assert experiment.conversion(SETTINGS) == experiment.evaluate(SETTINGS, model)
+    assert experiment.conversion(SETTINGS) == teacher.evaluate(SETTINGS, model)
     assert [tuple(layer.neurons.shape) for layer in moe_layers(model)] == [(4, 16)] * 2
 
 
@@ -155,18 +156,18 @@ def test_rankings_give_other_experts(shared):
 
 def test_a_kept_model_is_the_one_that_was_measured(shared):
     kept = experiment.student(SETTINGS.but(routing="gate-token"), keep_model=True)
-    measured = {name: kept.row[name] for name in experiment.dataset(SETTINGS).task.metrics}
-    assert experiment.evaluate(SETTINGS, kept.model()) == measured
+    measured = {name: kept.row[name] for name in dataset.dataset(SETTINGS).task.metrics}
+    assert teacher.evaluate(SETTINGS, kept.model()) == measured
     assert experiment.student(SETTINGS.but(routing="gate-token")).entry.reused
 
 
 def test_balanced_routing_counts_the_training_tokens(shared):
-    counts = inputs.token_frequencies(SETTINGS)
-    ids = [token for row in experiment.dataset(SETTINGS).train["input_ids"] for token in row]
+    counts = dataset.token_frequencies(SETTINGS)
+    ids = [token for row in dataset.dataset(SETTINGS).train["input_ids"] for token in row]
     assert int(counts.sum()) == len(ids) and int(counts[ids[0]]) == ids.count(ids[0])
     experiment.conversion(SETTINGS.but(routing="hash-balance"))
 
 
 def test_one_line_says_what_is_run(shared):
-    line = experiment.describe(SETTINGS)
+    line = dataset.describe(SETTINGS)
     assert "\n" not in line and "smoke" in line and "library" in line and "64 training" in line

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib import checks
-from moebert_lib.experts import (
+from moebert_lib.method.partition import (
     choose_ranking,
     composition,
     deal_layers,
     deal_neurons,
     random_ranking,
 )
+from moebert_lib.teaching import checks
 
 
 @st.composite

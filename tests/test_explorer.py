@@ -12,13 +12,12 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from moebert_lib import explorer, readout
-from moebert_lib.errors import UserError
-from moebert_lib.excitation import Excitation
-from moebert_lib.experts import deal_neurons
-from moebert_lib.explorer_widget import NONE, Explorer, views
-from moebert_lib.layer_view import view
-from moebert_lib.sources import ACTIVE, EQ4, Source
+from moebert_lib.config.errors import UserError
+from moebert_lib.experiments.neuron_measurements import Excitation
+from moebert_lib.explore import explorer
+from moebert_lib.explore.explorer import NONE, Explorer, views
+from moebert_lib.explore.score_sources import ACTIVE, EQ4, Source
+from moebert_lib.method.partition import deal_neurons, view
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 SIZES = {"n_experts": 4, "expert_size": 16, "n_shared": 10}
@@ -146,7 +145,7 @@ def test_menus_add_and_remove_columns_and_rescale_the_sliders(made):
 def test_the_table_names_the_sizes_of_its_accuracy():
     def said(**sizes):
         chosen = [(MINE, EQ4)]
-        return re.sub("<[^>]+>", "", readout.table(chosen, views(chosen, layer=1, **sizes)))
+        return re.sub("<[^>]+>", "", explorer.table(chosen, views(chosen, layer=1, **sizes)))
 
     assert "50.0%: one run at these sizes; dense 75.0%" in said(**SIZES)
     near = "one run at the nearest judged: 8 experts, 8 neurons each, 4 shared"
@@ -154,14 +153,14 @@ def test_the_table_names_the_sizes_of_its_accuracy():
     assert "75.0%: each expert is the whole dense layer" in said(
         n_experts=1, expert_size=64, n_shared=0
     )
-    assert "only Eq. 4 was judged" in readout.table(
+    assert "only Eq. 4 was judged" in explorer.table(
         [(MINE, ACTIVE)], views([(MINE, ACTIVE)], layer=1, **SIZES)
     )
 
 
 def test_few_runs_are_told_one_by_one():
-    assert readout._runs([60.9, 61.3]) == "61.1% (60.9, 61.3): mean of 2 runs"
-    assert readout._runs([60.0, 61.0, 62.0, 65.0]) == "62.0% (60.0 to 65.0): mean of 4 runs"
+    assert explorer._runs([60.9, 61.3]) == "61.1% (60.9, 61.3): mean of 2 runs"
+    assert explorer._runs([60.0, 61.0, 62.0, 65.0]) == "62.0% (60.0 to 65.0): mean of 4 runs"
 
 
 def test_sizes_that_do_not_fit_are_said_to_be_cut(made):
@@ -177,7 +176,7 @@ def test_sizes_that_do_not_fit_are_said_to_be_cut(made):
 
 def test_tokens_are_shown_as_text_or_why_there_are_none():
     shown = views([(MINE, EQ4), (WIDE, EQ4)], layer=1, **SIZES)
-    said = readout.neuron([(MINE, EQ4), (WIDE, EQ4)], shown, [0, 0], layer=1)
+    said = explorer.neuron([(MINE, EQ4), (WIDE, EQ4)], shown, [0, 0], layer=1)
     assert "<mark>&lt;b&gt;</mark>" in said and "No tokens: no model" in said
     assert "aria-live='polite'" in said
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from stored import put
 
-from moebert_lib import batch, experiment, export
-from moebert_lib.errors import UserError
-from moebert_lib.settings import Settings
-from moebert_lib.shared import Shared, sealed
-from moebert_lib.store import Store
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import student
+from moebert_lib.runs import export, plan
+from moebert_lib.store.shared import Shared, sealed
+from moebert_lib.store.store import Store
 
 FIRST = "kind notebook scale task seed".split()
 LAST = "digest created superseded seconds commit cpu torch_threads".split()
@@ -46,7 +47,7 @@ def test_a_stored_student_has_each_of_its_settings_and_results(runs):
     settings = Settings.at("smoke", seed=3, epochs=0.5, n_experts=2)
     odd = {"guessing": float("nan"), "loss": float("inf"), "wide": 2**70, "fair": True, "all": [1]}
     row = {"task": "library", "accuracy": 0.5, "steps": 0} | odd
-    entry = Store(runs).make("student", experiment.student_key(settings), lambda folder: row)
+    entry = Store(runs).make("student", student.student_key(settings), lambda folder: row)
     one = only(export.frame([runs], kind="student"))
     known = settings.model_dump() | {"expert_size": 32, "n_shared": 21, "teacher_seed": 0}
     told = {name for name in Settings.model_fields if name in one} - {"scale"}
@@ -64,7 +65,7 @@ def test_a_stored_student_has_each_of_its_settings_and_results(runs):
 
 def test_a_stored_notebook_has_its_settings_parameters_and_metrics(runs):
     values = {"seed": 2, "n_resamples": 9, "n_shared": 11}
-    (job,) = batch.plan(batch.select(["01"]), scale="smoke", parameters=values)
+    (job,) = plan.plan(plan.select(["01"]), scale="smoke", parameters=values)
     row = {"notebook": job.name, "figures": ["a.png"], "metrics": {"spread": 0.25, "best": 3}}
     Store(runs).make("notebook", job.key(), lambda folder: row)
     one = only(export.frame([runs.parent]))

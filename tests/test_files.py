@@ -4,9 +4,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from moebert_lib import files
-from moebert_lib.errors import UserError
-from moebert_lib.tasks import TASKS
+from moebert_lib.config.errors import UserError
+from moebert_lib.data import loading
+from moebert_lib.data.tasks import TASKS
 
 GOOD = {"sentence": "a fine film", "label": 1, "idx": 0}
 
@@ -21,14 +21,14 @@ def put(folder: Path, **files: str) -> str:
 
 def refusal(data_dir, task="sst2") -> str:
     with pytest.raises(UserError) as error:
-        files.check(TASKS[task], str(data_dir))
+        loading.check_files(TASKS[task], str(data_dir))
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 @pytest.mark.parametrize("task", [name for name in TASKS if TASKS[name].source != "built-in"])
 def test_good_files_pass(task, tiny_glue):
-    assert files.check(TASKS[task], str(tiny_glue)) is None
+    assert loading.check_files(TASKS[task], str(tiny_glue)) is None
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
@@ -110,7 +110,7 @@ def test_parquet_is_checked_like_jsonl(tmp_path):
 
 def test_a_file_that_changed_is_checked_again(tmp_path):
     data_dir = put(tmp_path, train=json.dumps(GOOD), validation=json.dumps(GOOD))
-    files.check(TASKS["sst2"], data_dir)
+    loading.check_files(TASKS["sst2"], data_dir)
     (tmp_path / "sst2" / "train.jsonl").write_text("")
     assert "is empty" in refusal(data_dir)
 

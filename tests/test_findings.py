@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import findings
-from moebert_lib.errors import UserError
+from moebert_lib.config.errors import UserError
+from moebert_lib.publish import findings
+from moebert_lib.publish import findings as found_rows
 
 COMPARED = pd.DataFrame(
     [
@@ -144,7 +145,7 @@ def test_every_pair_of_routers_is_told_both_ways():
 
 def test_a_page_without_its_tables_is_refused(tmp_path, monkeypatch):
     for name in ("provenance", "limits", "trained", "main_task"):
-        monkeypatch.setattr(findings.found_rows, name, lambda: "rte")
+        monkeypatch.setattr(found_rows, name, lambda: "rte")
     (tmp_path / findings.METHODS).write_text("A caption.\n\n| method |\n|:--|\n| MoEBERT |\n")
     with pytest.raises(UserError, match=r"no 06_beside_paper\.csv"):
         findings.write(tmp_path)

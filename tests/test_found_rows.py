@@ -2,9 +2,10 @@
 
 import pytest
 
-from moebert_lib import archive, found_rows
-from moebert_lib.errors import UserError
-from moebert_lib.settings import Settings
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.publish import findings
+from moebert_lib.store import committed_results
 
 MACHINE = {"cpu": "A CPU", "cores": 2, "torch_threads": 1}
 VERSIONS = {"python": "3.11", "torch": "2.0", "transformers": "5.0"}
@@ -39,14 +40,14 @@ class Rows:
 @pytest.fixture
 def rows(monkeypatch):
     def put(*records):
-        monkeypatch.setattr(archive, "opened", lambda _: Rows(records))
+        monkeypatch.setattr(committed_results, "opened", lambda _: Rows(records))
 
     return put
 
 
 def test_a_commit_that_was_not_clean_keeps_its_suffix_and_every_version_is_named(rows):
     rows(student(0), student(1, commit="b" * 40 + "-dirty", torch="2.1"))
-    said = found_rows.provenance()
+    said = findings.provenance()
     assert "commits aaaaaaaa, bbbbbbbb-dirty;" in said and "torch 2.0 and 2.1" in said
     assert "2 students and 0 teachers" in said and "1 thread a run" in said
     assert "(2026-01-02; A CPU" in said and "data rte `dddddddd`" in said
@@ -59,7 +60,7 @@ def test_steps_and_the_cost_of_padding_are_those_of_the_shortest_students(rows):
         student(1, seconds=30.6),
         student(2, seconds=61.9, padding_in_loss=True),
     )
-    assert found_rows.brief() == (
+    assert findings.brief() == (
         "These students had 32 steps of 32 sentences; one that counts padding took 62 seconds, "
         "any other 18 to 31. One sentence of the development set is 0.50 points."
     )
@@ -68,7 +69,7 @@ def test_steps_and_the_cost_of_padding_are_those_of_the_shortest_students(rows):
 def test_what_every_student_departs_from_its_scale_in_is_told(rows):
     half = {"dtype": "bfloat16"}
     rows(student(0, epochs=1.0, n_experts=2, **half), student(1, epochs=0.125, **half))
-    said = found_rows.limits()
+    said = findings.limits()
     told = "`epochs`: 1.0 or 0.125 (3.0 there); `dtype`: bfloat16 (auto there)."
     assert f"those of scale small, but for `teacher_seed`: 0 (None there); {told}" in said
     assert "n_experts" not in said and "**One teacher per task.**" in said
@@ -77,11 +78,11 @@ def test_what_every_student_departs_from_its_scale_in_is_told(rows):
 
 def test_the_task_of_most_students_is_the_main_one_and_their_epochs_are_told(rows):
     rows(student(0, epochs=1.0), student(1, epochs=1.0), student(2, epochs=0.125))
-    assert found_rows.main_task() == "rte"
-    assert found_rows.trained() == "Teachers were trained for 3 epochs, students for 1."
+    assert findings.main_task() == "rte"
+    assert findings.trained() == "Teachers were trained for 3 epochs, students for 1."
 
 
 def test_results_without_a_student_are_refused(rows):
     rows({**student(0), "kind": "teacher"})
     with pytest.raises(UserError, match="hold no student"):
-        found_rows.provenance()
+        findings.provenance()

@@ -5,19 +5,21 @@ import itertools
 import pytest
 from checkout import NOTEBOOKS
 
-from moebert_lib import batch, experiment, forecast, grids
-from moebert_lib.errors import UserError
-from moebert_lib.paper import FIGURE_SETTINGS, FIGURES, TABLE7
-from moebert_lib.routing import ROUTINGS
-from moebert_lib.scales import BASE, LARGE
-from moebert_lib.settings import Settings
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.paper_numbers import FIGURE_SETTINGS, FIGURES, TABLE7
+from moebert_lib.config.presets import BASE, LARGE
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import ablations, student
+from moebert_lib.method.routing import ROUTINGS
+from moebert_lib.runs import cost
+from moebert_lib.runs import plan as planning
 
 
 @pytest.fixture
-def paper_plan(moebert_home) -> list[forecast.Run]:
+def paper_plan(moebert_home) -> list[cost.Run]:
     """All runs of the whole workbook at scale paper."""
-    jobs = batch.plan(NOTEBOOKS, scale="paper")
-    return [run for new in forecast.runs(jobs) for run in new]
+    jobs = planning.plan(NOTEBOOKS, scale="paper")
+    return [run for new in cost.runs(jobs) for run in new]
 
 
 def students(plan, **settings):
@@ -60,13 +62,13 @@ def test_the_paper_plan_trains_each_task_of_tables_1_and_2_with_three_seeds(pape
         assert asked == TABLE7[task]
 
 
-@pytest.mark.parametrize("task", grids.TABLE3_TASKS)
+@pytest.mark.parametrize("task", ablations.TABLE3_TASKS)
 def test_it_has_table_3s_plain_training(paper_plan, task):
     plain = students(paper_plan, task=task, distill="none", model=BASE)
     assert sorted(run.settings.seed for run in plain) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("task", grids.TABLE4_TASKS)
+@pytest.mark.parametrize("task", ablations.TABLE4_TASKS)
 def test_it_has_table_4s_large_models_with_their_experts(paper_plan, task):
     found = usual(paper_plan, task, LARGE)
     assert sorted(run.settings.seed for run in found) == [0, 1, 2]
@@ -96,9 +98,9 @@ def test_no_run_comes_twice(paper_plan):
 def test_every_student_has_its_teacher_and_scores_in_the_plan(paper_plan):
     made = {run.key() for run in paper_plan}
     for run in students(paper_plan):
-        assert forecast.Run("teacher", run.settings).key() in made
+        assert cost.Run("teacher", run.settings).key() in made
         assert run.settings.ranking == "random" or (
-            forecast.Run("importance", run.settings).key() in made
+            cost.Run("importance", run.settings).key() in made
         )
 
 
@@ -119,13 +121,13 @@ def test_two_points_are_one_run_exactly_if_the_store_has_one_key_for_them():
         base.but(max_grad_norm=2.0),
     ]
     for one, other in itertools.combinations(points, 2):
-        same = forecast.Run("student", one).key() == forecast.Run("student", other).key()
-        assert same == (experiment.student_key(one) == experiment.student_key(other)), (one, other)
+        same = cost.Run("student", one).key() == cost.Run("student", other).key()
+        assert same == (student.student_key(one) == student.student_key(other)), (one, other)
 
 
 def test_the_default_is_in_every_figure_and_one_setting_changes():
     settings = Settings.at("paper")
-    grid = grids.ablations(settings, 3072)
+    grid = ablations.ablations(settings, 3072)
     base = settings.but(expert_size=768, n_shared=512, split_seed=0)
     for name, points in grid.items():
         assert base in points
@@ -137,13 +139,13 @@ def test_the_default_is_in_every_figure_and_one_setting_changes():
 
 
 def test_numbers_of_experts_that_the_layer_cannot_fill_are_left_out():
-    grid = grids.ablations(Settings.at("smoke"), 64, numbers=[1, 2, 500])
+    grid = ablations.ablations(Settings.at("smoke"), 64, numbers=[1, 2, 500])
     assert {point.n_experts for point in grid["figure2b"]} == {1, 2}
 
 
 def test_empty_lists_are_the_papers_points_at_its_scale_and_fewer_below():
-    whole = grids.ablations(Settings.at("paper"), 3072)
-    fewer = grids.ablations(Settings.at("quick"), 1536)
+    whole = ablations.ablations(Settings.at("paper"), 3072)
+    fewer = ablations.ablations(Settings.at("quick"), 1536)
     assert {p.expert_size for p in whole["figure2a"]} == set(FIGURES["figure2a"])
     assert {p.n_experts for p in whole["figure2b"]} == set(FIGURES["figure2b"])
     assert {p.n_shared for p in whole["figure2c"]} == set(FIGURES["figure2c"])
@@ -151,20 +153,20 @@ def test_empty_lists_are_the_papers_points_at_its_scale_and_fewer_below():
 
 
 def test_table_3_spans_the_papers_tasks_at_its_scale_only():
-    assert set(grids.plain_training(Settings.at("paper"))) == set(grids.TABLE3_TASKS)
-    assert set(grids.plain_training(Settings.at("paper", task="cola"))) == {"cola"}
-    assert set(grids.plain_training(Settings.at("quick"))) == {"library"}
+    assert set(ablations.plain_training(Settings.at("paper"))) == set(ablations.TABLE3_TASKS)
+    assert set(ablations.plain_training(Settings.at("paper", task="cola"))) == {"cola"}
+    assert set(ablations.plain_training(Settings.at("quick"))) == {"library"}
 
 
 def test_the_routers_are_those_of_the_library():
-    assert grids.ROUTINGS == ROUTINGS
-    asked = grids.routers(Settings.at("smoke"))["figure3c"]
+    assert ablations.ROUTINGS == ROUTINGS
+    asked = ablations.routers(Settings.at("smoke"))["figure3c"]
     assert [point.routing for point in asked[::2]] == list(ROUTINGS)
 
 
 def test_beyond_the_paper_are_words_by_clusters_and_two_experts_a_token():
     def said(**changes):
-        found = grids.beyond_routers(Settings.at("smoke", **changes))
+        found = ablations.beyond_routers(Settings.at("smoke", **changes))
         return {name: {(p.routing, p.gate_top_k) for p in points} for name, points in found.items()}
 
     hashes = {name: {(name, 1)} for name in ("hash-random", "hash-cluster")}
@@ -175,19 +177,19 @@ def test_beyond_the_paper_are_words_by_clusters_and_two_experts_a_token():
 
 def test_a_notebook_asked_for_twice_adds_nothing(moebert_home):
     paths = [path for path in NOTEBOOKS if path.stem[:2] in ("01", "03", "04")]
-    once = forecast.runs(batch.plan(paths, scale="smoke"))
-    again = forecast.runs(batch.plan([*paths, paths[-1]], scale="smoke"))
+    once = cost.runs(planning.plan(paths, scale="smoke"))
+    again = cost.runs(planning.plan([*paths, paths[-1]], scale="smoke"))
     assert again[:-1] == once and again[-1] == [] and all(once)
 
 
 def test_a_notebook_of_ones_own_asks_for_nothing():
-    assert grids.asked("mine", Settings.at("smoke"), {}, 64) == ([], [])
+    assert ablations.asked("mine", Settings.at("smoke"), {}, 64) == ([], [])
 
 
 def test_a_plan_reads_as_one_line_for_each_group_and_a_sum(moebert_home):
     paths = [path for path in NOTEBOOKS if path.stem[:2] in ("00", "03")]
-    jobs = batch.plan(paths, scale="smoke")
-    lines = list(forecast.lines(jobs, ["to run", "to run"]))
+    jobs = planning.plan(paths, scale="smoke")
+    lines = list(cost.lines(jobs, ["to run", "to run"]))
     assert lines[0] == "00_the_idea: to run" and lines[1].strip() == "trains nothing"
     (plain,) = [line for line in lines if "distill=none" in line]
     assert "seeds 0-1" in plain and "batch 16" in plain and "CPU" in plain and "GPU" in plain
@@ -198,7 +200,7 @@ def test_a_plan_reads_as_one_line_for_each_group_and_a_sum(moebert_home):
 
 def test_a_line_says_what_differs_from_the_scales_default(moebert_home):
     path = next(path for path in NOTEBOOKS if path.stem.startswith("08"))
-    lines = list(forecast.lines(batch.plan([path], scale="quick"), ["to run"]))
+    lines = list(cost.lines(planning.plan([path], scale="quick"), ["to run"]))
     trained = [line for line in lines if "student" in line and "seeds" in line]
     assert sum("default" in line for line in trained) == 1
     assert any("importance_split=validation" in line for line in trained)
@@ -207,15 +209,15 @@ def test_a_line_says_what_differs_from_the_scales_default(moebert_home):
 
 def test_what_is_stored_is_not_listed_but_still_made_already(moebert_home):
     paths = [path for path in NOTEBOOKS if path.stem[:2] in ("03", "04")]
-    jobs = batch.plan(paths, scale="smoke")
-    lines = list(forecast.lines(jobs, ["stored, 0.1 min", "to run"]))
+    jobs = planning.plan(paths, scale="smoke")
+    lines = list(cost.lines(jobs, ["stored, 0.1 min", "to run"]))
     assert lines[1].startswith("04") and not any("teacher" in line for line in lines[2:-3])
 
 
 def test_points_that_do_not_fit_are_refused_when_planned(moebert_home):
     path = next(path for path in NOTEBOOKS if path.stem.startswith("04"))
     with pytest.raises(UserError, match="largest expert_size that fits"):
-        batch.plan([path], scale="quick", parameters={"n_experts": 8, "expert_size": 192})
+        planning.plan([path], scale="quick", parameters={"n_experts": 8, "expert_size": 192})
 
 
 def test_every_task_that_a_grid_reads_is_checked_when_planned(moebert_home, tiny_glue, tmp_path):
@@ -224,12 +226,12 @@ def test_every_task_that_a_grid_reads_is_checked_when_planned(moebert_home, tiny
     path = next(path for path in NOTEBOOKS if path.stem.startswith("01"))
     values = {"task": "sst2", "other_tasks": ["squad"]}
     with pytest.raises(UserError, match="squad"):
-        batch.plan([path], scale="small", parameters=values, data_dir=str(tmp_path / "some"))
+        planning.plan([path], scale="small", parameters=values, data_dir=str(tmp_path / "some"))
 
 
 def test_the_explorer_shares_its_points_of_four_experts_with_notebook_2():
     settings = Settings.at("quick")
-    found = grids.conversions(settings, 1536)
+    found = ablations.conversions(settings, 1536)
     four = {(s.n_shared, s.seed) for s in found if s.n_experts == 4}
     assert four == set(itertools.product((0, 128, 256, 353), (0, 1)))
     assert len(found) == 16 and {s.n_experts * s.expert_size for s in found} == {1536}
@@ -237,7 +239,7 @@ def test_the_explorer_shares_its_points_of_four_experts_with_notebook_2():
 
 def test_the_explorers_conversions_are_plain_whatever_the_settings():
     other = Settings.at("quick", ranking="random", routing="gate-token", preset="release")
-    for point in grids.conversions(other, 1536):
+    for point in ablations.conversions(other, 1536):
         assert (point.ranking, point.routing, point.gate_scaling) == (
             "importance",
             "hash-random",
@@ -247,10 +249,10 @@ def test_the_explorers_conversions_are_plain_whatever_the_settings():
 
 
 def test_constructions_vary_one_thing_each_and_none_shared_has_no_inverse(moebert_home):
-    small = grids.constructions(Settings.at("small"), 1536)
+    small = ablations.constructions(Settings.at("small"), 1536)
     assert [name for name in small if "inverse" in name] == ["inverse"]
-    assert len(small) == 2 * len(grids.CONSTRUCTIONS) - 1
-    beside = grids.deals_beside(small)
+    assert len(small) == 2 * len(ablations.CONSTRUCTIONS) - 1
+    beside = ablations.deals_beside(small)
     for name, points in small.items():
         assert [point.split_seed for point in points] == [0, 1, 2]
         for point, deal in zip(points, small[beside[name]], strict=True):
@@ -260,4 +262,6 @@ def test_constructions_vary_one_thing_each_and_none_shared_has_no_inverse(moeber
 
 
 def test_quick_shares_in_every_construction(moebert_home):
-    assert list(grids.constructions(Settings.at("quick"), 1536)) == list(grids.CONSTRUCTIONS)
+    assert list(ablations.constructions(Settings.at("quick"), 1536)) == list(
+        ablations.CONSTRUCTIONS
+    )

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from moebert_lib.experts import composition, deal_neurons
-from moebert_lib.groups import (
+from moebert_lib.method.clustering import (
     balanced_assignment,
     balanced_kmeans,
     coactivation,
@@ -18,6 +17,7 @@ from moebert_lib.groups import (
     partition,
     unit_rows,
 )
+from moebert_lib.method.partition import composition, deal_neurons
 
 SEEDS = st.integers(0, 2**31 - 1)
 

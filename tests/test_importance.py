@@ -7,10 +7,11 @@ import torch
 from tiny_spans import span_batch, span_bert
 from torch import nn
 
-from moebert_lib import accelerate, checks
-from moebert_lib.adapters import ffns
-from moebert_lib.importance import Importance, ffn_digest, ffn_importance
-from moebert_lib.removal import without
+from moebert_lib import accelerate
+from moebert_lib.experiments.neuron_measurements import without
+from moebert_lib.method.encoder_layouts import ffns
+from moebert_lib.method.importance import Importance, ffn_digest, ffn_importance
+from moebert_lib.teaching import checks
 
 
 def test_scores_equal_the_per_example_loop_in_float64(tiny_bert, tiny_batch):

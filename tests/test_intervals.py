@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from moebert_lib.intervals import (
+from moebert_lib.evidence.statistics import (
     Interval,
     agreed,
     bca_interval,

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tiny_models import batch, dense, moebert
 from torch import nn
 
-from moebert_lib import accelerate, kernels
-from moebert_lib.kernels import Kernels
-from moebert_lib.prepared import PreparedLayer
-from moebert_lib.routing import ROUTINGS
+from moebert_lib import accelerate
+from moebert_lib.method.routing import ROUTINGS
+from moebert_lib.model import cpu_kernels
+from moebert_lib.model.cpu_kernels import Kernels, PreparedLayer
 
 INPUTS = batch([7, 12, 3, 7])
 sizes = st.integers(1, 70)
@@ -57,7 +57,7 @@ def test_a_rerouted_linear_layer_has_the_same_gradients(n, d_in, d_out, deep, fr
         second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
         return y, *first, *second
 
-    with kernels.Rerouted():
+    with cpu_kernels.Rerouted():
         found = all_of(x.clone(), weight.clone(), bias.clone())
     expected = all_of(x.double(), weight.double(), bias.double())
     for one, other in zip(found, expected, strict=True):
@@ -214,10 +214,10 @@ def wrong(monkeypatch):
 @pytest.mark.parametrize("fault", [missing, refusing, wrong])
 @pytest.mark.parametrize("make", [dense, moebert])
 def test_without_the_private_operators_results_are_the_same(monkeypatch, fault, make):
-    if fault is wrong and not kernels._packable("cpu", torch.float32):
+    if fault is wrong and not cpu_kernels._packable("cpu", torch.float32):
         pytest.skip("this torch does not rearrange weights")
     model = make(dtype=torch.float32)
-    monkeypatch.setattr(kernels, "_KNOWN", {})
+    monkeypatch.setattr(cpu_kernels, "_KNOWN", {})
     fault(monkeypatch)
     with torch.no_grad():
         faster = accelerate(model)(**INPUTS).logits

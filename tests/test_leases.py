@@ -14,11 +14,10 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from moebert_lib import leases
-from moebert_lib.errors import CHECKOUT, UserError
-from moebert_lib.leases import Lease
-from moebert_lib.shared import Shared
-from moebert_lib.store import Store
+from moebert_lib.config.errors import CHECKOUT, UserError
+from moebert_lib.store import shared
+from moebert_lib.store.shared import Lease, Shared
+from moebert_lib.store.store import Store
 
 
 class Careless(MemoryFileSystem):
@@ -46,7 +45,7 @@ def quick(monkeypatch):
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
     for name, seconds in dict(BEAT=0.05, EXPIRY=1, FIRST=0.02, POLL=0.05, SETTLE=0.2).items():
-        monkeypatch.setattr(leases, name, seconds)
+        monkeypatch.setattr(shared, name, seconds)
 
 
 def holder(fs, path: str, token: str = "theirs") -> bytes:

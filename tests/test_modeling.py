@@ -14,17 +14,17 @@ from transformers import (
 )
 
 import moebert_lib
-from moebert_lib import checks
-from moebert_lib.convert import to_moebert
-from moebert_lib.experts import random_ranking
-from moebert_lib.modeling import (
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.method.routing import ROUTINGS, balance_loss
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.modeling import (
     MoEBertConfig,
     MoEBertForQuestionAnswering,
     MoEBertForSequenceClassification,
     MoEBertModel,
 )
-from moebert_lib.moe_layer import moe_layers, parameter_counts, record_routes
-from moebert_lib.routing import ROUTINGS, balance_loss
+from moebert_lib.model.moe_layer import moe_layers, parameter_counts, record_routes
+from moebert_lib.teaching import checks
 
 RANKING = random_ranking(2, 64, seed=0)
 

@@ -5,9 +5,9 @@ import json
 import fixture_home
 import pytest
 
-from moebert_lib import planning
-from moebert_lib.errors import UserError
-from moebert_lib.notebook_files import select
+from moebert_lib.config.errors import UserError
+from moebert_lib.runs import plan
+from moebert_lib.runs.plan import select
 
 
 @pytest.fixture
@@ -46,4 +46,4 @@ def test_a_parameters_cell_that_cannot_be_read_is_refused(tmp_path, cells, said)
     path = tmp_path / "bad.ipynb"
     path.write_text(json.dumps({"cells": cells, "nbformat": 4}))
     with pytest.raises(UserError, match=said):
-        planning.plan([path])
+        plan.plan([path])

@@ -8,8 +8,10 @@ import pytest
 import smoke_runs
 from checkout import NOTEBOOKS
 
-from moebert_lib import batch
-from moebert_lib.execution import NotebookFailed
+from moebert_lib.runs import local_pool
+from moebert_lib.runs import plan as notebook_files
+from moebert_lib.runs import plan as planning
+from moebert_lib.runs.execution import NotebookFailed
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
@@ -25,7 +27,7 @@ def run(tmp_path_factory):
         def once(path):
             if path not in done:
                 try:
-                    (done[path],) = batch.run(plan(path))
+                    (done[path],) = local_pool.run(plan(path))
                 except NotebookFailed as failure:
                     done[path] = failure
             if isinstance(done[path], NotebookFailed):
@@ -36,7 +38,7 @@ def run(tmp_path_factory):
 
 
 def plan(path):
-    return batch.plan(batch.select([path.stem]), scale="smoke")
+    return planning.plan(notebook_files.select([path.stem]), scale="smoke")
 
 
 def promised(path):
@@ -86,5 +88,5 @@ def test_figures_come_as_png_svg_and_csv(path, run):
 
 def test_a_second_run_reuses_the_first(path, run):
     run(path)
-    (again,) = batch.run(plan(path))
+    (again,) = local_pool.run(plan(path))
     assert again.reused

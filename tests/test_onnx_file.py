@@ -13,11 +13,12 @@ from transformers import (
     RobertaForQuestionAnswering,
 )
 
-from moebert_lib import encoder_checks, onnx_file, receipt, ship
-from moebert_lib.convert import to_moebert
-from moebert_lib.errors import UserError
-from moebert_lib.experts import random_ranking
-from moebert_lib.moe_layer import moe_layers
+from moebert_lib.config.errors import UserError
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.publish import onnx_export, share_model
+from moebert_lib.teaching import model_checks
 
 SHAPES = ([7, 12, 3, 5], [1], [9], [1, 1], [4, 4, 4, 2, 8, 60])
 
@@ -36,9 +37,9 @@ SHAPES = ([7, 12, 3, 5], [1], [9], [1, 1], [4, 4, 4, 2, 8, 60])
 )
 def test_it_agrees_whatever_the_batch(kind, changes, tmp_path):
     spans = kind is RobertaForQuestionAnswering
-    model = to_moebert(encoder_checks.tiny(kind), random_ranking(2, 64, seed=0), **changes)
+    model = to_moebert(model_checks.tiny(kind), random_ranking(2, 64, seed=0), **changes)
     model = tiny_models.perturbed(model, seed=1).float()
-    onnx_file.export(model, tiny_models.batch([5, 3, 8]), tmp_path / "model.onnx")
+    onnx_export.export(model, tiny_models.batch([5, 3, 8]), tmp_path / "model.onnx")
     assert model.config._experts_implementation == "eager"  # its own stays as it was
     for lengths in SHAPES:
         batch = tiny_models.batch(lengths, seed=len(lengths))
@@ -46,19 +47,19 @@ def test_it_agrees_whatever_the_batch(kind, changes, tmp_path):
             output = model(**batch)
         ours = torch.stack([output.start_logits, output.end_logits], -1) if spans else output.logits
         real = tiny_models.real(batch) if spans else ...
-        theirs = onnx_file.answers(tmp_path / "model.onnx", batch)
+        theirs = onnx_export.answers(tmp_path / "model.onnx", batch)
         torch.testing.assert_close(theirs[real], ours[real], atol=1e-4, rtol=0)
 
 
 def test_a_graph_of_another_model_fails_the_receipt(tmp_path, tiny_bert, tiny_batch):
     one = made(saved_bert(tmp_path, tiny_bert), tiny_batch, routing="gate-token")
-    proof = ship.write(one, tmp_path / "moe", name="moe", onnx=True)
+    proof = share_model.write(one, tmp_path / "moe", name="moe", onnx=True)
     assert proof["checks"][-1]["claim"].startswith("the ONNX graph")
     assert proof["checks"][-1]["holds"] and "model.onnx" in proof["files"]
     with torch.no_grad():
         moe_layers(one.model)[0].experts.up_proj *= -1  # a shift LayerNorm would take out
     args = (one.dense, one.scores, one.untrained, one.model, tmp_path / "moe", one.batch)
-    assert not receipt.checked(*args)[-1]["holds"]
+    assert not share_model.checked(*args)[-1]["holds"]
     assert json.loads((tmp_path / "moe" / "receipt.json").read_text()) == proof
 
 
@@ -68,4 +69,4 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
         importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else usual(name)
     )
     with pytest.raises(UserError, match="ONNX needs onnxruntime; pip install 'moebert"):
-        onnx_file.check()
+        onnx_export.check()

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_models import batch, dense, moebert, perturbed
 
-from moebert_lib.batching import without_targets
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.oracle import Oracle, compare, nearer, nearest
-from moebert_lib.routing import Route
+from moebert_lib.data.batching import without_targets
+from moebert_lib.method.routing import Route
+from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.training.routing_analysis import Oracle, compare, nearer, nearest
 
 ROUTERS = ["hash-random", "gate-token", "gate-sentence"]
 

@@ -14,13 +14,17 @@ from transformers import (
     pipeline,
 )
 
-from moebert_lib import corpus, data, experiment, inputs, receipt, ship, teachers
-from moebert_lib.errors import UserError
-from moebert_lib.evaluate import faster, predict
-from moebert_lib.inputs import new_model
-from moebert_lib.modeling import MoEHead
-from moebert_lib.planning import _check_model
-from moebert_lib.settings import Settings
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.data import builtin_corpus, tasks
+from moebert_lib.experiments import dataset
+from moebert_lib.experiments import student as experiment
+from moebert_lib.experiments import teacher as teachers
+from moebert_lib.experiments.dataset import new_model
+from moebert_lib.model.modeling import MoEHead
+from moebert_lib.publish import share_model
+from moebert_lib.runs.plan import _check_model
+from moebert_lib.training.evaluation import faster, predict
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
@@ -33,7 +37,7 @@ def tokenizer(kind):
     made.pre_tokenizer = pre_tokenizers.Whitespace() if pieces else pre_tokenizers.ByteLevel()
     options = dict(vocab_size=300, special_tokens=SPECIAL, show_progress=False)
     trainer = trainers.WordPieceTrainer if pieces else trainers.BpeTrainer
-    texts = [sentence.text for sentence in corpus.sentences(files_per_package=1)]
+    texts = [sentence.text for sentence in builtin_corpus.sentences(files_per_package=1)]
     made.train_from_iterator(texts, trainer(**options))
     made.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
@@ -55,7 +59,7 @@ def tokenizer(kind):
 @pytest.fixture(params=["roberta", "distilbert"])
 def folder(request, tmp_path, moebert_home):
     """A random encoder and its tokenizer, saved; nothing of another test in memory."""
-    for cached in (teachers._teacher, teachers._importance, inputs._dataset):
+    for cached in (teachers._teacher, teachers._importance, dataset._dataset):
         cached.cache_clear()
     own = tokenizer(request.param)
     size = dict(vocab_size=len(own), pad_token_id=1, max_position_embeddings=24)
@@ -79,43 +83,43 @@ def folder(request, tmp_path, moebert_home):
 
 
 def test_it_is_shipped_with_a_receipt_whose_checks_hold(folder, tmp_path):
-    made = ship.from_task("", Settings.at("smoke", model=str(folder)), train=False)
+    made = share_model.from_task("", Settings.at("smoke", model=str(folder)), train=False)
     (tmp_path / "moe").mkdir()
-    proof = ship.write(made, tmp_path / "moe", name="moe")
+    proof = share_model.write(made, tmp_path / "moe", name="moe")
     assert len(proof["checks"]) >= 6 and all(row["holds"] for row in proof["checks"])
-    assert receipt.verify(tmp_path / "moe")["files"].keys() >= {"model.safetensors"}
+    assert share_model.verify(tmp_path / "moe")["files"].keys() >= {"model.safetensors"}
 
 
 def test_more_tokens_than_it_has_positions_for_are_refused(folder, capsys):
     longest = {"roberta": 22}.get(folder.name, 24)  # of 24 embeddings
     settings = Settings.at("smoke", model=str(folder))
-    dense = new_model(settings, data.TASKS["library"])
-    ship._check_fit(dense, data.TASKS["library"], settings.but(max_length=longest))
+    dense = new_model(settings, tasks.TASKS["library"])
+    share_model._check_fit(dense, tasks.TASKS["library"], settings.but(max_length=longest))
     with pytest.raises(UserError, match=f"{longest + 1}: the model takes at most {longest} tok"):
-        ship._check_fit(dense, data.TASKS["library"], settings.but(max_length=longest + 1))
+        share_model._check_fit(dense, tasks.TASKS["library"], settings.but(max_length=longest + 1))
 
 
 def test_a_student_of_another_family_is_distilled_and_read_back(folder):
     settings = Settings.at("smoke", model=str(folder), routing="hash-balance", n_experts=2)
     _check_model(settings)
     student = experiment.student(settings, keep_model=True)
-    teacher, model = experiment.teacher(settings).model, student.model()
+    teacher, model = teachers.teacher(settings).model, student.model()
     assert teacher.config.model_type == folder.name and isinstance(model, MoEHead)
     assert model.config.model_type == "moe" + folder.name and model.config.expert_size == 32
     assert 0 < student.row["effective_parameters"] < student.row["stored_parameters"]
     assert student.curve.notna().all(axis=None) and (student.curve["hidden"] > 0).all()
     assert len(student.distances) == 3
-    bundle = experiment.dataset(settings)
+    bundle = dataset.dataset(settings)
     one, many = (predict(model, bundle.batches("validation", batch_size=n)) for n in (1, 48))
     assert abs(one - many).max() < 1e-5  # padding changes no logit
-    assert experiment.evaluate(settings, model)["accuracy"] == student.row["accuracy"]
+    assert teachers.evaluate(settings, model)["accuracy"] == student.row["accuracy"]
     said = pipeline("text-classification", model=model, tokenizer=bundle.tokenizer)("a sentence")
     assert said[0]["label"] in bundle.task.labels
 
 
 def test_dropout_is_set_everywhere_and_training_falls_back(folder):
     settings = Settings.at("smoke", model=str(folder), dropout=0.25)
-    model = new_model(settings, data.TASKS["library"])
+    model = new_model(settings, tasks.TASKS["library"])
     rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
     assert rates == {0.25} and faster(model) is model
 
@@ -131,4 +135,4 @@ def test_a_model_that_cannot_be_converted_is_refused_before_anything_runs(folder
     with pytest.raises(UserError, match=known):
         _check_model(Settings.at("smoke", model=str(other)))
     with pytest.raises(ValueError, match=known):
-        new_model(Settings.at("smoke", model=str(other)), data.TASKS["library"])
+        new_model(Settings.at("smoke", model=str(other)), tasks.TASKS["library"])

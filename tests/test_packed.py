@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from moebert_lib import accelerate
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.routing import ROUTINGS
+from moebert_lib.method.routing import ROUTINGS
+from moebert_lib.model.moe_layer import moe_layers
 
 DENSE = (
     BertForSequenceClassification,

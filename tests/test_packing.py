@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import batch, dense, moebert, packed_by_hand
 
-from moebert_lib import accelerate, packing
-from moebert_lib.packing import Packing, attention
+from moebert_lib import accelerate
+from moebert_lib.data import batching
+from moebert_lib.data.batching import Packing, attention
 
 try:
     from torch.nn.attention import varlen
@@ -151,8 +152,8 @@ def gpu_kernel(monkeypatch):
         return slow_attention(*plain, cu_q.tolist(), cu_k.tolist())
 
     monkeypatch.setattr(varlen, "varlen_attn", stand_in)
-    monkeypatch.setattr(packing, "HALF", (torch.float64,))  # so that equality is exact
-    monkeypatch.setattr(packing, "_has_varlen", lambda device, head_size: True)
+    monkeypatch.setattr(batching, "HALF", (torch.float64,))  # so that equality is exact
+    monkeypatch.setattr(batching, "_has_varlen", lambda device, head_size: True)
     return calls
 
 
@@ -179,13 +180,13 @@ def test_a_whole_model_goes_through_that_kernel(gpu_kernel, monkeypatch, routing
     model = moebert(routing=routing) if routing else dense()
     inputs = batch([5, 2, 7])
     expected = model(**inputs, output_hidden_states=True)
-    through = packing.attention
+    through = batching.attention
 
     def as_on_gpu(q, *others, dropout):
         found = through(q.as_subclass(OnGpu), *others, dropout=dropout)
         return found.as_subclass(torch.Tensor)
 
-    monkeypatch.setattr("moebert_lib.packed.attention", as_on_gpu)
+    monkeypatch.setattr("moebert_lib.model.accelerate.attention", as_on_gpu)
     faster = accelerate(model)
     for states in (None, True):
         output = faster(**inputs, output_hidden_states=states)

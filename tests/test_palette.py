@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from colour_vision import SIGHTS, distance, lab
 
-from moebert_lib import plots_claims, plots_experts, plots_importance, plots_results, plots_routing
-from moebert_lib.plots import COLORS, DIAMOND, EXPERTS, MARKERS, depth_colors
+from moebert_lib.plots import experts, importance, results, routing
+from moebert_lib.plots.style import COLORS, DIAMOND, EXPERTS, MARKERS, depth_colors
 
 APART = 12  # in CIELAB, where about 2 can just be seen
 NUMBERED = {f"expert {n}": color for n, color in enumerate(EXPERTS, start=1)}
@@ -81,8 +81,8 @@ def test_layers_get_darker_for_every_eye(n_layers, sight):
 
 @pytest.mark.parametrize("draw", ["after_conversion", "by_shared", "removal_curves"])
 def test_ways_to_split_have_marks_of_their_own(draw):
-    module = plots_importance if draw == "removal_curves" else plots_results
-    orders = dict(zip(MARKERS, plots_importance.REMOVAL_COLORS, strict=True))
+    module = importance if draw == "removal_curves" else results
+    orders = dict(zip(MARKERS, importance.REMOVAL_COLORS, strict=True))
     frame = pd.DataFrame({"ranking": [*MARKERS], "accuracy": 0.5, "n_shared": 0, "fraction": 0.5})
     frame = frame.assign(order=frame["ranking"].map(orders), draw=0)
     ax = getattr(module, draw)(frame, **({"dense": 0.6} if draw == "after_conversion" else {}))
@@ -96,18 +96,18 @@ def test_ways_to_split_have_marks_of_their_own(draw):
 
 def test_the_papers_values_are_the_only_hollow_marks():
     frame = pd.DataFrame({"expert_size": [2, 8], "accuracy": [0.5, 0.6]})
-    figure = plots_results.beside_paper(frame, "figure2a", dense=0.7)
+    figure = results.beside_paper(frame, "figure2a", dense=0.7)
     marked = [line for ax in figure.axes for line in ax.get_lines() if line.get_marker() in "oD"]
     hollow = {line.get_marker(): line.get_markerfacecolor() == "white" for line in marked}
     assert hollow == {"o": False, "D": True} and DIAMOND["mfc"] == "white"
 
 
 def test_every_verdict_is_written_in_its_row():
-    words = list(plots_claims.VERDICTS)
+    words = list(results.VERDICTS)
     rows = pd.DataFrame({"claim": words, "comparison": words, "kind": "better", "verdict": words})
     rows = rows.assign(mean=1.0, low=0.5, high=2.0, paper=1.0)
     pairs = pd.DataFrame({"comparison": words, "difference": 1.0})
-    ax = plots_claims.forest(rows, pairs)
+    ax = results.forest(rows, pairs)
     written = {text.get_text(): text.xy[1] for text in ax.texts}
     assert [written[word] for word in words] == list(ax.get_yticks())
 
@@ -115,9 +115,9 @@ def test_every_verdict_is_written_in_its_row():
 def test_every_expert_has_its_number_wherever_it_has_its_colour():
     hands = np.arange(8)[:, None]
     numbers = [f"expert {n}" for n in range(1, 9)]
-    cards = plots_experts.deal(hands, np.arange(8))
+    cards = experts.deal(hands, np.arange(8))
     assert set(numbers) <= {text.get_text() for text in cards.texts}
-    strips = plots_experts.who_keeps_what(hands, np.arange(8))
+    strips = experts.who_keeps_what(hands, np.arange(8))
     assert [label.get_text() for label in strips.get_yticklabels()] == numbers
-    tiles = plots_routing.token_map(["a"] * 8, hands)
+    tiles = routing.token_map(["a"] * 8, hands)
     assert [text.get_text() for text in tiles.texts] == [n[-1] for n in numbers]

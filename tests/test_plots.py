@@ -8,7 +8,8 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
-from moebert_lib import plots, saving
+from moebert_lib.plots import style as plots
+from moebert_lib.store import run_outputs
 
 
 @pytest.fixture
@@ -63,9 +64,9 @@ def test_a_figure_of_panels_is_titled_by_its_headline_or_by_theirs():
     for ax, title in zip(panels, ("One", "Other"), strict=True):
         ax.set_title(title)
         plots.headline(ax, title)
-    assert saving.finding(figure) == "One. Other"
+    assert run_outputs.finding(figure) == "One. Other"
     plots.headline(figure, "Both", legend_rows=1)
-    assert saving.finding(figure) == "Both"
+    assert run_outputs.finding(figure) == "Both"
 
 
 def test_a_figure_without_a_finding_is_not_saved(out):
@@ -79,7 +80,7 @@ def test_names_at_the_ends_of_lines_keep_their_order_and_do_not_touch(style):
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ends = {name: (1.0, y, "k") for name, y in {"b": 0.5, "a": 0.49, "d": 0.9, "c": 0.51}.items()}
     plots.label_ends(ax, ends)
-    saving.settle(ax.get_figure())
+    run_outputs.settle(ax.get_figure())
     boxes = [text.get_window_extent() for text in ax.texts]
     assert [text.get_text() for text in ax.texts] == ["a", "b", "c", "d"]
     assert all(low.y1 <= high.y0 + 1 for low, high in zip(boxes, boxes[1:], strict=False))
@@ -89,7 +90,7 @@ def test_names_at_the_bottom_stay_above_the_axis(style):
     ax = plots.axes(None)
     ax.set(xlim=(0, 1), ylim=(0, 1))
     plots.label_ends(ax, {name: (1.0, 0.01, "k") for name in "abc"})
-    saving.settle(ax.get_figure())
+    run_outputs.settle(ax.get_figure())
     lowest = min(text.get_window_extent().y0 for text in ax.texts)
     assert lowest >= ax.get_window_extent().y0 - 5
 
@@ -119,7 +120,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_written(out):
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError):
-        saving.write(out / "a.txt", fail)
+        run_outputs.write(out / "a.txt", fail)
     assert contents(out) == {}
 
 
@@ -155,7 +156,7 @@ def test_a_title_is_wrapped_inside_the_figure_even_beside_long_labels(style):
     ax.set_yticks([0, 1], ["a rather long label", "b"])
     plots.headline(ax, "One active expert in four makes MoEBERT faster than BERT by a half")
     figure = ax.get_figure()
-    saving.settle(figure)
+    run_outputs.settle(figure)
     title = title_of(ax)
     assert "\n" in title.get_text()
     assert title.get_window_extent().x1 <= figure.bbox.x1
@@ -171,7 +172,7 @@ def test_a_long_title_is_balanced_over_no_more_lines_than_it_needs(style):
 
 def test_a_legend_above_covers_neither_axes_nor_title(style):
     ax = picture()
-    saving.settle(ax.get_figure())
+    run_outputs.settle(ax.get_figure())
     legend = ax.get_legend().get_window_extent()
     assert legend.y0 >= ax.get_window_extent().y1 - 1
     assert legend.y1 <= title_of(ax).get_window_extent().y0 + 1

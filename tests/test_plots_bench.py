@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import bench, bench_inference, bench_scaling, plots_bench
-from moebert_lib.saving import finding
+from moebert_lib.bench import harness, inference
+from moebert_lib.plots import speed
+from moebert_lib.store.run_outputs import finding
 
 MOE = "moebert hash-random, accelerated"
 LIMIT = "equal FLOPs, accelerated"
@@ -39,9 +40,9 @@ WISHES = [("1 x 64", MOE, "dense", 1.5), ("1 x 64", MOE, LIMIT, 0.8), ("1 x 64",
 def record(timings, gpu="none", **more):
     return {
         "what": "inference" if gpu == "none" else "inference-cuda",
-        "summary": bench.summary(timings).to_dict("records"),
+        "summary": harness.summary(timings).to_dict("records"),
         "timings": timings.to_dict("records"),
-        "targets": bench.judge(timings, WISHES),
+        "targets": harness.judge(timings, WISHES),
         "machine": {"cpu": "A processor", "cores": 2, "gpu": gpu},
         "versions": {"torch": "2.13.0"},
         "commit": "0123456789",
@@ -62,13 +63,13 @@ def strokes(ax, color):
 
 def test_every_round_is_a_point_at_its_ratio_within_the_round(timings):
     timings.loc[0, "seconds"] = 12.0  # dense, first round, first setting
-    left, right = plots_bench.ratios(timings, against="dense").axes
+    left, right = speed.ratios(timings, against="dense").axes
     assert sorted(dots(left).values()) == [[1, 1], [4, 2], [6, 3]]
     assert sorted(dots(right).values()) == [[1, 1], [2, 2], [3, 3]]
 
 
 def test_settings_are_panels_and_codes_are_headings(timings):
-    left, right = plots_bench.ratios(timings, against="dense").axes
+    left, right = speed.ratios(timings, against="dense").axes
     assert [ax.get_title(loc="left") for ax in (left, right)] == ["1 × 64", "32 × 128"]
     rows = [label.get_text() for label in left.get_yticklabels()]
     assert rows == [
@@ -81,7 +82,7 @@ def test_settings_are_panels_and_codes_are_headings(timings):
 
 
 def test_the_limit_is_a_line_across_the_rows_of_its_code_alone(timings):
-    left, _ = plots_bench.ratios(timings, against="dense").axes
+    left, _ = speed.ratios(timings, against="dense").axes
     (line,) = [line for line in left.get_lines() if line.get_linestyle() == "--"]
     assert list(line.get_xdata()) == [3, 3]
     dense, limit, moe = sorted(dots(left))
@@ -89,20 +90,20 @@ def test_the_limit_is_a_line_across_the_rows_of_its_code_alone(timings):
 
 
 def test_what_is_wanted_stands_where_it_would_be_reached(timings):
-    targets = bench.judge(timings, WISHES)
-    left, right = plots_bench.ratios(timings, against="dense", targets=targets).axes
-    assert strokes(left, plots_bench.TARGET) == pytest.approx([1.5, 0.8 * 3])
-    assert strokes(right, plots_bench.TARGET) == []
+    targets = harness.judge(timings, WISHES)
+    left, right = speed.ratios(timings, against="dense", targets=targets).axes
+    assert strokes(left, speed.TARGET) == pytest.approx([1.5, 0.8 * 3])
+    assert strokes(right, speed.TARGET) == []
 
 
 def test_a_variant_that_a_setting_lacks_leaves_its_row_empty(timings):
     some = timings[~((timings["setting"] == "32 x 128") & (timings["variant"] == MOE))]
-    left, right = plots_bench.ratios(some, against="dense").axes
+    left, right = speed.ratios(some, against="dense").axes
     assert len(dots(left)) == 3 and len(dots(right)) == 2
 
 
 def test_a_page_says_of_each_benchmark_what_was_found_and_on_what(timings):
-    fig = plots_bench.page({"inference": record(timings), "other": record(timings)})
+    fig = speed.page({"inference": record(timings), "other": record(timings)})
     said = (
         "MoEBERT, hash-random, accelerated, is 2.00 (1 × 64) and 2.00 (32 × 128) times as "
         "fast as dense BERT; 1 of 2 targets met"
@@ -120,22 +121,22 @@ def test_a_page_says_of_each_benchmark_what_was_found_and_on_what(timings):
 
 
 def test_with_a_gpus_record_nothing_is_missing(timings):
-    fig = plots_bench.page({"inference": record(timings), "inference-cuda": record(timings, "H")})
+    fig = speed.page({"inference": record(timings), "inference-cuda": record(timings, "H")})
     first, second = (part.get_supxlabel() for part in fig.subfigs)
     assert "no GPU" not in first + second and "\nH, 2 cores" in second
 
 
 def test_without_targets_the_fastest_variant_is_told(timings):
     kept = record(timings) | {"targets": []}
-    told = plots_bench.found("inference", kept)
+    told = speed.found("inference", kept)
     assert told.startswith("Inference: equal FLOPs, accelerated, is 3.00")
 
 
 def test_the_baseline_is_the_variant_whose_ratio_is_one(timings):
     kept = record(timings)
-    assert plots_bench.baseline(kept) == "dense"
-    kept["summary"] = bench.summary(timings, against=MOE).to_dict("records")
-    assert plots_bench.baseline(kept) == MOE
+    assert speed.baseline(kept) == "dense"
+    kept["summary"] = harness.summary(timings, against=MOE).to_dict("records")
+    assert speed.baseline(kept) == MOE
 
 
 @pytest.fixture
@@ -148,7 +149,7 @@ def grown():
 
 
 def test_operations_are_a_line_through_the_largest_size(grown):
-    (ax,) = plots_bench.scaling(*grown).axes
+    (ax,) = speed.scaling(*grown).axes
     points, median, counted = ax.get_lines()
     assert list(points.get_xdata()) == [4, 4, 16, 16, 64, 64]
     np.testing.assert_allclose(median.get_ydata(), [2000, 4000, 8000])
@@ -163,14 +164,14 @@ def test_growth_is_told_from_the_first_to_the_last_size(grown):
     )
     kept |= {"timings": timings.to_dict("records"), "summary": table.to_dict("records")}
     said = "MoEBERT takes 4.0 times as long for 16 times the tokens"
-    assert finding(plots_bench.growth(kept)) == said
+    assert finding(speed.growth(kept)) == said
 
 
 def test_records_of_the_benchmarks_themselves_can_be_drawn(moebert_home, capsys):
-    tiny = bench.TINY_SHAPE
-    bench_inference.main(shape=tiny, batch=2, length=8, repeats=2)
-    bench_scaling.main(shape=tiny, repeats=2)
-    fig = plots_bench.page({"inference": bench.read("inference")})
+    tiny = harness.TINY_SHAPE
+    inference.main(shape=tiny, batch=2, length=8, repeats=2)
+    inference.main_bench_scaling(shape=tiny, repeats=2)
+    fig = speed.page({"inference": harness.read("inference")})
     assert "times as fast as dense BERT" in finding(fig)
-    scaled = json.loads(json.dumps(bench.read("scaling")))
-    assert len(plots_bench.growth(scaled).axes) == len({p.axis for p in bench_scaling.points()})
+    scaled = json.loads(json.dumps(harness.read("scaling")))
+    assert len(speed.growth(scaled).axes) == len({p.axis for p in inference.points()})

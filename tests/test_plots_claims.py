@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import claims, verdicts
-from moebert_lib.plots import COLORS
-from moebert_lib.plots_claims import forest
+from moebert_lib.evidence import claims, verdicts
+from moebert_lib.plots.results import forest
+from moebert_lib.plots.style import COLORS
 
 
 def made(**arms):

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_hex
 
-from moebert_lib import plots_experts as drawn
-from moebert_lib.experts import deal_neurons
-from moebert_lib.plots import COLORS, EXPERTS
+from moebert_lib.method.partition import deal_neurons
+from moebert_lib.plots import experts as drawn
+from moebert_lib.plots.style import COLORS, EXPERTS
 
 HANDS = np.array([[5, 2, 1], [5, 0, 3]])
 RANKING = np.array([5, 2, 0, 1, 3, 4])

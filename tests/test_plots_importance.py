@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import plots_importance as drawn
+from moebert_lib.plots import importance as drawn
 
 SCORES = np.array([[1.0, 8.0, 4.0, 2.0], [1.0, 1.0, 1.0, 5.0]])
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from moebert_lib import plots_learning as drawn
-from moebert_lib.settings import Settings
+from moebert_lib.config.settings import Settings
+from moebert_lib.plots import training as drawn
 
 
 def test_hidden_distance_joins_the_mean_of_each_stage_hollow_before_filled_after():

@@ -4,8 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import plots_results as drawn
-from moebert_lib.paper import FIGURES
+from moebert_lib.config import paper_numbers
+from moebert_lib.config.paper_numbers import FIGURES
+from moebert_lib.plots import results as drawn
 
 
 def heights(ax, marker):
@@ -74,7 +75,7 @@ def test_by_shared_draws_every_run_and_joins_the_means():
 
 @pytest.mark.parametrize("figure", ["figure2a", "figure2b", "figure2c"])
 def test_a_sweep_stands_beside_the_papers_values_as_hollow_diamonds(figure):
-    setting = drawn.FIGURE_SETTINGS[figure]
+    setting = paper_numbers.FIGURE_SETTINGS[figure]
     here, there = drawn.beside_paper(runs(setting, {8: [0.5, 0.75], 2: [0.25]}), figure).axes
     assert heights(here, "o") == [25, 50, 75]
     assert heights(there, "D") == list(FIGURES[figure].values())

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from moebert_lib import plots_routing as drawn
-from moebert_lib.plots import EXPERTS
+from moebert_lib.plots import routing as drawn
+from moebert_lib.plots.style import EXPERTS
 
 
 def test_loads_print_every_share_in_percent():

@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from moebert_lib import plots_scores as drawn
-from moebert_lib.plots import COLORS, INK, MARKERS
+from moebert_lib.plots import importance as drawn
+from moebert_lib.plots.style import COLORS, INK, MARKERS
 
 PAIRS = pd.DataFrame(
     {

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import plots_speed as drawn
+from moebert_lib.plots import speed as drawn
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import plots_states as drawn
-from moebert_lib.states import planes
+from moebert_lib.plots import training as drawn
+from moebert_lib.training.evaluation import planes
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from moebert_lib import ffn_importance, to_moebert
-from moebert_lib.site_notebooks import slug
+from moebert_lib.publish.site import slug
 
 GUIDE = ROOT / "notebooks" / "your_bert.md"
 GLOSSARY = ROOT / "notebooks" / "glossary.md"

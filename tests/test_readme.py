@@ -9,7 +9,11 @@ from types import SimpleNamespace
 import pandas as pd
 from checkout import LIBRARY, NOTEBOOKS, ROOT
 
-from moebert_lib import archive, bench, cli, findings, sweeps
+from moebert_lib.bench import harness
+from moebert_lib.cli import main
+from moebert_lib.publish import findings
+from moebert_lib.runs import sweep
+from moebert_lib.store import committed_results
 
 README = (ROOT / "README.md").read_text()
 
@@ -43,7 +47,7 @@ def test_a_model_is_shipped_as_it_shows(moebert_home, tmp_path, monkeypatch, cap
     lines = "".join(blocks("bash")).splitlines()
     (line,) = [line for line in lines if "convert --task library" in line]
     words = [word for word in shlex.split(line, comments=True)[1:] if word != "--onnx"]
-    assert cli.main([*words, "--scale", "smoke"]) == 0  # the graph has its own tests
+    assert main.main([*words, "--scale", "smoke"]) == 0  # the graph has its own tests
     capsys.readouterr()
     exec(blocks("python")[1], {})
     assert "one full-width expert = the dense model" in capsys.readouterr().out
@@ -55,14 +59,14 @@ def test_the_commands_it_shows_are_accepted(moebert_home, data_dir, capsys):
         words = shlex.split(line, comments=True)
         if words[:2] == ["moebert", "run"] and "--help" not in words:
             words = [str(data_dir) if word == "DIR" else word for word in words[1:]]
-            assert cli.main([*words, "--plan"]) in (0, None), capsys.readouterr().err
+            assert main.main([*words, "--plan"]) in (0, None), capsys.readouterr().err
 
 
 def test_the_grid_it_shows_is_accepted(moebert_home, data_dir, tmp_path):
     (grid,) = blocks("yaml")
     path = tmp_path / "grid.yaml"
     path.write_text(grid.replace("DIR", str(data_dir)))
-    assert len(sweeps.read(path).jobs) == 2 * 5 * 2 * 2
+    assert len(sweep.read(path).jobs) == 2 * 5 * 2 * 2
 
 
 def test_every_notebook_is_on_the_map():
@@ -103,11 +107,11 @@ def test_the_speeds_are_those_of_the_committed_records():
     def rounds(what, setting):
         record = json.loads((ROOT / "figures" / "bench" / f"{what}.json").read_text())
         assert record["commit"][:7] in README and record["created"][:10] in README
-        rows = bench.frame(record, "timings").query("setting == @setting")
+        rows = harness.frame(record, "timings").query("setting == @setting")
         return rows.pivot(index="repeat", columns="variant", values="seconds")
 
     def told(wide, variant, against):
-        low, middle, high = bench.paired(wide, variant, against)
+        low, middle, high = harness.paired(wide, variant, against)
         return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
     moe, fast = "moebert hash-random, accelerated", ", accelerated"
@@ -127,13 +131,13 @@ def test_figures_are_those_of_their_provenance_and_of_the_committed_rows():
     assert there - {"provenance.json", findings.PAGE} == set(known)
     for name, about in known.items():
         assert hashlib.sha256((ROOT / "figures" / name).read_bytes()).hexdigest() == about["sha256"]
-        for results in (archive.ROWS, archive.FILES):
+        for results in (committed_results.ROWS, committed_results.FILES):
             file = ROOT / "figures" / "runs" / results
             assert about["inputs"][results] == hashlib.sha256(file.read_bytes()).hexdigest(), name
 
 
 def test_every_committed_row_was_made_by_a_clean_commit():
     """A row of an edited checkout ("-dirty") could not be made again from any commit."""
-    rows = pd.read_parquet(ROOT / "figures" / "runs" / archive.ROWS)
+    rows = pd.read_parquet(ROOT / "figures" / "runs" / committed_results.ROWS)
     named = rows["commit"].str.fullmatch("[0-9a-f]{40}").fillna(False)
     assert rows.loc[~named, ["kind", "digest", "commit"]].values.tolist() == []

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from moebert_lib import batch
-from moebert_lib.provenance import to_json
-from moebert_lib.reasons import MOST, Reason, compare, details, why
-from moebert_lib.store import Entry
+from moebert_lib.config.provenance import to_json
+from moebert_lib.runs import plan
+from moebert_lib.runs.status import MOST, Reason, compare, details, why
+from moebert_lib.store.store import Entry
 
 KEY = {
     "notebook": "04_ablations",
@@ -267,7 +267,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def planned(name="01", **parameters):
-    (job,) = batch.plan(batch.select([name]), scale="smoke", parameters=parameters)
+    (job,) = plan.plan(plan.select([name]), scale="smoke", parameters=parameters)
     return job
 
 
@@ -283,7 +283,7 @@ def stored(job):
 
 
 def test_editing_prose_reruns_nothing_and_editing_code_names_the_cell(home):
-    (path,) = batch.select(["01"])
+    (path,) = plan.select(["01"])
     before = stored(planned())
     edited(path, "Something else first.", "Something else, told better.")
     assert why(planned().key(), before) == "stored"

@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from shipping import made, saved_bert
 
-from moebert_lib import receipt, ship
-from moebert_lib.convert import to_moebert
-from moebert_lib.errors import UserError
-from moebert_lib.moe_layer import Experts, moe_layers
-from moebert_lib.provenance import file_digest
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.provenance import file_digest
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import Experts, moe_layers
+from moebert_lib.publish import share_model
 
 
 @pytest.fixture
 def shipped(tmp_path, tiny_bert, tiny_batch):
     """What is shipped, and its folder."""
     one = made(saved_bert(tmp_path, tiny_bert), tiny_batch)
-    ship.write(one, tmp_path / "moe", name="moe")
+    share_model.write(one, tmp_path / "moe", name="moe")
     return one, tmp_path / "moe"
 
 
@@ -33,7 +33,7 @@ def checked(one, folder, **changes):
         "model": one.model,
         **changes,
     }
-    return receipt.checked(*parts.values(), folder, one.batch)
+    return share_model.checked(*parts.values(), folder, one.batch)
 
 
 def failing(rows):
@@ -46,15 +46,15 @@ def test_every_check_holds_and_is_told_with_its_tolerance(
     tmp_path, tiny_bert, tiny_batch, routing, spans
 ):
     one = made(saved_bert(tmp_path, tiny_bert, spans=spans), tiny_batch, routing=routing)
-    proof = ship.write(one, tmp_path / "moe", name="moe")
+    proof = share_model.write(one, tmp_path / "moe", name="moe")
     assert len(proof["checks"]) >= 9 and failing(proof["checks"]) == []
     assert all(row["difference"] <= row["tolerance"] for row in proof["checks"])
-    assert receipt.verify(tmp_path / "moe") == json.loads(json.dumps(proof))
+    assert share_model.verify(tmp_path / "moe") == json.loads(json.dumps(proof))
 
 
 def test_it_holds_the_digest_of_every_file_but_card_and_itself(shipped):
     _, folder = shipped
-    proof = receipt.verify(folder)
+    proof = share_model.verify(folder)
     beside = {path.name for path in folder.iterdir()} - {"README.md", "receipt.json"}
     assert {"model.safetensors", "importance.safetensors", "tokenizer.json"} <= beside
     assert proof["files"] == {name: file_digest(folder / name) for name in beside}
@@ -68,7 +68,7 @@ def test_a_neuron_that_is_not_the_dense_layers_fails(shipped):
     rows = checked(one, folder, untrained=one.untrained)
     (row,) = [row for row in rows if "dense model's own" in row["claim"]]
     assert not row["holds"] and row["difference"] == pytest.approx(1e-3, rel=1e-3)
-    line = next(line for line in receipt.table({"checks": rows}).splitlines() if "own" in line)
+    line = next(line for line in share_model.table({"checks": rows}).splitlines() if "own" in line)
     assert line.endswith("| 1.0e-03 | 0e+00 | **FAILS** |")
 
 
@@ -88,7 +88,7 @@ def test_experts_that_were_given_another_bias_or_layer_norm_fail(
     one = made(saved_bert(tmp_path, tiny_bert), tiny_batch)
     for layer in moe_layers(one.model):
         experts_but_the_first(layer, how)
-    proof = ship.write(one, tmp_path / "moe", name="moe")
+    proof = share_model.write(one, tmp_path / "moe", name="moe")
     assert failing(proof["checks"]) == [
         "before training every expert's weights, and all others, are the dense model's own"
     ]
@@ -98,7 +98,7 @@ def test_a_conversion_by_the_ranking_turned_around_fails(tmp_path, tiny_bert, ti
     one = made(saved_bert(tmp_path, tiny_bert), tiny_batch)
     turned = to_moebert(one.dense, one.scores.ranking.flip(-1), n_experts=4)
     one = dataclasses.replace(one, untrained=turned, model=turned)
-    proof = ship.write(one, tmp_path / "moe", name="moe")
+    proof = share_model.write(one, tmp_path / "moe", name="moe")
     (claim,) = failing(proof["checks"])
     assert claim == "the highest scores are in every expert, the next are dealt in turn"
 
@@ -113,7 +113,7 @@ def test_a_model_that_serves_all_tokens_by_the_first_expert_fails(shipped, monke
 
 def test_each_check_says_what_it_was_run_on(shipped):
     one, folder = shipped
-    on = [row["on"] for row in receipt.verify(folder)["checks"]]
+    on = [row["on"] for row in share_model.verify(folder)["checks"]]
     assert on == ["the dense model, as one expert", "the dense model", *["this model"] * 8]
     rows = checked(one, folder, model=copy.deepcopy(one.model))
     assert [row["on"] for row in rows][2:5] == ["its conversion", "its conversion", "this model"]
@@ -136,34 +136,34 @@ def test_a_weight_file_that_was_changed_fails_the_check_and_the_digest(shipped):
     save_file(tensors, file, metadata={"format": "pt"})
     assert failing(checked(one, folder)) == ["saved and loaded, the model answers bit for bit"]
     with pytest.raises(UserError, match="model.safetensors is not the file of its receipt"):
-        receipt.verify(folder)
+        share_model.verify(folder)
 
 
 def test_a_receipt_without_a_file_or_with_a_failure_or_none_is_refused(shipped, tmp_path):
     _, folder = shipped
-    proof = receipt.verify(folder)
+    proof = share_model.verify(folder)
     (folder / "importance.safetensors").rename(tmp_path / "away")
     with pytest.raises(UserError, match="importance.safetensors is not .* missing"):
-        receipt.verify(folder)
+        share_model.verify(folder)
     (tmp_path / "away").rename(folder / "importance.safetensors")
     proof["checks"][0]["holds"] = False
-    (folder / receipt.FILE).write_text(json.dumps(proof))
+    (folder / share_model.FILE).write_text(json.dumps(proof))
     with pytest.raises(UserError, match="fails its receipt: one full-width expert"):
-        receipt.verify(folder)
+        share_model.verify(folder)
     with pytest.raises(UserError, match="holds no receipt.json"):
-        receipt.verify(tmp_path)
-    (folder / receipt.FILE).write_text("[]")
+        share_model.verify(tmp_path)
+    (folder / share_model.FILE).write_text("[]")
     with pytest.raises(UserError, match="can be read"):
-        receipt.verify(folder)
+        share_model.verify(folder)
 
 
 @pytest.mark.parametrize("emptied", ["checks", "files"])
 def test_a_receipt_that_says_nothing_is_refused(shipped, emptied):
     _, folder = shipped
-    proof = receipt.verify(folder)
-    (folder / receipt.FILE).write_text(json.dumps({**proof, emptied: type(proof[emptied])()}))
+    proof = share_model.verify(folder)
+    (folder / share_model.FILE).write_text(json.dumps({**proof, emptied: type(proof[emptied])()}))
     with pytest.raises(UserError, match="has no checks or no files"):
-        receipt.verify(folder)
+        share_model.verify(folder)
 
 
 def test_a_file_that_is_not_in_the_receipt_is_refused_unless_hidden(shipped):
@@ -171,12 +171,12 @@ def test_a_file_that_is_not_in_the_receipt_is_refused_unless_hidden(shipped):
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     for name in (".gitattributes", ".cache/huggingface/x.lock"):
         (folder / name).write_text("")
-    receipt.verify(folder)
+    share_model.verify(folder)
     for name in ("pytorch_model.bin", "deep/x.py", ".cache.bin"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("")
         with pytest.raises(UserError, match=f"{name} is not in the receipt"):
-            receipt.verify(folder)
+            share_model.verify(folder)
         (folder / name).unlink()
 
 
@@ -191,8 +191,8 @@ METRIC = {
 def test_a_card_with_other_metrics_or_checks_than_the_receipt_is_refused(shipped):
     one, folder = shipped
     told = {**one.told, "metrics": [METRIC], "n": 400, "task": "sst2", "part": "validation"}
-    ship.write(dataclasses.replace(one, told=told), folder, name="moe")
-    assert receipt.verify(folder)["metrics"] == [METRIC]
+    share_model.write(dataclasses.replace(one, told=told), folder, name="moe")
+    assert share_model.verify(folder)["metrics"] == [METRIC]
     card = (folder / "README.md").read_text()
     for here, there in (
         ("87.5 (83.0", "97.5 (83.0"),
@@ -205,11 +205,11 @@ def test_a_card_with_other_metrics_or_checks_than_the_receipt_is_refused(shipped
         assert here in card
         (folder / "README.md").write_text(card.replace(here, there, 1))
         with pytest.raises(UserError, match="shows other checks or metrics than the receipt"):
-            receipt.verify(folder)
+            share_model.verify(folder)
     more = card.replace("\ntags:", "\nlicense: mit\ntags:") + "\nMore.\n"
     (folder / "README.md").write_text(more)
-    receipt.verify(folder)
+    share_model.verify(folder)
     for text in ("", "---\na: [\n---\n"):
         (folder / "README.md").write_text(text)
         with pytest.raises(UserError, match="cannot be read as a model card"):
-            receipt.verify(folder)
+            share_model.verify(folder)

@@ -10,20 +10,15 @@ import yaml
 from checkout import NOTEBOOKS
 from stored import put
 
-from moebert_lib import (
-    archive,
-    batch,
-    cli,
-    experiment,
-    facts,
-    provenance,
-    redraw,
-    results,
-    teachers,
-)
-from moebert_lib.errors import UserError
-from moebert_lib.settings import Settings
-from moebert_lib.store import Store
+from moebert_lib.cli import main
+from moebert_lib.config import provenance
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import dataset, student, teacher
+from moebert_lib.publish import report
+from moebert_lib.runs import export, local_pool, plan
+from moebert_lib.store import committed_results
+from moebert_lib.store.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +35,17 @@ MEASURING = [path for path in NOTEBOOKS if "experiment.measured(" in path.read_t
 
 @pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
 def test_a_notebook_drawn_from_results_makes_the_bytes_of_its_run(path, home, tmp_path):
-    (entry,) = batch.run(batch.plan(batch.select([path.stem]), scale="smoke"))
+    (entry,) = local_pool.run(plan.plan(plan.select([path.stem]), scale="smoke"))
     made = {file.name: file.read_bytes() for file in (entry.folder / "figures").iterdir()}
     folder = tmp_path / "results"
-    experiment.about(Settings.at("smoke"))  # not every notebook asks for a stage
-    results.write(folder)
+    dataset.about(Settings.at("smoke"))  # not every notebook asks for a stage
+    export.write_results(folder)
     grid = {"scale": "smoke", "points": [{"notebook": path.stem}]}
-    (folder / redraw.WORKBOOK).write_text(yaml.safe_dump(grid))
+    (folder / report.WORKBOOK).write_text(yaml.safe_dump(grid))
     jobs_before = len(Store().entries("teacher"))
-    (job,) = redraw.plan(folder, tmp_path / "figures")
-    with redraw._from(folder):
-        batch.run([job])
+    (job,) = report.plan(folder, tmp_path / "figures")
+    with report._from(folder):
+        local_pool.run([job])
     drawn = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     drawn.pop("provenance.json")
     assert made and drawn == made
@@ -63,91 +58,91 @@ SETTINGS = Settings.at("smoke", seed=5, teacher_seed=0)
 @pytest.fixture
 def stored(moebert_home, tmp_path, monkeypatch):
     """A teacher, its scores and a conversion in a folder of results, which then is the store."""
-    kept = experiment.measured("sizes", SETTINGS, lambda: pd.DataFrame({"n": [1, 2]}, ["a", "b"]))
-    made = experiment.about(SETTINGS), experiment.conversion(SETTINGS), kept
+    kept = dataset.measured("sizes", SETTINGS, lambda: pd.DataFrame({"n": [1, 2]}, ["a", "b"]))
+    made = dataset.about(SETTINGS), student.conversion(SETTINGS), kept
     folder = tmp_path / "results"
-    results.write(folder)
+    export.write_results(folder)
     shutil.rmtree(moebert_home / "runs")
-    monkeypatch.setenv(archive.FROM, str(folder))
-    teachers._teacher.cache_clear()
-    teachers._importance.cache_clear()
+    monkeypatch.setenv(committed_results.FROM, str(folder))
+    teacher._teacher.cache_clear()
+    teacher._importance.cache_clear()
     return made
 
 
 def test_stages_are_read_without_data_weights_or_models(stored, monkeypatch):
-    monkeypatch.setattr(facts, "dataset", lambda _: pytest.fail("data was asked for"))
+    monkeypatch.setattr(dataset, "dataset", lambda _: pytest.fail("data was asked for"))
     about, row, table = stored
-    again = experiment.measured("sizes", SETTINGS, lambda: pytest.fail("measured again"))
-    assert experiment.about(SETTINGS) == about and experiment.conversion(SETTINGS) == row
+    again = dataset.measured("sizes", SETTINGS, lambda: pytest.fail("measured again"))
+    assert dataset.about(SETTINGS) == about and student.conversion(SETTINGS) == row
     assert again.equals(table)
-    assert experiment.teacher(SETTINGS).metrics["accuracy"] >= 0
-    assert experiment.importance(SETTINGS).scores.shape == (2, 64)
+    assert teacher.teacher(SETTINGS).metrics["accuracy"] >= 0
+    assert teacher.importance(SETTINGS).scores.shape == (2, 64)
     with pytest.raises(UserError, match="keeps results and no weights"):
-        _ = experiment.teacher(SETTINGS).model
+        _ = teacher.teacher(SETTINGS).model
 
 
 def test_what_is_not_there_is_told_with_the_nearest_that_is(stored):
     with pytest.raises(
         UserError, match=r"no such converted; the nearest differs in seed=6 \(there: 5\)"
     ):
-        experiment.conversion(SETTINGS.but(seed=6))
+        student.conversion(SETTINGS.but(seed=6))
     with pytest.raises(UserError, match="no such removal"):
-        archive.store().make("removal", {"a": 1})
+        committed_results.store().make("removal", {"a": 1})
 
 
 def test_equal_results_give_equal_bytes_and_newer_ones_replace(stored, tmp_path, monkeypatch):
     folder = tmp_path / "results"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with pytest.raises(UserError, match="no folder"):
-        results.write(folder, [tmp_path / "nowhere"])
+        export.write_results(folder, [tmp_path / "nowhere"])
     (tmp_path / "runs").mkdir()
-    assert results.write(folder, [tmp_path]) == (5, 5)
+    assert export.write_results(folder, [tmp_path]) == (5, 5)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    frame = pd.read_parquet(folder / archive.ROWS)
+    frame = pd.read_parquet(folder / committed_results.ROWS)
     assert set(frame["kind"]) == {"about", "teacher", "importance", "converted", "table"}
     assert "of" not in frame and frame["record"].str.contains('"of":').any()
 
 
 def test_a_row_that_was_edited_is_refused(stored, tmp_path):
-    path = tmp_path / "results" / archive.ROWS
+    path = tmp_path / "results" / committed_results.ROWS
     frame = pd.read_parquet(path)
     frame["record"] = frame["record"].str.replace('"accuracy": 0.', '"accuracy": 1.')
     frame.to_parquet(path, index=False)
     with pytest.raises(UserError, match="has changed since it was made"):
-        archive.Archive(path.parent)
+        committed_results.Archive(path.parent)
 
 
 def test_a_column_that_says_other_than_its_record_is_named_before_anything_is_drawn(
     stored, tmp_path
 ):
-    path = tmp_path / "results" / archive.ROWS
-    results.verify(path.parent)
+    path = tmp_path / "results" / committed_results.ROWS
+    export.verify(path.parent)
     frame = pd.read_parquet(path)
     row = int(frame["accuracy"].notna().argmax())
     right = frame.loc[row, "accuracy"]
     frame.assign(accuracy=frame["accuracy"].where(frame.index != row, 0.99)).to_parquet(path)
     said = rf"rows\.parquet: row {row} says accuracy 0\.99, its record {right}; restore"
     with pytest.raises(UserError, match=said):
-        redraw.draw(path.parent, into=tmp_path / "figures")
+        report.draw(path.parent, into=tmp_path / "figures")
     frame.drop(columns="accuracy").to_parquet(path)
     with pytest.raises(UserError, match="column 'accuracy' is new or missing"):
-        results.verify(path.parent)
+        export.verify(path.parent)
 
 
 def test_a_small_file_that_was_edited_is_refused(stored, tmp_path):
-    path = tmp_path / "results" / archive.FILES
+    path = tmp_path / "results" / committed_results.FILES
     frame = pd.read_parquet(path)
     frame["content"] = [content + b" " for content in frame["content"]]
     frame.to_parquet(path, index=False)
     with pytest.raises(UserError, match=r"files\.parquet: \S+ of .* has changed since it was made"):
-        archive.Archive(path.parent).entries()
+        committed_results.Archive(path.parent).entries()
     with pytest.raises(UserError, match="has changed since it was made"):
-        results.write(path.parent)
+        export.write_results(path.parent)
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no rows\.parquet in"):
-        archive.Archive(tmp_path)
+        committed_results.Archive(tmp_path)
 
 
 @pytest.fixture
@@ -157,24 +152,24 @@ def workbook(tmp_path, monkeypatch):
     home = fixture_home.make(tmp_path / "home", names)
     monkeypatch.setenv("MOEBERT_HOME", str(home))
     put(home / "runs", "teacher", {"task": "rte"}, {"accuracy": 0.5})
-    results.write(tmp_path / "results")
+    export.write_results(tmp_path / "results")
     points = [{"notebook": "00"}, {"notebook": "01"}, {"notebook": "01", "task": "follows"}]
     grid = {"scale": "smoke", "settings": {"n_shared": 3}, "points": points}
-    (tmp_path / "results" / redraw.WORKBOOK).write_text(yaml.safe_dump(grid))
+    (tmp_path / "results" / report.WORKBOOK).write_text(yaml.safe_dump(grid))
     return tmp_path / "results"
 
 
 def test_a_workbook_is_drawn_and_every_file_that_differs_is_named(workbook, tmp_path):
-    figures = redraw.draw(workbook)
-    assert figures == tmp_path / "home" / "figures" and archive.named() == ""
-    assert {"figure0.csv", "figure1.png", "follows/row.json"} <= redraw.digests(figures).keys()
-    assert redraw.check(workbook) == []
+    figures = report.draw(workbook)
+    assert figures == tmp_path / "home" / "figures" and committed_results.named() == ""
+    assert {"figure0.csv", "figure1.png", "follows/row.json"} <= report.digests(figures).keys()
+    assert report.check(workbook) == []
     (figures / "figure0.csv").write_text("x,y\n1,2.6\n")
     (figures / "follows" / "row.json").unlink()
     (figures / "old.png").write_bytes(b"")
     (figures / "bench").mkdir()
     (figures / "bench" / "inference.json").write_text("{}")
-    assert redraw.check(workbook) == [
+    assert report.check(workbook) == [
         "figure0.csv: other bytes",
         "follows/row.json: missing from figures/",
         "old.png: nothing draws it",
@@ -182,7 +177,7 @@ def test_a_workbook_is_drawn_and_every_file_that_differs_is_named(workbook, tmp_
 
 
 def test_provenance_of_what_is_drawn_is_the_same_on_any_machine(workbook, tmp_path, monkeypatch):
-    first = (redraw.draw(workbook) / "provenance.json").read_text()
+    first = (report.draw(workbook) / "provenance.json").read_text()
     monkeypatch.setattr(provenance, "versions", lambda: {"python": "3.99"})
     monkeypatch.setenv(
         "MOEBERT_HOME",
@@ -196,7 +191,7 @@ def test_provenance_of_what_is_drawn_is_the_same_on_any_machine(workbook, tmp_pa
             )
         ),
     )
-    assert (redraw.draw(workbook) / "provenance.json").read_text() == first
+    assert (report.draw(workbook) / "provenance.json").read_text() == first
     assert "machine" not in first and '"rows.parquet"' in first
 
 
@@ -208,6 +203,6 @@ def test_provenance_of_what_is_drawn_is_the_same_on_any_machine(workbook, tmp_pa
     ],
 )
 def test_a_report_that_cannot_be_drawn_is_refused_in_one_line(argv, told, moebert_home, capsys):
-    assert cli.main(["report", *argv]) == 2
+    assert main.main(["report", *argv]) == 2
     said = capsys.readouterr()
     assert told in said.err and said.err.count("\n") == 1

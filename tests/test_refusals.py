@@ -9,8 +9,8 @@ import fixture_home
 import pytest
 from checkout import NOTEBOOKS
 
-from moebert_lib import cli
-from moebert_lib.errors import CHECKOUT
+from moebert_lib.cli import main
+from moebert_lib.config.errors import CHECKOUT
 
 SST2 = ["--scale", "small", "-p", "task=sst2"]
 
@@ -185,7 +185,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.parametrize("argv, said", REFUSED.values(), ids=REFUSED)
 def test_it_is_refused_in_one_line_before_any_compute(place, capfd, argv, said):
-    status = cli.main([word.replace("{tmp}", str(place)) for word in argv])
+    status = main.main([word.replace("{tmp}", str(place)) for word in argv])
     out, err = capfd.readouterr()
     assert status == 2 and out == ""
     assert len(err.splitlines()) == 1 and err.startswith("moebert: ")
@@ -198,21 +198,21 @@ def test_a_notebooks_own_parameters_are_refused_out_of_range(
     moebert_home, capfd, number, given, said
 ):
     scale = [] if number == "00" else ["--scale", "smoke"]
-    assert cli.main(["run", number, *scale, "-p", given]) == 2
+    assert main.main(["run", number, *scale, "-p", given]) == 2
     out, err = capfd.readouterr()
     assert out == "" and len(err.splitlines()) == 1 and said in err
     assert sorted(os.listdir(moebert_home)) == ["figures", "notebooks"]
 
 
 def test_more_experts_than_the_toy_has_neurons_need_something_shared(moebert_home, capfd):
-    assert cli.main(["run", "00", "-p", "n_experts=8", "-p", "n_shared=0"]) == 2
+    assert main.main(["run", "00", "-p", "n_experts=8", "-p", "n_shared=0"]) == 2
     assert "expected 1 to 6 if nothing is shared" in capfd.readouterr().err
-    assert cli.main(["run", "00", "--plan", "-p", "n_experts=8"]) == 0
+    assert main.main(["run", "00", "--plan", "-p", "n_experts=8"]) == 0
 
 
 def test_every_notebook_is_planned_with_its_own_defaults(moebert_home, capfd):
     for path in NOTEBOOKS:
-        assert cli.main(["run", path.stem, "--plan", "--scale", "smoke"]) == 0, path.stem
+        assert main.main(["run", path.stem, "--plan", "--scale", "smoke"]) == 0, path.stem
 
 
 def test_there_are_at_least_25_of_them():
@@ -231,11 +231,11 @@ def test_the_command_itself_ends_with_status_2_and_no_traceback(place, name):
 
 def test_a_checkout_without_notebooks_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
-    assert cli.main(["run"]) == 2
+    assert main.main(["run"]) == 2
     assert f"no notebooks in {tmp_path / 'notebooks'}" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_notebook_is_named(place, capsys):
     (place / "home" / "notebooks" / "01_importance.ipynb").write_text("not JSON")
-    assert cli.main(["run", "01"]) == 2
+    assert main.main(["run", "01"]) == 2
     assert "01_importance.ipynb is not a notebook" in capsys.readouterr().err

@@ -6,13 +6,13 @@ from release_reference import ReleasedModel, hidden_loss, prediction_loss
 from tiny_spans import span_batch, span_bert
 from transformers import TrainingArguments
 
-from moebert_lib.convert import to_moebert
-from moebert_lib.distill import distillation_terms
-from moebert_lib.experts import random_ranking
-from moebert_lib.moe_layer import moe_layers, record_routes
-from moebert_lib.routing import ROUTINGS
-from moebert_lib.scales import RELEASE
-from moebert_lib.train import DistillationTrainer
+from moebert_lib.config.presets import RELEASE
+from moebert_lib.method.distillation_loss import distillation_terms
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.method.routing import ROUTINGS
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import moe_layers, record_routes
+from moebert_lib.training.trainer import DistillationTrainer
 
 SIZES = dict(n_experts=4, expert_size=16, n_shared=8)
 RANKING = random_ranking(2, 64, seed=3)

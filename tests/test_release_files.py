@@ -12,9 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from moebert_lib import cli, paper, plots_release, release, stability
-from moebert_lib.errors import UserError
-from moebert_lib.importance import Importance
+from moebert_lib.cli import main
+from moebert_lib.config import paper_numbers
+from moebert_lib.config.errors import UserError
+from moebert_lib.method import rank_stability, release_files
+from moebert_lib.method.importance import Importance
+from moebert_lib.plots import importance as plots_release
 
 #: Importance that the top 512 and the kept 1536 neurons hold in the released files, and the
 #: overlap of the top 512 between tasks, as counted once by other code.
@@ -84,18 +87,18 @@ def files(request, tmp_path_factory):
 
 
 def test_the_released_files_hold_what_was_counted_in_them(files):
-    read = release.read_folder(files)
+    read = release_files.read_folder(files)
     assert set(read) == set(TOP)
     for task, importance in read.items():
         assert importance.scores.shape == (12, 3072)
-        held = release.shares(importance)
+        held = release_files.shares(importance)
         assert (held.shared, held.kept) == pytest.approx((TOP[task], KEPT[task]), abs=6e-4), task
         assert held.dropped == pytest.approx(1 - held.kept)
 
 
 def test_tasks_share_more_top_neurons_than_chance_and_both_squads_most(files):
-    table = stability.jaccard_table(release.read_folder(files), 512)
-    assert stability.jaccard_chance(512, 3072) == pytest.approx(0.09, abs=2e-3)
+    table = rank_stability.jaccard_table(release_files.read_folder(files), 512)
+    assert rank_stability.jaccard_chance(512, 3072) == pytest.approx(0.09, abs=2e-3)
     off = table.where(~np.eye(len(table), dtype=bool)).stack()
     assert off.idxmax() in {("squad", "squad_v2"), ("squad_v2", "squad")}
     assert off.max() == pytest.approx(0.48, abs=0.03)
@@ -106,7 +109,7 @@ def test_tasks_share_more_top_neurons_than_chance_and_both_squads_most(files):
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_each_score_returns_to_its_neuron_whatever_the_protocol(scores, protocol, tmp_path):
     path = write(tmp_path / "importance_x.pkl", content(scores), protocol)
-    importance = release.read(path)
+    importance = release_files.read(path)
     assert torch.equal(importance.scores, torch.from_numpy(scores))
     assert importance.ranking.tolist() == content(scores)["idx"]
     assert importance.meta == {
@@ -117,8 +120,8 @@ def test_each_score_returns_to_its_neuron_whatever_the_protocol(scores, protocol
 
 def test_an_unknown_number_of_examples_is_none_and_nothing_is_resampled(scores, tmp_path):
     path = write(tmp_path / "x.pkl", content(scores))
-    release.read(path).save(tmp_path / "x.safetensors")
-    for importance in (release.read(path), Importance.load(tmp_path / "x.safetensors")):
+    release_files.read(path).save(tmp_path / "x.safetensors")
+    for importance in (release_files.read(path), Importance.load(tmp_path / "x.safetensors")):
         assert importance.n_examples is None
         assert torch.equal(importance.scores, torch.from_numpy(scores))
         with pytest.raises(ValueError, match="without blocks"):
@@ -143,7 +146,7 @@ def test_code_in_a_file_is_refused_and_not_run(scores, protocol, tmp_path, capsy
     whole = {**content(scores), "idx": Trap(made)}
     path = write(tmp_path / "trap.pkl", whole, protocol)
     args = ["importance", "--import", str(path), "--out", str(tmp_path / "out")]
-    assert cli.main(args) == 2
+    assert main.main(args) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "asks for more than numbers" in said
     assert not made.exists() and not (tmp_path / "out").exists()
@@ -155,9 +158,9 @@ def test_code_in_a_file_is_refused_and_not_run(scores, protocol, tmp_path, capsy
 def test_the_second_lock_holds_alone(protocol, tmp_path):
     content = pickle.dumps(Trap(tmp_path / "made"), protocol)
     with pytest.raises(pickle.UnpicklingError, match=r"it names \w+\.mkdir"):
-        release._PlainUnpickler(io.BytesIO(content)).load()
+        release_files._PlainUnpickler(io.BytesIO(content)).load()
     with pytest.raises(pickle.UnpicklingError, match="something outside"):
-        release._PlainUnpickler(io.BytesIO(b"Pelsewhere\n.")).load()
+        release_files._PlainUnpickler(io.BytesIO(b"Pelsewhere\n.")).load()
     assert not (tmp_path / "made").exists()
 
 
@@ -181,7 +184,7 @@ BROKEN = {
 def test_what_is_no_plain_pickle_is_refused_in_one_line(name, tmp_path):
     what, why = BROKEN[name]
     with pytest.raises(UserError, match=why) as refusal:
-        release.read(write(tmp_path / "x.pkl", what))
+        release_files.read(write(tmp_path / "x.pkl", what))
     assert "\n" not in str(refusal.value)
 
 
@@ -189,7 +192,7 @@ def test_a_file_cut_short_anywhere_is_refused(scores, tmp_path):
     whole = pickle.dumps(content(scores), 3)
     for end in (*range(0, len(whole), 41), len(whole) - 1):
         with pytest.raises(UserError):
-            release.read(write(tmp_path / "x.pkl", whole[:end]))
+            release_files.read(write(tmp_path / "x.pkl", whole[:end]))
 
 
 ROWS = [[2.0, 1.0], [3.0, 0.5]]
@@ -218,34 +221,36 @@ WRONG = {
 def test_numbers_that_are_no_scores_are_refused(name, tmp_path):
     what, why = WRONG[name]
     with pytest.raises(UserError, match=why):
-        release.read(write(tmp_path / "x.pkl", what))
+        release_files.read(write(tmp_path / "x.pkl", what))
 
 
 def test_a_folder_without_files_is_refused_and_no_folder_is_no_file(tmp_path):
-    assert release.read_folder("") == {}
+    assert release_files.read_folder("") == {}
     with pytest.raises(UserError, match=r"no importance_\*\.pkl"):
-        release.read_folder(tmp_path)
+        release_files.read_folder(tmp_path)
     with pytest.raises(UserError, match="no file"):
-        release.read(tmp_path / "importance_rte.pkl")
+        release_files.read(tmp_path / "importance_rte.pkl")
 
 
 @pytest.mark.parametrize("width", [64, 1536, 3072, 4096])
 def test_proportions_are_a_sixth_and_a_half(width):
-    n_shared, n_kept = release.proportions(width)
+    n_shared, n_kept = release_files.proportions(width)
     assert n_shared == pytest.approx(width / 6, abs=1)
     assert n_kept == pytest.approx(width / 2, abs=4)
 
 
 def test_equal_scores_hold_what_they_are_many_of(tmp_path):
-    held = release.shares(release.read(write(tmp_path / "x.pkl", content(np.ones((3, 48))))))
+    held = release_files.shares(
+        release_files.read(write(tmp_path / "x.pkl", content(np.ones((3, 48)))))
+    )
     assert held == pytest.approx((1 / 6, 1 / 2, 1 / 2))
 
 
 def test_curves_pass_through_the_shares(scores, tmp_path):
-    one = release.read(write(tmp_path / "x.pkl", content(scores)))  # 24 neurons: 4 and 12
-    curve = release.mass_curves({"x": one, "y": one})["x"]
+    one = release_files.read(write(tmp_path / "x.pkl", content(scores)))  # 24 neurons: 4 and 12
+    curve = release_files.mass_curves({"x": one, "y": one})["x"]
     assert (curve[0], curve[50], curve[100]) == pytest.approx(
-        (0, 100 * release.shares(one).kept, 100)
+        (0, 100 * release_files.shares(one).kept, 100)
     )
     assert (curve.diff().dropna() >= 0).all() and (curve.diff().diff().dropna() < 1e-9).all()
 
@@ -256,16 +261,18 @@ def test_layers_count_by_their_importance():
     scores[1, :8] = 48 / 8  # as much as the first layer, all of it in the top sixth
     for factor in (1, 3):
         importance = Importance(scores * torch.tensor([[factor], [1]]), scores[:0], scores[:0, 0])
-        assert release.shares(importance).shared == pytest.approx((factor / 6 + 1) / (factor + 1))
+        assert release_files.shares(importance).shared == pytest.approx(
+            (factor / 6 + 1) / (factor + 1)
+        )
 
 
 def test_scores_per_example_are_alike_for_the_split_they_came_from():
-    sizes = paper.TABLE6 | paper.TABLE5
+    sizes = paper_numbers.TABLE6 | paper_numbers.TABLE5
     files = {
         task: Importance(torch.full((1, 4), 2.5 * development), None, None)
         for task, (_, development) in sizes.items()
     }
-    table = release.per_example({**files, "another": files["rte"]})
+    table = release_files.per_example({**files, "another": files["rte"]})
     assert list(table["task"]) == list(sizes)
     assert table["development"].tolist() == pytest.approx([10.0] * len(sizes))
     assert table["training"].max() / table["training"].min() > 5
@@ -274,14 +281,14 @@ def test_scores_per_example_are_alike_for_the_split_they_came_from():
 def test_the_command_converts_a_file_that_convert_accepts(tmp_path, tiny_bert, rng, capsys):
     path = write(tmp_path / "importance_x.pkl", content(rng.exponential(size=(2, 64))))
     out = tmp_path / "x.safetensors"
-    assert cli.main(["importance", "--import", str(path), "--out", str(out)]) == 0
+    assert main.main(["importance", "--import", str(path), "--out", str(out)]) == 0
     said = capsys.readouterr().out
     assert "2 layers of 64 neurons" in said and str(out) in said
     assert hashlib.sha256(path.read_bytes()).hexdigest() in said
-    held = release.shares(release.read(path))
+    held = release_files.shares(release_files.read(path))
     assert f"top 10 {held.shared:.1%}" in said and f"kept 34 {held.kept:.1%}" in said
     from moebert_lib import to_moebert
-    from moebert_lib.moe_layer import moe_layers
+    from moebert_lib.model.moe_layer import moe_layers
 
     scores = Importance.load(out)
     model = to_moebert(tiny_bert(), scores)
@@ -299,7 +306,7 @@ def test_the_command_converts_a_file_that_convert_accepts(tmp_path, tiny_bert, r
 def test_import_takes_no_option_of_scoring(option, tmp_path, scores, capsys):
     path = write(tmp_path / "x.pkl", content(scores))
     args = ["importance", "--import", str(path), "--out", str(tmp_path / "out"), *option]
-    assert cli.main(args) == 2
+    assert main.main(args) == 2
     assert f"leave {option[0]} out" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -315,8 +322,8 @@ def test_the_figure_of_switches_shows_every_pair_and_their_mean():
 
 
 def test_the_figure_of_files_draws_their_curves(scores, tmp_path):
-    one = release.read(write(tmp_path / "x.pkl", content(scores)))
-    curves = release.mass_curves({"rte": one})
+    one = release_files.read(write(tmp_path / "x.pkl", content(scores)))
+    curves = release_files.mass_curves({"rte": one})
     ax = plots_release.mass_by_file(curves, marks={"kept": 50})
     drawn = {line.get_label(): line for line in ax.get_lines()}
     assert list(drawn["rte"].get_ydata()) == curves["rte"].tolist()

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from moebert_lib import bench, released
-from moebert_lib.bench_models import glue_like
-from moebert_lib.modeling import MoEBertConfig, MoEBertForSequenceClassification
+from moebert_lib.bench import harness
+from moebert_lib.bench.harness import glue_like
+from moebert_lib.model.modeling import MoEBertConfig, MoEBertForSequenceClassification
 
-TINY = bench.TINY_SHAPE
+TINY = harness.TINY_SHAPE
 
 
 def moebert(routing="hash-random", **more):
@@ -39,7 +39,7 @@ def test_it_answers_as_the_model_it_was_made_from(routing, more):
     labels = torch.tensor([0, 1, 1, 0, 1])
     found, wanted = (
         m(**inputs, labels=labels, output_hidden_states=True)
-        for m in (released.as_released(model), model)
+        for m in (harness.as_released(model), model)
     )
     assert torch.allclose(found.logits, wanted.logits, rtol=0, atol=1e-12)
     assert torch.allclose(found.loss, wanted.loss, rtol=0, atol=1e-12)
@@ -49,7 +49,7 @@ def test_it_answers_as_the_model_it_was_made_from(routing, more):
 
 def test_its_gradients_are_those_of_the_model():
     model, inputs = moebert(), glue_like(99, n=5, longest=9)
-    copy = released.as_released(model)
+    copy = harness.as_released(model)
     for m in (model, copy):
         m(**inputs).logits.square().sum().backward()
     layer, own = model.bert.encoder.layer[0].output, copy.bert.encoder.layer[0].output
@@ -65,7 +65,7 @@ def test_its_gradients_are_those_of_the_model():
 def test_its_weights_are_its_own():
     model = moebert()
     before = model.bert.encoder.layer[0].output.experts.up_proj.clone()
-    copy = released.as_released(model)
+    copy = harness.as_released(model)
     with torch.no_grad():
         copy.bert.encoder.layer[0].output.experts[0].fc1.weight.zero_()
     assert torch.equal(model.bert.encoder.layer[0].output.experts.up_proj, before)
@@ -74,7 +74,7 @@ def test_its_weights_are_its_own():
 
 
 def test_every_expert_is_asked_once_a_layer_for_its_own_tokens():
-    model, sizes = released.as_released(moebert()), []
+    model, sizes = harness.as_released(moebert()), []
     layer = model.bert.encoder.layer[0].output
     for expert in layer.experts:
         expert.register_forward_hook(lambda _m, given, _out: sizes.append(len(given[0])))
@@ -85,6 +85,6 @@ def test_every_expert_is_asked_once_a_layer_for_its_own_tokens():
 
 
 def test_a_dense_model_is_refused():
-    dense = bench.models(TINY, only=("dense",))["dense"]
+    dense = harness.models(TINY, only=("dense",))["dense"]
     with pytest.raises(ValueError, match="takes a MoEBERT, not a BertForSequenceClassification"):
-        released.as_released(dense)
+        harness.as_released(dense)

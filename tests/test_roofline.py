@@ -7,12 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moebert_lib import bench, roofline
-from moebert_lib.bench_models import glue_like, moebert, zipf
-from moebert_lib.packed import accelerate
-from moebert_lib.roofline import Ceilings, Work
+from moebert_lib.bench import harness, roofline
+from moebert_lib.bench.harness import glue_like, moebert, zipf
+from moebert_lib.bench.roofline import Ceilings, Work
+from moebert_lib.model.accelerate import accelerate
 
-TINY, VOCAB = bench.TINY_SHAPE, bench.TINY_SHAPE["vocab_size"]
+TINY, VOCAB = harness.TINY_SHAPE, harness.TINY_SHAPE["vocab_size"]
 GATES = 2 * 32 * 4  # a gate's operations for each state that it looks at, here 4 experts of 32
 
 
@@ -31,7 +31,7 @@ KINDS = [("half depth", False), *((name, fast) for name in FAST for fast in (Fal
 @pytest.mark.parametrize("inputs", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize(("name", "fast"), KINDS)
 def test_operations_are_those_that_torch_counts(name, fast, inputs):
-    model = bench.models(TINY, only=(name,))[name]
+    model = harness.models(TINY, only=(name,))[name]
     if fast:
         model = accelerate(model, prepack=False)
     gate = GATES * 2 * len(inputs["input_ids"]) if "gate" in name else 0
@@ -68,7 +68,7 @@ def test_experts_count_where_a_token_visits_them():
 
 
 def test_bfloat16_moves_half_of_the_bytes():
-    model, inputs = bench.models(TINY, only=("dense",))["dense"], zipf(VOCAB, n=2, length=8)
+    model, inputs = harness.models(TINY, only=("dense",))["dense"], zipf(VOCAB, n=2, length=8)
     full, half = (
         roofline.work(accelerate(model, dtype=dtype), inputs) for dtype in (None, torch.bfloat16)
     )
@@ -106,7 +106,7 @@ def test_ceilings_are_rates_of_this_machine():
 
 def test_points_are_the_feed_forward_layers_alone():
     """Two layers of 32 x 64 and of 4 experts of 32 x 16, for one token and for many."""
-    built = bench.models(TINY, only=("dense", "moebert hash-random"))
+    built = harness.models(TINY, only=("dense", "moebert hash-random"))
     found = roofline.points(built, tokens=(1, 64), repeats=2)
     one = found[found["repeat"] == 0].set_index(["tokens", "variant"])
     assert len(found) == 8 and (found["seconds"] > 0).all()
@@ -120,7 +120,7 @@ def test_points_are_the_feed_forward_layers_alone():
 
 @pytest.mark.parametrize("name", ["dense", "moebert hash-random"])
 def test_points_compute_what_the_models_layers_do(name):
-    model = bench.models(TINY, only=(name,))[name].double()
+    model = harness.models(TINY, only=(name,))[name].double()
     ids = zipf(VOCAB, n=1, length=9)["input_ids"][0]
     torch.manual_seed(5)
     found = roofline._ffn(model, ids, roofline._prepared(model))()

@@ -5,10 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib.convert import to_moebert
-from moebert_lib.experts import random_ranking
-from moebert_lib.moe_layer import moe_layers
-from moebert_lib.routing import (
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.method.routing import (
     BalancedHash,
     RandomHash,
     Route,
@@ -20,6 +18,8 @@ from moebert_lib.routing import (
     loads,
     random_table,
 )
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import moe_layers
 
 
 def test_a_hash_looks_the_token_up():

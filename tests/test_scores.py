@@ -4,12 +4,13 @@ import pytest
 import torch
 from tiny_spans import span_batch, span_bert
 
-from moebert_lib import experiment, scores, scorings
-from moebert_lib.adapters import ffn
-from moebert_lib.experts import random_ranking
-from moebert_lib.importance import Importance, ffn_digest, ffn_importance
-from moebert_lib.scores import SCORES, every_score, ffn_scores
-from moebert_lib.settings import Settings
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import teacher
+from moebert_lib.method import other_scores
+from moebert_lib.method.encoder_layouts import ffn
+from moebert_lib.method.importance import Importance, ffn_digest, ffn_importance
+from moebert_lib.method.other_scores import SCORES, every_score, ffn_scores
+from moebert_lib.method.partition import random_ranking
 
 #: Scores that are sums over examples, and so have blocks.
 SUMS = ("importance", "taylor", "fisher", "activation")
@@ -184,7 +185,7 @@ def test_magnitude_is_the_product_of_two_norms_and_looks_at_no_batch(tiny_bert):
     up, down = layer.intermediate.dense.weight, layer.output.dense.weight
     found = ffn_scores(model, (), "weight").scores
     assert torch.isclose(found[1, 5], up[5].norm() * down[:, 5].norm())
-    assert torch.equal(found[1:], scores.magnitudes([ffn(layer)]))
+    assert torch.equal(found[1:], other_scores.magnitudes([ffn(layer)]))
 
 
 def test_random_is_seeded_and_has_every_rank_once(tiny_bert):
@@ -232,8 +233,8 @@ def test_a_teachers_scores_are_kept_and_its_importance_is_the_one_that_is_dealt(
     moebert_home, capsys
 ):
     settings = Settings.at("smoke")
-    first, again = scorings.scorings(settings), scorings.scorings(settings)
+    first, again = teacher.scorings(settings), teacher.scorings(settings)
     assert list(first) == list(SCORES)
     assert all(torch.equal(first[kind], again[kind]) for kind in SCORES)
-    assert torch.equal(first["importance"], experiment.importance(settings).scores)
+    assert torch.equal(first["importance"], teacher.importance(settings).scores)
     assert "scores for library: reused" in capsys.readouterr().out

@@ -4,10 +4,9 @@ import re
 
 import pytest
 
-from moebert_lib.errors import UserError, nearest
-from moebert_lib.scales import MINILM, RELEASE, SCALES
-from moebert_lib.settings import Settings
-from moebert_lib.sizes import check_sizes
+from moebert_lib.config.errors import UserError, nearest
+from moebert_lib.config.presets import MINILM, RELEASE, SCALES
+from moebert_lib.config.settings import Settings, check_sizes
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -12,11 +12,11 @@ from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 from hostile import HOSTILE
 
-from moebert_lib.disk import DAY
-from moebert_lib.errors import CHECKOUT, UserError
-from moebert_lib.provenance import checksums
-from moebert_lib.shared import Shared
-from moebert_lib.store import Store
+from moebert_lib.config.errors import CHECKOUT, UserError
+from moebert_lib.config.file_io import DAY
+from moebert_lib.config.provenance import checksums
+from moebert_lib.store.shared import Shared
+from moebert_lib.store.store import Store
 
 
 class Objects(MemoryFileSystem):

@@ -15,10 +15,13 @@ from shipping import made, saved_bert
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from moebert_lib import cli, experiment, receipt, ship
-from moebert_lib.errors import UserError
-from moebert_lib.provenance import checksums
-from moebert_lib.settings import Settings
+from moebert_lib.cli import main
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.provenance import checksums
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import dataset
+from moebert_lib.experiments import teacher as teachers
+from moebert_lib.publish import share_model
 
 SMOKE = ["--task", "library", "--scale", "smoke"]
 
@@ -38,11 +41,11 @@ def here(home, tmp_path, monkeypatch):
 @pytest.fixture
 def teacher():
     """The scale's own fine-tuned model, saved with its tokenizer."""
-    return experiment.teacher(Settings.at("smoke"))
+    return teachers.teacher(Settings.at("smoke"))
 
 
 def convert(*words):
-    return cli.main(["convert", *map(str, words)])
+    return main.main(["convert", *map(str, words)])
 
 
 def test_a_bert_becomes_a_folder_that_holds_all_and_says_what_it_is(teacher, tmp_path, capsys):
@@ -64,8 +67,8 @@ def test_a_bert_becomes_a_folder_that_holds_all_and_says_what_it_is(teacher, tmp
 
 def test_its_metrics_are_those_of_a_plain_loop(teacher):
     settings = Settings.at("smoke")
-    one = ship.from_task(str(teacher.entry.folder), settings)
-    (row,), bundle = one.told["metrics"], experiment.dataset(settings)
+    one = share_model.from_task(str(teacher.entry.folder), settings)
+    (row,), bundle = one.told["metrics"], dataset.dataset(settings)
     for name, model in (("dense", one.dense), ("moebert", one.model)):
         said = [
             int(model(torch.tensor([ids])).logits.argmax())
@@ -79,11 +82,11 @@ def test_its_metrics_are_those_of_a_plain_loop(teacher):
 
 
 def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monkeypatch, capsys):
-    truths = experiment.dataset(Settings.at("smoke")).truths()
+    truths = dataset.dataset(Settings.at("smoke")).truths()
     wrong = [(label + 1) % 6 for label in truths]
     few = [*truths[:12], *wrong[12:]]  # a quarter right
     monkeypatch.setattr(
-        ship,
+        share_model,
         "judge",
         lambda settings, model: (
             {},
@@ -93,7 +96,7 @@ def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monke
     words = ("-p", "seed=5", "--untrained", "--out", "moe")
     assert convert(teacher.entry.folder, *SMOKE, *words) == 0
     assert "accuracy 25.0, dense 100.0, on 48 validation examples" in capsys.readouterr().out
-    (row,) = receipt.verify("moe")["metrics"]
+    (row,) = share_model.verify("moe")["metrics"]
     assert [row[name][0] for name in ("dense", "moebert", "difference")] == [1.0, 0.25, -0.75]
     assert row["difference"][1] < -0.75 < row["difference"][2] < 0
     text = (tmp_path / "moe" / "README.md").read_text()
@@ -110,8 +113,8 @@ def test_the_stages_key_holds_all_code_but_that_which_writes_the_folder(teacher,
         name.partition(".")[2] for name in done.stdout.split() if name.startswith("moebert_lib.")
     }
     asked = []
-    monkeypatch.setattr(ship, "code_digest", lambda *names: asked.append(names) or "x")
-    ship.from_task(str(teacher.entry.folder), Settings.at("smoke"), train=False)
+    monkeypatch.setattr(share_model, "code_digest", lambda *names: asked.append(names) or "x")
+    share_model.from_task(str(teacher.entry.folder), Settings.at("smoke"), train=False)
     (names,) = asked
     after = {"card", "receipt", "onnx_file", "checks", "checks_model"}
     assert loaded - set(names) == after and after.isdisjoint(names) and "intervals" in loaded
@@ -121,14 +124,16 @@ def test_two_experts_a_token_are_shipped_as_two(tmp_path, capsys):
     words = ("--routing", "gate-token", "-p", "gate_top_k=2", "--untrained", "--out", "moe")
     assert convert(*SMOKE, *words) == 0
     assert "receipt: 10 of 10 checks hold" in capsys.readouterr().out
-    claims = [row["claim"] for row in receipt.verify("moe")["checks"]]
+    claims = [row["claim"] for row in share_model.verify("moe")["checks"]]
     assert "a gate's 2 largest p add up to between 2/N and 1" in claims
     assert "2 experts serve a token" in (tmp_path / "moe" / "README.md").read_text()
 
 
 def test_training_moves_the_experts_and_untrained_leaves_them(teacher):
     folder, settings = str(teacher.entry.folder), Settings.at("smoke", n_experts=2)
-    trained, plain = (ship.from_task(folder, settings, train=train) for train in (True, False))
+    trained, plain = (
+        share_model.from_task(folder, settings, train=train) for train in (True, False)
+    )
     same = [
         torch.equal(a, b)
         for a, b in zip(plain.model.parameters(), plain.untrained.parameters(), strict=True)
@@ -142,7 +147,7 @@ def test_the_scales_own_teacher_needs_no_name_and_what_is_stored_is_not_made_aga
     tmp_path, monkeypatch, capsys
 ):
     assert convert(*SMOKE, "--out", "one") == 0
-    monkeypatch.setattr(ship, "distil", None)  # would be called
+    monkeypatch.setattr(share_model, "distil", None)  # would be called
     assert convert(*SMOKE, "--out", "two") == 0
     one, two = (checksums(tmp_path / name) for name in ("one", "two"))
     assert one.pop("README.md") != two.pop("README.md")  # its title
@@ -168,7 +173,7 @@ def test_stopped_in_training_it_leaves_no_folder(teacher, tmp_path, monkeypatch,
     def stop(*_args, **_named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ship, "distil", stop)
+    monkeypatch.setattr(share_model, "distil", stop)
     assert convert(teacher.entry.folder, *SMOKE, "-p", "seed=3", "--out", "moe") == 130
     assert "stopped" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
@@ -183,7 +188,7 @@ class Hub:
         return SimpleNamespace(repo_id=repo)
 
     def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-        found = checksums(ship.Path(folder_path))
+        found = checksums(share_model.Path(folder_path))
         Hub.sent[repo_id] = {name: found[name] for name in found if name in allow_patterns}
         return f"hub/{repo_id}"
 
@@ -206,19 +211,23 @@ def test_whatever_the_hubs_http_library_raises_is_one_line_that_says_how_to_go_o
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(Hub, "create_repo", no_network)
-    ship.write(made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe")
+    share_model.write(
+        made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe"
+    )
     with pytest.raises(UserError) as error:
-        ship.push(tmp_path / "moe", "me/moe")
+        share_model.push(tmp_path / "moe", "me/moe")
     said = "could not be sent to me/moe: no route to host; try again with moebert_lib.ship.push"
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_that_was_changed_is_not_sent(tmp_path, tiny_bert, tiny_batch, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    ship.write(made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe")
+    share_model.write(
+        made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe"
+    )
     (tmp_path / "moe" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="config.json is not the file of its receipt"):
-        ship.push(tmp_path / "moe", "me/moe")
+        share_model.push(tmp_path / "moe", "me/moe")
     assert Hub.sent == {}
 
 
@@ -226,13 +235,13 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(tmp_path,
     assert convert(*SMOKE, "--out", "moe", "--push-to-hub", "me/moe") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moebert: moe is written and could not be sent to me/moe: ")
-    assert receipt.verify(tmp_path / "moe")
+    assert share_model.verify(tmp_path / "moe")
 
 
 def test_a_check_that_fails_is_said_with_status_1(monkeypatch, capsys):
-    usual = receipt.checked
+    usual = share_model.checked
     monkeypatch.setattr(
-        receipt,
+        share_model,
         "checked",
         lambda *args: [{**row, "holds": row["claim"][:3] != "one"} for row in usual(*args)],
     )
@@ -253,7 +262,7 @@ def test_sizes_are_held_against_the_model_that_is_given_not_the_scales(monkeypat
         asked.append(settings)
         raise UserError("stop")
 
-    monkeypatch.setattr(ship, "from_task", stop)
+    monkeypatch.setattr(share_model, "from_task", stop)
     sizes = ["--expert-size", "384", "--n-shared", "256"]  # too many for 64 neurons
     assert convert("mine", *SMOKE, *sizes, "--out", "moe") == 2
     assert asked[0].model == "mine" and asked[0].sizes(1536) == (384, 256)

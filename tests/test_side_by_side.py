@@ -6,8 +6,8 @@ from pathlib import Path
 import fixture_home
 import pytest
 
-from moebert_lib import batch, engines
-from moebert_lib.engines import Local
+from moebert_lib.runs import cost, local_pool, plan
+from moebert_lib.runs.local_pool import Local
 
 
 @pytest.fixture
@@ -18,21 +18,21 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def planned(*names, **parameters):
-    return batch.plan(batch.select(names), scale="smoke", parameters=parameters)
+    return plan.plan(plan.select(names), scale="smoke", parameters=parameters)
 
 
 def test_notebooks_divide_the_cores_and_one_has_them_all(monkeypatch):
     def side_by_side(n_cores, jobs=9, gigabytes=64):
-        monkeypatch.setattr(engines, "cores", lambda: n_cores)
-        monkeypatch.setattr(engines, "free_memory", lambda: gigabytes << 30)
-        local = engines.side_by_side([None] * jobs)
+        monkeypatch.setattr(local_pool, "cores", lambda: n_cores)
+        monkeypatch.setattr(local_pool, "free_memory", lambda: gigabytes << 30)
+        local = local_pool.side_by_side([None] * jobs)
         return local.workers, local.threads
 
-    monkeypatch.setattr(engines, "gpus", list)
-    monkeypatch.setattr(engines.forecast, "runs", lambda jobs: [[]])
+    monkeypatch.setattr(local_pool, "gpus", list)
+    monkeypatch.setattr(cost, "runs", lambda jobs: [[]])
     assert [side_by_side(n) for n in (1, 2, 4, 16)] == [(1, None), (2, 1), (2, 2), (4, 4)]
     assert side_by_side(16, jobs=1) == side_by_side(16, gigabytes=1) == (1, None)
-    monkeypatch.setattr(engines, "gpus", lambda: ["0", "1"])
+    monkeypatch.setattr(local_pool, "gpus", lambda: ["0", "1"])
     assert side_by_side(16) == (1, None)
 
 
@@ -44,9 +44,11 @@ def test_alone_is_one_run_at_a_time_with_all_cores():
 
 
 def test_timings_are_taken_last_and_alone(home, monkeypatch):
-    monkeypatch.setattr(batch, "TIMED", {"00_the_idea"})
+    monkeypatch.setattr(local_pool, "TIMED", {"00_the_idea"})
     said, engine = [], Local(2)
-    batch.run(planned("00_the_idea", "01_slow"), engine=engine, publishing=False, echo=said.append)
+    local_pool.run(
+        planned("00_the_idea", "01_slow"), engine=engine, publishing=False, echo=said.append
+    )
     ends = [i for i, line in enumerate(said) if "01_slow done" in line]
     starts = [i for i, line in enumerate(said) if "00_the_idea running" in line]
     assert ends[0] < starts[0]
@@ -54,10 +56,10 @@ def test_timings_are_taken_last_and_alone(home, monkeypatch):
 
 def test_what_asks_for_most_is_started_first():
     jobs = planned("02_experts", "03_distillation", "06_results")
-    assert [jobs[i].name[:2] for i in batch._in_turn(jobs, [0, 1, 2], 2)] == ["06", "03", "02"]
+    assert [jobs[i].name[:2] for i in local_pool._in_turn(jobs, [0, 1, 2], 2)] == ["06", "03", "02"]
     points = [planned("03", seed=seed)[0] for seed in (5, 1, 3)]
-    assert batch._in_turn(points, [0, 1, 2], 2) == [0, 1, 2]  # a sweep keeps its order
-    assert batch._in_turn(jobs, [0, 1, 2], 1) == [0, 1, 2]
+    assert local_pool._in_turn(points, [0, 1, 2], 2) == [0, 1, 2]  # a sweep keeps its order
+    assert local_pool._in_turn(jobs, [0, 1, 2], 1) == [0, 1, 2]
 
 
 def test_a_new_record_of_a_benchmark_makes_a_new_run_of_the_notebook_that_draws_it(home):

@@ -15,8 +15,11 @@ from bs4 import BeautifulSoup
 from checkout import LIBRARY, NOTEBOOKS, ROOT
 from PIL import Image
 
-from moebert_lib import batch, publish, site, site_reference
-from moebert_lib.errors import UserError
+from moebert_lib.config.errors import UserError
+from moebert_lib.publish import site
+from moebert_lib.publish import site as site_pages
+from moebert_lib.publish import site as site_reference
+from moebert_lib.runs import local_pool, plan
 
 FIGURES = "smoke-library"
 
@@ -27,7 +30,7 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = smoke_runs.home(tmp_path_factory.mktemp("site") / "home", tmp_path_factory)
         patch.setenv("MOEBERT_HOME", str(folder))
-        batch.run(batch.plan(NOTEBOOKS, scale="smoke"))
+        local_pool.run(plan.plan(NOTEBOOKS, scale="smoke"))
         yield folder
 
 
@@ -185,7 +188,7 @@ def test_alt_texts_are_the_figures_findings(home, pages):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home, pages, path):
     folders = home / "figures", home / "figures" / FIGURES
-    known = [(folder, publish.read_provenance(folder)) for folder in folders]
+    known = [(folder, local_pool.read_provenance(folder)) for folder in folders]
     drawn = [
         folder / name
         for folder, files in known
@@ -198,7 +201,7 @@ def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home,
 
 def test_every_figure_and_table_is_offered_with_its_files(home, pages):
     offered = {tag["href"] for tag in pages["figures.html"].select("a[href^='figures/']")}
-    known = [*publish.read_provenance(home / "figures" / FIGURES), "00_deal.svg", "00_deal.csv"]
+    known = [*local_pool.read_provenance(home / "figures" / FIGURES), "00_deal.svg", "00_deal.csv"]
     assert {f"figures/{name}" for name in known} == offered - {"figures/00_deal.png"}
 
 
@@ -210,9 +213,9 @@ def test_every_public_name_has_an_entry(pages):
         for tag in soup.select("[id]")
     }
     modules = {path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__")}
-    rooms = site_reference.rooms((ROOT / "README.md").read_text())
+    rooms = site.rooms((ROOT / "README.md").read_text())
     assert set().union(*rooms.values()) == modules
-    names = [f"moebert_lib.{m}.{one.name}" for m in modules for one in site_reference.names(m)]
+    names = [f"moebert_lib.{m}.{one.name}" for m in modules for one in site.names(m)]
     assert [name for name in names if name not in ids] == [] and len(names) > 300
 
 
@@ -245,8 +248,8 @@ def test_a_warning_of_sphinx_leaves_the_old_site_as_it_was(home, tmp_path, monke
     old = tmp_path / "site"
     old.mkdir()
     (old / site.MARK).write_text("old")
-    monkeypatch.setattr(site.site_pages, "gallery", lambda ran: "# A\n\n[b](gone.md)")
-    monkeypatch.setattr(site.site_reference, "write", lambda folder, readme: None)
+    monkeypatch.setattr(site_pages, "gallery", lambda ran: "# A\n\n[b](gone.md)")
+    monkeypatch.setattr(site_reference, "write", lambda folder, readme: None)
     with pytest.raises(UserError, match="not written: .*"):
         site.build(old, figures=home / "figures" / FIGURES)
     assert [path.name for path in old.iterdir()] == [site.MARK] and len([*tmp_path.iterdir()]) == 1

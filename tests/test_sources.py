@@ -8,12 +8,14 @@ import torch
 from conftest import make_home
 from tiny_spans import span_bert
 
-from moebert_lib import estimate, experiment, sources
-from moebert_lib.errors import UserError
-from moebert_lib.importance import Importance
-from moebert_lib.moe_layer import parameter_counts
-from moebert_lib.settings import Settings
-from moebert_lib.sources import ACTIVE, EQ4, LARGE
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import student, teacher
+from moebert_lib.explore import score_sources
+from moebert_lib.explore.score_sources import ACTIVE, EQ4, LARGE
+from moebert_lib.method.importance import Importance
+from moebert_lib.model.moe_layer import parameter_counts
+from moebert_lib.runs import cost
 
 SMOKE = Settings.at("smoke")
 
@@ -24,7 +26,7 @@ def made(tmp_path_factory):
     home = make_home(tmp_path_factory.mktemp("sources") / "home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEBERT_HOME", str(home))
-        return home, sources.from_settings(SMOKE)
+        return home, score_sources.from_settings(SMOKE)
 
 
 @pytest.fixture
@@ -37,12 +39,12 @@ def mine(made, monkeypatch):
 @pytest.mark.parametrize("sizes", [(4, 16, 10), (2, 20, 20), (8, 8, 0), (1, 64, 0)])
 def test_parameters_are_those_of_the_converted_model(mine, sizes):
     named = dict(zip(("n_experts", "expert_size", "n_shared"), sizes, strict=True))
-    model = experiment.converted(SMOKE.but(**named))
+    model = student.converted(SMOKE.but(**named))
     assert mine.parameters(*sizes[:2]) == parameter_counts(model)
 
 
 def test_without_experts_they_are_the_teachers(mine):
-    n = sum(p.numel() for p in experiment.teacher(SMOKE).model.parameters())
+    n = sum(p.numel() for p in teacher.teacher(SMOKE).model.parameters())
     assert mine.parameters(0, 0) == (n, n)
 
 
@@ -52,14 +54,14 @@ def test_a_head_is_counted_from_the_config_alone(head, tiny_bert, tmp_path):
     model = span_bert(tiny_bert()) if span else tiny_bert(num_labels=head)
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    without = estimate.parameters(estimate.shape(str(tmp_path)))[1]
+    without = cost.parameters(cost.shape(str(tmp_path)))[1]
     true = sum(parameter.numel() for parameter in model.parameters())
-    assert without + sources.head_parameters(tmp_path) == true
+    assert without + score_sources.head_parameters(tmp_path) == true
 
 
 def test_scores_are_eq_4_first_then_those_of_the_pass(mine):
     assert list(mine.scores) == [EQ4, ACTIVE, LARGE]
-    assert (mine.scores[EQ4] == experiment.importance(SMOKE).scores.numpy()).all()
+    assert (mine.scores[EQ4] == teacher.importance(SMOKE).scores.numpy()).all()
     assert {scores.shape for scores in mine.scores.values()} == {(2, 64)}
 
 
@@ -70,7 +72,7 @@ def test_accuracies_are_those_of_the_conversions_at_their_sizes(mine):
         [4, 16, 11]
     ]
     points = [SMOKE.but(n_experts=4, expert_size=16, n_shared=11, seed=seed) for seed in (0, 1)]
-    assert sorted(found["value"]) == sorted(experiment.conversion(p)[mine.metric] for p in points)
+    assert sorted(found["value"]) == sorted(student.conversion(p)[mine.metric] for p in points)
 
 
 def test_sizes_between_are_given_the_nearest(mine):
@@ -90,7 +92,7 @@ def test_the_size_of_an_expert_comes_before_what_it_shares(mine):
 
 
 def test_the_store_offers_the_same_source_by_the_same_name(mine):
-    (found,) = sources.from_store()
+    (found,) = score_sources.from_store()
     assert found.name == mine.name == "library · smoke, seed 0, tiny"
     assert (found.scores[EQ4] == mine.scores[EQ4]).all() and found.dense == mine.dense
     assert found.accuracy.equals(mine.accuracy) and found.head == mine.head
@@ -98,37 +100,37 @@ def test_the_store_offers_the_same_source_by_the_same_name(mine):
 
 def test_beside_a_source_stand_the_others(mine, monkeypatch):
     other = replace(mine, origin="another", name="other")
-    monkeypatch.setattr(sources, "from_store", lambda: [other, mine])
-    assert [s.name for s in sources.beside(mine)] == [mine.name, "other"]
+    monkeypatch.setattr(score_sources, "from_store", lambda: [other, mine])
+    assert [s.name for s in score_sources.beside(mine)] == [mine.name, "other"]
 
 
 def test_the_store_lists_the_newest_first(moebert_home):
     for seed in (1, 2):
-        experiment.importance(SMOKE.but(teacher_seed=seed))
+        teacher.importance(SMOKE.but(teacher_seed=seed))
         time.sleep(1.1)  # entries are dated to the second
-    assert [s.about["seed"] for s in sources.from_store()] == [2, 1]
+    assert [s.about["seed"] for s in score_sources.from_store()] == [2, 1]
 
 
 def test_one_scored_but_not_explored_says_why_no_tokens_are_known(moebert_home):
-    experiment.importance(SMOKE)
-    (found,) = sources.from_store()
+    teacher.importance(SMOKE)
+    (found,) = score_sources.from_store()
     assert list(found.scores) == [EQ4] and "notebook 1" in found.silent
     assert found.nearest(4, 16, 10).empty
 
 
 def test_an_empty_home_offers_nothing(moebert_home):
-    assert sources.from_store() == []
+    assert score_sources.from_store() == []
 
 
 def test_names_that_are_the_same_are_numbered(mine):
-    assert [s.name for s in sources.distinct([mine, mine])] == [mine.name, f"{mine.name} (2)"]
+    assert [s.name for s in score_sources.distinct([mine, mine])] == [mine.name, f"{mine.name} (2)"]
 
 
 def test_a_saved_file_brings_its_scores_and_says_that_it_has_no_model(tmp_path):
     scores = torch.rand(12, 3072, dtype=torch.float64)
     empty = torch.zeros(0, 12, 3072), torch.zeros(0, dtype=torch.int64)
     Importance(scores, *empty, {"task": "rte"}).save(tmp_path / "mine.safetensors")
-    found = sources.from_file(tmp_path / "mine.safetensors")
+    found = score_sources.from_file(tmp_path / "mine.safetensors")
     assert (found.scores[EQ4] == scores.numpy()).all() and found.about["task"] == "rte"
     assert "mine.safetensors" in found.silent and found.parameters(4, 768).effective < 1e8
 
@@ -137,7 +139,7 @@ def test_layers_of_no_known_model_have_no_parameters(tmp_path):
     scores = torch.rand(3, 50, dtype=torch.float64)
     blocks = scores[None].clone()
     Importance(scores, blocks, torch.ones(1, dtype=torch.int64)).save(tmp_path / "a.safetensors")
-    assert sources.from_file(tmp_path / "a.safetensors").parameters(4, 12) is None
+    assert score_sources.from_file(tmp_path / "a.safetensors").parameters(4, 12) is None
 
 
 @pytest.mark.parametrize(
@@ -153,5 +155,5 @@ def test_what_is_no_file_of_scores_is_refused_in_one_line(tmp_path, name, messag
     for there in ("nine.pkl", "notes.txt", "torn.safetensors"):
         (tmp_path / there).write_text("nothing")
     with pytest.raises(UserError, match=message) as refused:
-        sources.from_file(tmp_path / name)
+        score_sources.from_file(tmp_path / name)
     assert "\n" not in str(refused.value)

@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from moebert_lib import spans, weights
-from moebert_lib.scales import MINILM
+from moebert_lib.config.presets import MINILM
+from moebert_lib.data import pretrained_weights, squad
 
 CONTEXT = "The river Nile flows north. Ada Lovelace wrote the first program in 1843, they say."
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(weights.find(MINILM))
+    return AutoTokenizer.from_pretrained(pretrained_weights.find(MINILM))
 
 
 def example(answer, question="Who wrote it?", context=CONTEXT):
@@ -30,7 +30,7 @@ def example(answer, question="Who wrote it?", context=CONTEXT):
 
 def encode(tokenizer, *examples, max_length=24, doc_stride=6):
     rows = Dataset.from_list(list(examples))
-    return spans.encode(rows, tokenizer, max_length=max_length, doc_stride=doc_stride)
+    return squad.encode(rows, tokenizer, max_length=max_length, doc_stride=doc_stride)
 
 
 def logits(windows, wanted, at=(), null=0.0):
@@ -80,8 +80,8 @@ def test_a_question_longer_than_the_window_is_cut(tokenizer):
 
 
 def test_lengths_that_cannot_be_had_are_named():
-    assert spans.problem(384, 128) == ""
-    assert "the largest that fits is 36" in spans.problem(48, 40)
+    assert squad.problem(384, 128) == ""
+    assert "the largest that fits is 36" in squad.problem(48, 40)
 
 
 def test_the_best_window_gives_the_answer(tokenizer):
@@ -92,7 +92,7 @@ def test_the_best_window_gives_the_answer(tokenizer):
     other = (right + 1) % len(windows)
     opens = next(i for i, a in enumerate(windows[other]["first"]) if a >= 0)
     wanted[other] = (opens, opens, 7.0)
-    assert spans.texts(logits(windows, wanted), windows, [CONTEXT]) == {0: "1843"}
+    assert squad.texts(logits(windows, wanted), windows, [CONTEXT]) == {0: "1843"}
 
 
 def test_a_span_never_ends_before_it_starts_leaves_the_context_or_is_too_long(tokenizer):
@@ -102,7 +102,7 @@ def test_a_span_never_ends_before_it_starts_leaves_the_context_or_is_too_long(to
     made = logits(windows, {})
     made[0, 0, inside[5]] = made[0, 1, inside[2]] = 50.0  # the best pair is the wrong way round
     made[0, :, 2] = 90.0  # in the question
-    answer = spans.texts(made, windows, [CONTEXT], max_answer_length=3)[0]
+    answer = squad.texts(made, windows, [CONTEXT], max_answer_length=3)[0]
     assert answer in CONTEXT and answer
     assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) <= 3
 
@@ -113,7 +113,7 @@ def test_no_answer_is_given_where_the_null_score_wins_by_the_threshold(tokenizer
     right = {0: (row["start_positions"], row["end_positions"], 6.0)}
     scored = {null: logits(windows, right, null=null) for null in (5.0, 7.0)}
     said = {
-        (null, threshold): spans.texts(made, windows, [CONTEXT], null_threshold=threshold)[0]
+        (null, threshold): squad.texts(made, windows, [CONTEXT], null_threshold=threshold)[0]
         for null, made in scored.items()
         for threshold in (None, 0.0, 2.0)
     }
@@ -131,16 +131,16 @@ def test_the_null_score_is_the_lowest_of_a_questions_windows(tokenizer):
     windows = encode(tokenizer, example("Nile"))
     made = logits(windows, {})
     made[:, :, 0] = 10.0
-    assert spans.texts(made, windows, [CONTEXT], null_threshold=0.0)[0] == ""
+    assert squad.texts(made, windows, [CONTEXT], null_threshold=0.0)[0] == ""
     made[-1, :, 0] = -20.0
-    assert spans.texts(made, windows, [CONTEXT], null_threshold=0.0)[0] != ""
+    assert squad.texts(made, windows, [CONTEXT], null_threshold=0.0)[0] != ""
 
 
 def test_scores_by_hand():
     # "the cat sat" against "a cat": words cat sat / cat: precision 1/2, recall 1
-    assert spans.f1("the cat sat", "a cat") == pytest.approx(2 / 3)
-    assert spans.exact("The Nile!", "nile") == 1.0
-    both = spans.score(["cat sat", "no", ""], [["dog", "cat"], [], ["yes"]])
+    assert squad.f1("the cat sat", "a cat") == pytest.approx(2 / 3)
+    assert squad.exact("The Nile!", "nile") == 1.0
+    both = squad.score(["cat sat", "no", ""], [["dog", "cat"], [], ["yes"]])
     assert both == {"f1": pytest.approx((2 / 3 + 0 + 0) / 3), "exact_match": 0.0}
 
 
@@ -167,6 +167,6 @@ def slow_f1(answer, truth):
 @given(*[st.lists(st.sampled_from("a The cat, Cat sat on mat. an".split()), max_size=6)] * 2)
 def test_f1_is_squads_definition(one, other):
     left, right = " ".join(one), " ".join(other)
-    assert spans.f1(left, right) == pytest.approx(slow_f1(left, right))
-    assert spans.f1(left, right) == spans.f1(right, left)
-    assert spans.exact(left, right) <= spans.f1(left, right)
+    assert squad.f1(left, right) == pytest.approx(slow_f1(left, right))
+    assert squad.f1(left, right) == squad.f1(right, left)
+    assert squad.exact(left, right) <= squad.f1(left, right)

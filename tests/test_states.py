@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moebert_lib.evaluate import faster
-from moebert_lib.states import planes, sentence_states
+from moebert_lib.training.evaluation import faster, planes, sentence_states
 
 
 @pytest.fixture

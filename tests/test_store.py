@@ -11,10 +11,12 @@ from checkout import LIBRARY
 from hypothesis import given
 from hypothesis import strategies as st
 
-import moebert_lib
-from moebert_lib import export, provenance, store
-from moebert_lib.errors import CHECKOUT
-from moebert_lib.store import Store, digest
+from moebert_lib.config import provenance
+from moebert_lib.config.errors import CHECKOUT
+from moebert_lib.config.provenance import digest
+from moebert_lib.runs import export
+from moebert_lib.store import store
+from moebert_lib.store.store import Store
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -186,8 +188,14 @@ def test_code_digest_is_blind_to_comments_docstrings_and_layout(tmp_path):
 
 
 def test_code_digest_depends_on_the_modules_named():
-    assert store.code_digest("experts") == store.code_digest("moebert_lib.experts")
-    assert store.code_digest("experts") != store.code_digest("routing") != store.code_digest()
+    assert provenance.code_digest("method.partition") == provenance.code_digest(
+        "moebert_lib.method.partition"
+    )
+    assert (
+        provenance.code_digest("method.partition")
+        != provenance.code_digest("method.routing")
+        != provenance.code_digest()
+    )
 
 
 def test_modules_are_found_in_folders_and_followed_through_imports(tmp_path, monkeypatch):
@@ -202,7 +210,7 @@ def test_modules_are_found_in_folders_and_followed_through_imports(tmp_path, mon
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     monkeypatch.setattr(provenance, "LIBRARY", tmp_path)
-    monkeypatch.setattr(moebert_lib, "PUBLIC", {"public": "other.held"})
+    monkeypatch.setattr(provenance, "PUBLIC", {"public": "other.held"})
     provenance.library_modules.cache_clear()
     try:
         reached = provenance.reached("other.top")
@@ -232,9 +240,9 @@ def test_commit_names_head_and_says_when_the_library_differs(tmp_path, monkeypat
 
 
 def test_machine_and_versions_say_what_the_numbers_were_made_on():
-    assert {"cpu", "cores", "torch_threads", "system"} == store.machine().keys()
-    assert store.machine()["cores"] >= 1
-    assert {"python", "torch", "transformers"} <= store.versions().keys()
+    assert {"cpu", "cores", "torch_threads", "system"} == provenance.machine().keys()
+    assert provenance.machine()["cores"] >= 1
+    assert {"python", "torch", "transformers"} <= provenance.versions().keys()
 
 
 def test_figures_go_to_the_batch_folder_or_the_interactive_one(tmp_path, monkeypatch):

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moebert_lib import batch, inventory, sweep_tables, sweeps, worker
-from moebert_lib.errors import UserError
-from moebert_lib.execution import NotebookFailed
-from moebert_lib.store import Entry
+from moebert_lib.config.errors import UserError
+from moebert_lib.runs import execution, plan, status, sweep
+from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.store.store import Entry
 
 SMOKE = {"notebook": "01", "scale": "smoke"}
 
@@ -24,7 +24,7 @@ def home(tmp_path, monkeypatch):
 
 
 def values(grid, *names):
-    jobs = sweeps.plan({**SMOKE, **grid}).jobs
+    jobs = sweep.plan({**SMOKE, **grid}).jobs
     return [
         tuple({**job.parameters, **job.settings.model_dump()}[n] for n in names) for job in jobs
     ]
@@ -65,7 +65,7 @@ def test_a_point_may_name_a_notebook_of_its_own(home):
             {},
         ],
     }
-    plain, one, usual = sweeps.plan(grid).jobs
+    plain, one, usual = sweep.plan(grid).jobs
     assert [job.name for job in (plain, one, usual)] == [
         "00_the_idea",
         "01_importance",
@@ -73,8 +73,8 @@ def test_a_point_may_name_a_notebook_of_its_own(home):
     ]
     assert plain.given == {} and (one.settings.seed, one.settings.n_shared) == (2, 11)
     with pytest.raises(UserError, match="unknown parameter 'seed' of 00_the_idea"):
-        sweeps.plan({"points": [{"notebook": "00", "seed": 1}]})
-    assert list(sweep_tables.table([plain, one], [None, None])["notebook"]) == [
+        sweep.plan({"points": [{"notebook": "00", "seed": 1}]})
+    assert list(sweep.table([plain, one], [None, None])["notebook"]) == [
         "00_the_idea",
         "01_importance",
     ]
@@ -84,7 +84,7 @@ def test_a_point_of_listed_seeds_is_one_seed_unless_the_grid_says_otherwise():
     assert values({"seeds": [0]}, "n_seeds") == [(1,)]
     assert values({"seeds": [0], "settings": {"n_seeds": 2}}, "n_seeds") == [(2,)]
     assert values({}, "n_seeds") == [
-        (batch.plan(batch.select(["01"]), scale="smoke")[0].settings.n_seeds,)
+        (plan.plan(plan.select(["01"]), scale="smoke")[0].settings.n_seeds,)
     ]
 
 
@@ -104,9 +104,9 @@ def test_notebooks_of_one_name_in_two_folders_are_told_apart(tmp_path):
         (tmp_path / name).mkdir()
         path = tmp_path / name / "same.ipynb"
         path.write_bytes((fixture_home.FIXTURES / "settings.ipynb").read_bytes())
-        jobs.append(sweeps.plan({"notebook": str(path), "scale": "smoke"}))
+        jobs.append(sweep.plan({"notebook": str(path), "scale": "smoke"}))
     assert jobs[0].folder != jobs[1].folder
-    assert worker.kept(jobs[0].jobs[0]) != worker.kept(jobs[1].jobs[0])
+    assert execution.kept(jobs[0].jobs[0]) != execution.kept(jobs[1].jobs[0])
     assert jobs[0].jobs[0].key() == jobs[1].jobs[0].key()  # the same code and values: one run
 
 
@@ -140,7 +140,7 @@ def test_doubles_are_one_point():
 )
 def test_a_wrong_grid_is_refused_in_one_line_and_writes_nothing(home, grid, said):
     with pytest.raises(UserError) as error:
-        sweeps.plan({**SMOKE, **grid} if isinstance(grid, dict) else grid)
+        sweep.plan({**SMOKE, **grid} if isinstance(grid, dict) else grid)
     assert said in str(error.value) and "\n" not in str(error.value)
     assert sorted(path.name for path in home.iterdir()) == ["notebooks"]
 
@@ -149,19 +149,19 @@ def test_a_file_names_itself_and_what_it_gives_twice(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("seeds: [1]\nscale: smoke\nseeds: [2]\n")
     with pytest.raises(UserError, match=r"twice.yaml: 'seeds' is given twice"):
-        sweeps.read(path)
+        sweep.read(path)
     path.write_text("a: &x [1]\nseeds: *x\n")
     with pytest.raises(UserError, match="aliases"):
-        sweeps.read(path)
+        sweep.read(path)
     path.write_text("notebook: 01\nscale: smoke\nseeds: [2]\n")  # 01 is the number 1 in YAML
-    assert [job.name for job in sweeps.read(path).jobs] == ["01_importance"]
-    assert sweeps.read(path).name == "twice"
+    assert [job.name for job in sweep.read(path).jobs] == ["01_importance"]
+    assert sweep.read(path).name == "twice"
 
 
 def test_a_sweep_runs_leaves_its_table_and_is_reused(home):
     grid = {**SMOKE, "seeds": [1, 0], "settings": {"label": ["a", "<b>"]}}
     lines: list[str] = []
-    frame = sweeps.sweep(grid, echo=lines.append)
+    frame = sweep.sweep(grid, echo=lines.append)
     assert frame["seed"].tolist() == [1, 1, 0, 0] and set(frame["state"]) == {"done"}
     assert frame["label"].tolist() == ["a", "<b>", "a", "<b>"]
     (folder,) = (home / "runs" / "sweeps").iterdir()
@@ -170,7 +170,7 @@ def test_a_sweep_runs_leaves_its_table_and_is_reused(home):
     assert all((home / "runs" / run / "notebook.ipynb").is_file() for run in frame["run"])
     assert not (home / "figures").exists()  # a sweep's figures stay with its runs
     n_lines = len(lines)
-    again = sweeps.sweep(grid, echo=lines.append)
+    again = sweep.sweep(grid, echo=lines.append)
     assert again.equals(frame) and (folder / "table.csv").read_bytes() == table
     assert not any("running" in line for line in lines[n_lines:])
 
@@ -181,41 +181,41 @@ def failing():
 
 def test_what_failed_is_told_remembered_and_run_again_only_when_asked(home):
     lines: list[str] = []
-    planned = sweeps.plan(failing())
-    failure, entry = sweeps.run(planned, echo=lines.append)
+    planned = sweep.plan(failing())
+    failure, entry = sweep.run(planned, echo=lines.append)
     assert isinstance(failure, NotebookFailed) and isinstance(entry, Entry)
-    (record,) = inventory.recorded()
-    told = [(state, error.partition(";")[0]) for _, state, error in inventory.states(record)]
+    (record,) = status.recorded()
+    told = [(state, error.partition(";")[0]) for _, state, error in status.states(record)]
     assert told == [("failed", "cell 3: ValueError: seed 0"), ("done", "")]
     n_lines = len(lines)
-    sweeps.run(planned, echo=lines.append)
+    sweep.run(planned, echo=lines.append)
     assert not any("running" in line for line in lines[n_lines:])
     assert any("failed before" in line for line in lines[n_lines:])
-    (again,) = sweeps.with_failures()
-    sweeps.run(again, retry_failed=True, echo=lines.append)
+    (again,) = sweep.with_failures()
+    sweep.run(again, retry_failed=True, echo=lines.append)
     assert sum("running" in line for line in lines[n_lines:]) == 1
 
 
 def test_a_preview_says_what_would_happen_and_why(home):
-    planned = sweeps.plan(failing())
-    assert [does for _, does, _ in sweeps.preview(planned.jobs)] == ["run", "run"]
-    sweeps.run(planned, echo=lambda line: None)
-    (_, one, why), (_, other, _) = sweeps.preview(planned.jobs)
+    planned = sweep.plan(failing())
+    assert [does for _, does, _ in sweep.preview(planned.jobs)] == ["run", "run"]
+    sweep.run(planned, echo=lambda line: None)
+    (_, one, why), (_, other, _) = sweep.preview(planned.jobs)
     assert (one, other) == ("skip", "reuse") and "cell 3" in why
     path = home / "notebooks" / "02_fails.ipynb"
     path.write_text(path.read_text().replace("seed == 0", "seed == 9"))
-    seen = [(does, why) for _, does, why in sweeps.preview(sweeps.plan(failing()).jobs)]
+    seen = [(does, why) for _, does, why in sweep.preview(sweep.plan(failing()).jobs)]
     assert [does for does, _ in seen] == ["run", "run"]
     assert all("code cell" in why or "never" in why for _, why in seen)
 
 
 @pytest.mark.parametrize("how", [{}, {"retry_failed": True}, {"force": True}])
 def test_what_is_run_is_what_was_previewed(how):
-    planned = sweeps.plan(failing())
-    sweeps.run(planned, echo=lambda line: None)
-    expected = [does for _, does, _ in sweeps.preview(planned.jobs, **how)]
+    planned = sweep.plan(failing())
+    sweep.run(planned, echo=lambda line: None)
+    expected = [does for _, does, _ in sweep.preview(planned.jobs, **how)]
     lines: list[str] = []
-    sweeps.run(planned, echo=lines.append, **how)
+    sweep.run(planned, echo=lines.append, **how)
     assert sum("running" in line for line in lines) == expected.count("run")
     assert sum("reused" in line for line in lines) == expected.count("reuse")
     assert sum("failed before" in line for line in lines) == expected.count("skip")
@@ -223,7 +223,7 @@ def test_what_is_run_is_what_was_previewed(how):
 
 def test_no_failed_sweep_is_no_sweep_to_retry():
     with pytest.raises(UserError, match="no sweep here has failed runs"):
-        sweeps.with_failures()
+        sweep.with_failures()
 
 
 @given(st.lists(st.sampled_from([0.25, 0.5, 1.0]), min_size=2, max_size=6))
@@ -241,7 +241,7 @@ def test_means_are_those_of_the_runs_with_students_interval(accuracies):
         for n in (2, 4)
         for seed, accuracy in enumerate(accuracies)
     ]
-    frame = sweep_tables.means(pd.DataFrame(rows))
+    frame = sweep.means(pd.DataFrame(rows))
     assert frame["n_experts"].tolist() == [2, 4] and set(frame["n"]) == {len(accuracies)}
     assert frame["mean"].tolist() == pytest.approx([np.mean(accuracies) + n for n in (2, 4)])
     assert (frame["low"] <= frame["mean"]).all() and (frame["mean"] <= frame["high"]).all()
@@ -250,32 +250,32 @@ def test_means_are_those_of_the_runs_with_students_interval(accuracies):
 
 def test_means_leave_out_what_failed_and_what_recorded_nothing():
     row = {"scale": "smoke", "task": "library", "seed": 0, "state": "failed", "run": ""}
-    assert sweep_tables.means(pd.DataFrame([row])).empty
+    assert sweep.means(pd.DataFrame([row])).empty
     rows = [row, {**row, "seed": 1, "state": "done", "accuracy": 0.5}]
-    (one,) = sweep_tables.means(pd.DataFrame(rows)).to_dict("records")
+    (one,) = sweep.means(pd.DataFrame(rows)).to_dict("records")
     assert (one["n"], one["mean"]) == (1, 0.5) and np.isnan(one["low"])
 
 
 def test_what_a_notebook_records_overwrites_no_column_of_the_table(home):
     told = {"seed": 9, "state": "x", "run": "y", "accuracy": "high"}
-    job = sweeps.plan({**SMOKE, "seeds": [1]})
+    job = sweep.plan({**SMOKE, "seeds": [1]})
     entry = Entry("notebook", "0" * 64, home, {}, {"metrics": told}, 1.0, True)
-    frame = sweep_tables.table(job.jobs, [entry])
+    frame = sweep.table(job.jobs, [entry])
     assert frame.loc[0, ["seed", "state", "run"]].tolist() == [1, "done", "home"]
     assert {f"metric.{name}" for name in ("seed", "state", "run")} <= set(frame)
-    assert sweep_tables.means(frame).empty  # "high" is no number
+    assert sweep.means(frame).empty  # "high" is no number
 
 
 def test_without_the_headline_metric_every_recorded_number_has_a_mean():
     row = {"scale": "smoke", "task": "library", "seed": 0, "state": "done", "run": ""}
     rows = [row | {"loss": 1.0, "fair": True}, row | {"seed": 1, "loss": 2.0, "fair": False}]
-    (one,) = sweep_tables.means(pd.DataFrame(rows)).to_dict("records")
+    (one,) = sweep.means(pd.DataFrame(rows)).to_dict("records")
     assert (one["metric"], one["n"], one["mean"]) == ("loss", 2, 1.5)
 
 
 def test_a_record_that_is_not_whole_is_named_and_passed_over(home, capsys):
     folder = home / "runs" / "sweeps" / "x-0"
     folder.mkdir(parents=True)
-    (folder / inventory.SWEEP).write_text("{")
-    assert inventory.recorded() == []
+    (folder / status.SWEEP).write_text("{")
+    assert status.recorded() == []
     assert "sweep.json is not whole" in capsys.readouterr().err

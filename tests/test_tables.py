@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from moebert_lib.tables import as_text, save_table
+from moebert_lib.store.run_outputs import as_text, save_table
 
 FRAME = pd.DataFrame(
     {"accuracy": [89.0, float("nan")], "examples": [2490, 7]},

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from moebert_lib import spans
-from moebert_lib.corpus import sentences
-from moebert_lib.evaluate import METRICS
-from moebert_lib.tasks import TASKS, TOPICS, build, swap_words
+from moebert_lib.data import squad
+from moebert_lib.data.builtin_corpus import sentences
+from moebert_lib.data.tasks import TASKS, TOPICS, build, swap_words
+from moebert_lib.training.evaluation import METRICS
 
 BUILT_IN = [name for name, task in TASKS.items() if task.source == "built-in"]
 CLASSES = [name for name in BUILT_IN if TASKS[name].kind == "classification"]
@@ -21,7 +21,7 @@ def splits():
 
 def test_every_metric_can_be_computed():
     for task in TASKS.values():
-        assert set(task.metrics) <= set(spans.METRICS if task.kind == "span" else METRICS)
+        assert set(task.metrics) <= set(squad.METRICS if task.kind == "span" else METRICS)
 
 
 def test_kinds_follow_from_the_fields_and_labels():

@@ -10,14 +10,15 @@ import pytest
 import torch
 from test_checkpoints import Pad, sentences
 
-from moebert_lib import batching, data, teacher_states
-from moebert_lib.convert import to_moebert
-from moebert_lib.errors import UserError
-from moebert_lib.experts import random_ranking
-from moebert_lib.packed import accelerate
-from moebert_lib.settings import Settings
-from moebert_lib.teacher_states import STATES, TeacherStates
-from moebert_lib.train import distil
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.data import batching, loading
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.accelerate import accelerate
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.training import teacher_states
+from moebert_lib.training.teacher_states import STATES, TeacherStates
+from moebert_lib.training.trainer import distil
 
 SETTINGS = Settings.at("smoke", batch_size=4, epochs=3.0, learning_rate=1e-3, dropout=0.0)
 
@@ -153,7 +154,7 @@ def test_a_teacher_with_dropout_or_padding_that_counts_is_refused():
 def test_a_teacher_of_spans_is_refused(task):
     settings = Settings.at("small", task=task, cache_teacher=True, doc_stride=64)
     with pytest.raises(UserError, match="keeps a teacher that classifies sentences"):
-        data.check(settings)
+        loading.check(settings)
 
 
 def test_sentences_of_these_tests_differ_in_length():

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from moebert_lib import checks
-from moebert_lib.convert import to_moebert
-from moebert_lib.experts import random_ranking
-from moebert_lib.moe_layer import TiedExperts, moe_layers, parameter_counts
-from moebert_lib.routing import ROUTINGS
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.method.routing import ROUTINGS
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.moe_layer import TiedExperts, moe_layers, parameter_counts
+from moebert_lib.teaching import checks
 
 RANKING = random_ranking(2, 64, seed=0)
 SHARED = 8

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from moebert_lib.token_table import said, token_table
+from moebert_lib.explore.widgets import said, token_table
 
 WAYS = {"hash-random": np.array([[0, 1], [2, 1], [2, 3]]), "gate-token": np.zeros((3, 2), int)}
 LOADS = {name: np.full((2, 4), 0.25) for name in WAYS}

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from tiny_models import batch, moebert, real
 
-from moebert_lib import experiment
-from moebert_lib.errors import UserError
-from moebert_lib.evaluate import faster
-from moebert_lib.modeling import MoEBertForSequenceClassification
-from moebert_lib.moe_layer import moe_layers, parameter_counts, record_routes
-from moebert_lib.routing import Route, TokenGate, balance_loss, loads
-from moebert_lib.settings import Settings
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
+from moebert_lib.experiments import student
+from moebert_lib.method.routing import Route, TokenGate, balance_loss, loads
+from moebert_lib.model.modeling import MoEBertForSequenceClassification
+from moebert_lib.model.moe_layer import moe_layers, parameter_counts, record_routes
+from moebert_lib.training.evaluation import faster
 
 GATES = ["gate-token", "gate-sentence"]
 
@@ -155,5 +155,5 @@ def test_settings_refuse_two_experts_of_a_hash_and_a_change_to_a_hash_takes_one(
 
 def test_the_default_is_in_no_key():
     one = Settings.at("smoke", routing="gate-token")
-    assert "gate_top_k" not in experiment.conversion_key(one)
-    assert experiment.conversion_key(one.but(gate_top_k=2))["gate_top_k"] == 2
+    assert "gate_top_k" not in student.conversion_key(one)
+    assert student.conversion_key(one.but(gate_top_k=2))["gate_top_k"] == 2

@@ -5,13 +5,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moebert_lib import train, weights
-from moebert_lib.convert import to_moebert
-from moebert_lib.distill import distillation_terms
-from moebert_lib.experts import random_ranking
-from moebert_lib.scales import MINILM
-from moebert_lib.settings import Settings
-from moebert_lib.train import DistillationTrainer, distil, fine_tune, training_arguments
+from moebert_lib.config.presets import MINILM
+from moebert_lib.config.settings import Settings
+from moebert_lib.data import pretrained_weights
+from moebert_lib.method.distillation_loss import distillation_terms
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.training import trainer as train
+from moebert_lib.training.trainer import (
+    DistillationTrainer,
+    distil,
+    fine_tune,
+    training_arguments,
+)
 
 RANKING = random_ranking(2, 64, seed=0)
 SETTINGS = Settings.at("smoke", batch_size=4, learning_rate=1e-3, distill_weight=2.0)
@@ -169,7 +175,7 @@ def test_arguments_are_the_papers_where_it_states_them(tmp_path):
 
 
 def test_batches_are_padded_to_max_length_only_where_padding_counts():
-    tokenizer = AutoTokenizer.from_pretrained(weights.find(MINILM))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_weights.find(MINILM))
     rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [5]}]
     shapes = {}
     for counted in (False, True):

@@ -9,13 +9,18 @@ import torch
 from test_checkpoints import Pad
 from tiny_spans import span_batch, span_bert
 
-from moebert_lib import train
-from moebert_lib.batching import TokenBatches
-from moebert_lib.convert import to_moebert
-from moebert_lib.distill import distillation_terms, layer_distances
-from moebert_lib.experts import random_ranking
-from moebert_lib.settings import Settings
-from moebert_lib.train import DistillationTrainer, distil, fine_tune, training_arguments
+from moebert_lib.config.settings import Settings
+from moebert_lib.data.batching import TokenBatches
+from moebert_lib.method.distillation_loss import distillation_terms, layer_distances
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.training import trainer as train
+from moebert_lib.training.trainer import (
+    DistillationTrainer,
+    distil,
+    fine_tune,
+    training_arguments,
+)
 
 RANKING = random_ranking(2, 64, seed=0)
 SETTINGS = Settings.at("smoke", batch_size=4, epochs=3.0, learning_rate=1e-3, dropout=0.0)

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib import verdicts
-from moebert_lib.claims import ARMS, CLAIMS
-from moebert_lib.paper import table
-from moebert_lib.verdicts import CONTRADICTED, NO_RUNS, REPRODUCED, UNDECIDED, judge
+from moebert_lib.config.paper_numbers import table
+from moebert_lib.evidence import verdicts
+from moebert_lib.evidence.claims import ARMS, CLAIMS
+from moebert_lib.evidence.verdicts import CONTRADICTED, NO_RUNS, REPRODUCED, UNDECIDED, judge
 
 NOISE = [0.4, -0.5, 0.1, -0.2, 0.3, -0.1, 0.2, -0.3]
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moebert_lib import routing, weights, widgets
-from moebert_lib.convert import to_moebert
-from moebert_lib.experts import random_ranking
-from moebert_lib.scales import MINILM
-from moebert_lib.states import planes
+from moebert_lib.config.presets import MINILM
+from moebert_lib.data import pretrained_weights
+from moebert_lib.explore import widgets
+from moebert_lib.method import routing
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
+from moebert_lib.training.evaluation import planes
 
 DEAL = dict(n_experts=2, expert_size=3, n_shared=1)
 
@@ -31,7 +33,7 @@ def moved(monkeypatch):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(weights.find(MINILM, hub=False))
+    return AutoTokenizer.from_pretrained(pretrained_weights.find(MINILM, hub=False))
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ after conversion, would hide one that is taken for another.
 import torch
 from transformers import BertConfig, BertForQuestionAnswering, BertForSequenceClassification
 
-from moebert_lib.convert import to_moebert
-from moebert_lib.experts import random_ranking
+from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.conversion import to_moebert
 
 SIZES = dict(
     vocab_size=99,

@@ -1,0 +1,326 @@
+"""What an experiment starts from: tokenised data, a fresh dense model, the device."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from moebert_lib.config.errors import home
+from moebert_lib.config.presets import MINILM, TINY
+from moebert_lib.config.provenance import versions
+from moebert_lib.config.settings import Settings
+from moebert_lib.data import batching, loading, pretrained_weights, squad, tasks
+from moebert_lib.data.tasks import TASKS, Task
+from moebert_lib.experiments.stage_keys import DATA, told
+from moebert_lib.method.encoder_layouts import family
+from moebert_lib.store import committed_results
+from moebert_lib.training.evaluation import score
+
+HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sentence is classified
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A task's splits, tokenised, and how to read a model's answers.
+
+    Attributes:
+        task: The task.
+        splits: ``train``, ``validation`` and ``task.also``: rows for the model, which are windows
+            of examples where answers are spans.
+        examples: The same splits as text.
+        tokenizer: Of the model.
+        settings: Those that decide a dataset.
+        digest: Of the data.
+    """
+
+    task: tasks.Task
+    splits: dict
+    examples: dict
+    tokenizer: PreTrainedTokenizerBase
+    settings: Settings
+    digest: str
+
+    @property
+    def train(self):
+        """Rows to train on: a ``datasets.Dataset``."""
+        return self.splits["train"]
+
+    @property
+    def validation(self):
+        """Rows of the validation split."""
+        return self.splits["validation"]
+
+    def rows(self, split: str, limit: int | None = None, *, shuffle: bool = False):
+        """A split's rows: all, the first ``limit``, or a fixed random choice of as many."""
+        rows = self.splits[split]
+        if limit is None or limit >= len(rows):
+            return rows
+        order = np.random.default_rng(0).permutation(len(rows)) if shuffle else np.arange(limit)
+        return rows.select(order[:limit])
+
+    def batches(
+        self, split: str, *, batch_size: int = 64, limit: int | None = None, shuffle: bool = False
+    ):
+        """Padded batches of :meth:`rows` on the device, shortest first."""
+        rows = self.rows(split, limit, shuffle=shuffle)
+        return batching.batches(rows, self.tokenizer, batch_size, device=device())
+
+    def answers(
+        self, logits: np.ndarray, split: str = "validation", limit: int | None = None
+    ) -> np.ndarray:
+        """What logits say: a class index, a value, or a text for each example.
+
+        Args:
+            logits: Of the split's first ``limit`` rows, from ``evaluate.predict``.
+            split: Name of the split.
+            limit: As when the logits were made.
+        """
+        if self.task.kind != "span":
+            return logits[:, 0] if self.task.kind == "regression" else logits.argmax(1)
+        chosen = self.settings
+        with_null = self.task.name == "squad_v2"
+        found = squad.texts(
+            logits,
+            self.rows(split, limit),
+            self.examples[split]["context"][:],
+            n_best=chosen.n_best,
+            max_answer_length=chosen.max_answer_length,
+            null_threshold=chosen.null_threshold if with_null else None,
+        )
+        return np.array([found[example] for example in sorted(found)], dtype=object)
+
+    def truths(self, split: str = "validation", limit: int | None = None) -> list:
+        """The right answers of :meth:`answers`: labels, or for spans lists of accepted texts."""
+        rows = self.rows(split, limit)
+        if self.task.kind != "span":
+            return rows["labels"][:]
+        known = self.examples[split]["answers"][:]
+        return [known[example]["text"] for example in sorted(set(rows["example"][:]))]
+
+    def guessing(self, limit: int | None = None) -> float:
+        """The headline metric on validation of always giving training's most frequent answer.
+
+        0 to 1; NaN where answers are no classes.
+        """
+        if self.task.kind != "classification":
+            return float("nan")
+        truths = np.asarray(self.truths(limit=limit))
+        most_frequent = np.bincount(self.truths("train")).argmax()
+        guesses = np.full_like(truths, most_frequent)
+        return score(guesses, truths, [self.task.metric])[self.task.metric]
+
+    def score(
+        self, logits: np.ndarray, split: str = "validation", limit: int | None = None
+    ) -> dict[str, float]:
+        """The task's metrics; arguments as for :meth:`answers`."""
+        answers, truths = self.answers(logits, split, limit), self.truths(split, limit)
+        if self.task.kind == "span":
+            return squad.score(answers, truths)
+        return score(answers, np.asarray(truths), self.task.metrics)
+
+
+def device() -> torch.device:
+    """The GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def chosen(settings: Settings, names: tuple[str, ...]) -> dict:
+    """Those settings, by name."""
+    return {name: getattr(settings, name) for name in names}
+
+
+def dataset(settings: Settings) -> Dataset:
+    """The settings' task, loaded and tokenised once a process."""
+    names = (*DATA, "data_dir", "model", "scale")
+    return _dataset(Settings(**chosen(settings, names)), home())
+
+
+@functools.lru_cache(maxsize=4)
+def _dataset(settings: Settings, _root: Path) -> Dataset:
+    loaded = loading.load(settings)
+    with_vocabulary = settings.but(model=MINILM) if settings.model == TINY else settings
+    tokenizer = AutoTokenizer.from_pretrained(pretrained(with_vocabulary))
+    examples = {"train": loaded.train, "validation": loaded.validation, **loaded.also}
+    lengths = {"max_length": settings.max_length, "doc_stride": settings.doc_stride}
+    splits = {
+        name: loading.encode(rows, loaded.task, tokenizer, **lengths)
+        for name, rows in examples.items()
+    }
+    return Dataset(loaded.task, splits, examples, tokenizer, settings, loaded.digest)
+
+
+def token_frequencies(settings: Settings) -> Tensor:
+    """Occurrences of each vocabulary entry in the training set, ``(vocab,)``, int64."""
+    bundle = dataset(settings)
+    ids = torch.cat([torch.as_tensor(row) for row in bundle.train["input_ids"]])
+    return torch.bincount(ids, minlength=len(bundle.tokenizer))
+
+
+def pretrained(settings: Settings) -> str:
+    """What ``from_pretrained`` is given: a checked folder, or a name on the hub."""
+    return pretrained_weights.find(settings.model, hub=not settings.offline)
+
+
+def new_model(settings: Settings, task: tasks.Task) -> PreTrainedModel:
+    """The settings' model with an untrained head for the task.
+
+    Raises:
+        ValueError: a model that cannot be converted.
+    """
+    auto = HEADS.get(task.kind, AutoModelForSequenceClassification)
+    tiny = settings.model == TINY
+    kind = "bert" if tiny else AutoConfig.from_pretrained(pretrained(settings)).model_type
+    head = dict.fromkeys(family(kind).dropout, settings.dropout)
+    if task.kind != "span":
+        labels = dict(enumerate(task.labels)) or {0: "score"}
+        names = {name: index for index, name in labels.items()}
+        head |= dict(num_labels=len(labels), id2label=labels, label2id=names)
+    if tiny:
+        config = BertConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=settings.max_length,
+            **head,
+        )
+        return auto.from_config(config)
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the head is new, and meant to be
+    transformers_logging.disable_progress_bar()
+    model = auto.from_pretrained(pretrained(settings), **head)
+    transformers_logging.set_verbosity(level)
+    return model
+
+
+def load(folder: Path, task: tasks.Task) -> PreTrainedModel:
+    """A model saved by an experiment, dense or MoEBERT, on the device."""
+    auto = HEADS.get(task.kind, AutoModelForSequenceClassification)
+    return auto.from_pretrained(folder).to(device())
+
+
+# What a notebook needs to know of a task's data, and the tables that it measures with models.
+# Both are kept beside the stages of an experiment, so that a figure can be drawn again where
+# neither data nor models are (``archive``).
+
+TABLE = "table.parquet"
+
+
+@dataclass(frozen=True)
+class About:
+    """A task's data in numbers.
+
+    Attributes:
+        task: The task.
+        n_train: Training examples, as text: a long context may be several rows for the model.
+        n_examples: Validation examples, likewise.
+        n_answers: Validation answers that are judged.
+        guessing: The headline metric on validation of always giving training's most frequent
+            answer, 0 to 1; NaN where answers are no classes.
+        digest: Of the data.
+    """
+
+    task: Task
+    n_train: int
+    n_examples: int
+    n_answers: int
+    guessing: float
+    digest: str
+
+    @property
+    def metric(self) -> str:
+        """Name of the headline metric."""
+        return self.task.metric
+
+
+def about(settings: Settings) -> About:
+    """The settings' data in numbers, kept with the stages of an experiment."""
+
+    def build(folder: Path) -> dict:
+        bundle = dataset(settings)
+        guess = bundle.guessing()
+        return {
+            "n_train": len(bundle.examples["train"]),
+            "n_examples": len(bundle.examples["validation"]),
+            "n_answers": len(bundle.truths()),
+            "guessing": guess if guess == guess else None,
+            "digest": bundle.digest,
+        }
+
+    key = {**chosen(settings, DATA), "model": settings.model}
+    if not committed_results.named():
+        hub = not settings.offline
+        key |= {
+            "data": loading.digest(settings),
+            "weights": pretrained_weights.digest(settings.model, hub=hub),
+        }
+        key |= {"versions": versions()}
+    row = committed_results.store().make("about", key, build).row
+    guess = float("nan") if row["guessing"] is None else row["guessing"]
+    return About(TASKS[settings.task], **{**row, "guessing": guess})
+
+
+def describe(settings: Settings) -> str:
+    """One line of provenance for the top of a notebook."""
+    known, made = about(settings), versions()
+    libraries = ", ".join(f"{name} {made[name]}" for name in ("torch", "transformers"))
+    where = (
+        f"drawn from {committed_results.named()}"
+        if committed_results.named()
+        else f"{libraries}, {device()}"
+    )
+    return (
+        f"{settings.scale}: {settings.model} on {settings.task}, "
+        f"{known.n_train:,} training and {known.n_examples:,} validation examples "
+        f"(data {known.digest[:8]}), seed {settings.seed}, {where}"
+    )
+
+
+def measured(name: str, of: Any, build: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    """A table that a notebook measures with models or data: now, and kept with its results.
+
+    It is measured whenever the notebook runs; only where there are results and no models is the
+    kept table read.
+
+    Args:
+        name: Of the table, unlike any other of the same ``of``.
+        of: What it depends on: settings, or JSON values that hold some.
+        build: Measures it.
+
+    Returns:
+        What ``build`` returned, as it comes back from parquet.
+    """
+
+    def keep(folder: Path) -> dict:
+        table = build()
+        table.to_parquet(folder / TABLE)
+        return {"rows": len(table)}
+
+    key = {"name": name, "of": _plain(of)}
+    entry = committed_results.store().make("table", key, keep, force=True)
+    return pd.read_parquet(entry.folder / TABLE)
+
+
+def _plain(of: Any) -> Any:
+    """Settings as values, without where data lies."""
+    if isinstance(of, Settings):
+        return told(of.model_dump(exclude={"data_dir"}))
+    if isinstance(of, dict):
+        return {name: _plain(value) for name, value in of.items()}
+    return [_plain(value) for value in of] if isinstance(of, list | tuple) else of

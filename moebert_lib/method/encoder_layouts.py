@@ -1,0 +1,170 @@
+"""Which encoders can be converted, and where each keeps its feed-forward network: one table.
+
+A row of :data:`FAMILIES` is data only. All of these encoders compute ``LN(W2 act(W1 a + b1) + b2
++ a)`` (Eq. 1 with residual and LayerNorm) and differ in names. ModernBERT does not: its layer is
+gated, so that a neuron is two columns and a row, and no LayerNorm follows it. Such neurons could
+be permuted and scored as well; no row here describes them yet.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# torch takes seconds to import; a refusal should not wait for it.
+
+
+class FFN(NamedTuple):
+    """A dense feed-forward network, taken apart."""
+
+    up: "nn.Linear"  #: W1 and b1 of Eq. 1: weight ``(F, D)``
+    act: "nn.Module"  #: its output is the activation ``h``, ``(..., F)``
+    down: "nn.Linear"  #: W2 and b2: weight ``(D, F)``
+    norm: "nn.LayerNorm"  #: after the residual
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of encoder.
+
+    Attributes:
+        model_type: transformers' name of the dense configuration; a MoEBERT's is ``moe`` and this.
+        name: As people write it.
+        layers: Where the encoder has its list of layers.
+        parts: Where a layer has the parts of an :class:`FFN`.
+        hollow: What of a layer becomes idle when its experts move in.
+        seat: What of a layer the experts replace; it is called after ``hollow``.
+        config: Configuration names, by BERT's, where they are others.
+        dropout: Configuration names of all dropout rates.
+    """
+
+    model_type: str
+    name: str
+    layers: str = "encoder.layer"
+    parts: FFN = FFN("intermediate.dense", "intermediate", "output.dense", "output.LayerNorm")
+    hollow: str = "intermediate"
+    seat: str = "output"
+    config: dict[str, str] = field(default_factory=dict)
+    dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+    def key(self, bert_name: str) -> str:
+        """The name of a configuration's value that BERT calls ``bert_name``."""
+        return self.config.get(bert_name, bert_name)
+
+    def layers_of(self, encoder: "nn.Module") -> "nn.ModuleList":
+        """The layers of an encoder without head, first to last."""
+        return _at(encoder, self.layers)
+
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        Family("bert", "BERT, MiniLM"),
+        Family("roberta", "RoBERTa"),
+        Family("electra", "ELECTRA"),
+        Family(
+            "distilbert",
+            "DistilBERT",
+            layers="transformer.layer",
+            parts=FFN("ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
+            hollow="ffn",
+            seat="output_layer_norm",
+            config={
+                "num_hidden_layers": "n_layers",
+                "hidden_size": "dim",
+                "intermediate_size": "hidden_dim",
+                "num_attention_heads": "n_heads",
+            },
+            dropout=("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
+        ),
+    )
+}
+
+#: Why a family is refused, where there is more to say than that it is none of these.
+WHY_NOT = {
+    "modernbert": "its feed-forward layer is gated, and gated layers are not described here yet",
+}
+
+
+def supported() -> str:
+    """The families' names in a line."""
+    return ", ".join(family.name for family in FAMILIES.values())
+
+
+def family(model_type: str | None) -> Family:
+    """The row of a dense model, by the ``model_type`` of its configuration.
+
+    Raises:
+        ValueError: it is not in the table.
+    """
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = f" ({WHY_NOT[model_type]})" if model_type in WHY_NOT else ""
+    raise ValueError(
+        f"a model of type '{model_type}' cannot be converted{reason}; supported: {supported()}"
+    )
+
+
+def width(config: Any) -> int:
+    """Neurons ``F`` of a dense feed-forward layer, by the model's configuration."""
+    return getattr(config, family(config.model_type).key("intermediate_size"))
+
+
+def ffn(layer: "nn.Module") -> FFN | None:
+    """A layer's dense feed-forward network; ``None`` where a module holds none."""
+    for row in FAMILIES.values():
+        found = [_at(layer, path) for path in row.parts]
+        if None not in found:
+            return FFN(*found)
+    return None
+
+
+def ffns(model: "nn.Module") -> Iterator[FFN]:
+    """The dense feed-forward networks of a model of any of the families, first to last.
+
+    Raises:
+        ValueError: its configuration names another family, whose layers may have the same names
+            and compute something else.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is not None:
+        family(kind.removeprefix("moe"))  # of a MoEBERT there are none
+    return (found for module in model.modules() if (found := ffn(module)))
+
+
+def longest(model: "nn.Module") -> int:
+    """Tokens that an encoder, with or without head, takes at most.
+
+    RoBERTa counts positions from the one after its padding's, so it has fewer than embeddings.
+    """
+    positions = model.base_model.embeddings.position_embeddings
+    first = 0 if positions.padding_idx is None else positions.padding_idx + 1
+    return positions.num_embeddings - first
+
+
+@contextmanager
+def watching(model: "nn.Module", see: "Callable[[int, Tensor], None]") -> Iterator[None]:
+    """Inside the block every forward pass calls ``see(layer, h)`` with each layer's activations.
+
+    Args:
+        model: Of any of the families.
+        see: Given the layer, counted from 0, and Eq. 1's ``h``, ``(..., F)``.
+    """
+    hooks = [
+        layer.act.register_forward_hook(lambda _m, _i, h, n=n: see(n, h))
+        for n, layer in enumerate(ffns(model))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module

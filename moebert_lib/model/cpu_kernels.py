@@ -1,0 +1,363 @@
+"""Linear layers as a processor likes them: weights rearranged once, gelu or a sum in one pass.
+
+oneDNN, the matrix library in torch's CPU builds, reads weights faster in an order of its own.
+The operators that torch.compile uses for it are private, so a plain ``F.linear`` stands behind
+them wherever they are missing, refuse, or do not know a dtype.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers.activations import GELUActivation
+
+from moebert_lib.data.batching import Packing, attention, by_expert
+
+#: A linear layer: of ``x`` ``(N, D_in)``, and what is added to the result where it is given.
+Linear = Callable[..., Tensor]
+
+
+class Kernels:
+    """How layers compute without gradient.
+
+    Args:
+        dtype: To compute in; ``None`` is the weights' own.
+        prepack: Rearrange weights for oneDNN where it can be done.
+    """
+
+    def __init__(self, *, dtype: torch.dtype | None = None, prepack: bool = True):
+        self.dtype, self.prepack = dtype, prepack
+
+    def linear(self, weight: Tensor, bias: Tensor, *, gelu: bool = False) -> Linear:
+        """``x W^T + b``, then gelu if wanted, then the sum with a second argument if there is one.
+
+        Args:
+            weight: Shape ``(D_out, D_in)``; what is made of it does not follow its changes.
+            bias: Shape ``(D_out,)``.
+            gelu: Apply the exact gelu.
+        """
+        weight, bias = (x.detach().to(self.dtype or x.dtype) for x in (weight, bias))
+        if self.prepack and weight.numel() and _packable(weight.device.type, weight.dtype):
+            return _rearranged(weight, bias, gelu)
+
+        def plain(x: Tensor, other: Tensor | None = None) -> Tensor:
+            y = F.linear(x, weight, bias)
+            y = F.gelu(y) if gelu else y
+            return y if other is None else y.add_(other)
+
+        return plain
+
+    def layers(self, *layers: nn.Module, gelu: bool = False) -> Linear:
+        """:meth:`linear` with the outputs of several layers side by side.
+
+        What is no plain ``nn.Linear``, or is listened to by hooks, is called as it is.
+        """
+        if all(map(_is_plain, layers)):
+            weights, biases = [m.weight for m in layers], [m.bias for m in layers]
+            if len(layers) == 1:
+                return self.linear(weights[0], biases[0], gelu=gelu)
+            return self.linear(torch.cat(weights), torch.cat(biases), gelu=gelu)
+
+        def called(x: Tensor, other: Tensor | None = None) -> Tensor:
+            dtypes = [getattr(layer.weight, "dtype", x.dtype) for layer in layers]
+            parts = [m(x.to(dtype)) for m, dtype in zip(layers, dtypes, strict=True)]
+            y = torch.cat(parts, -1).to(x.dtype)
+            y = F.gelu(y) if gelu else y
+            return y if other is None else y + other
+
+        return called
+
+    def norm(self, weight: Tensor, bias: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+        """LayerNorm of ``(N, D)`` with gain and bias ``(D,)``."""
+        shape = weight.shape
+        weight, bias = (x.detach().to(self.dtype or x.dtype) for x in (weight, bias))
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+
+
+class Watch:
+    """Tells whether a module is still what it was: its parts, and what its parameters hold.
+
+    A parameter's address, layout and torch's count of its changes tell; a change through
+    ``.data`` in place is not counted. Parameters made in inference mode count nothing, so a module
+    that has one is never the same.
+
+    Args:
+        module: What is watched.
+        called: Those of its parts that are called as they are, so that their hooks run.
+    """
+
+    def __init__(self, module: nn.Module, *, called: Iterable[nn.Module] = ()):
+        modules, called = [*module.modules()], {*called}
+        tables = [table for m in modules for table in (m._modules, m._parameters)]
+        self.parts = [(table, name, part) for table in tables for name, part in table.items()]
+        linear = [m for m in modules if isinstance(m, nn.Linear)]
+        self.hooks = [hooks for m in linear for hooks in hooks_of(m)]
+        self.n_hooks = [*map(len, self.hooks)]
+        silent = [m for m in modules if m not in called and not isinstance(m, nn.Linear)]
+        self.unheard = [hooks for m in silent for hooks in hooks_of(m)]
+        # aliases keep the storage, so that no other weight comes to lie at its address
+        self.aliases = [(x, x.detach()) for x in module.parameters()]
+        self.counts = not any(x.is_inference() for x in module.parameters())
+        self.versions = [x._version for x, _ in self.aliases] if self.counts else []
+
+    def same(self) -> bool:
+        """Whether nothing has changed since."""
+        if not self.counts or [*map(len, self.hooks)] != self.n_hooks:
+            return False
+        if any(table.get(name) is not part for table, name, part in self.parts):
+            return False
+        return all(
+            x._version == version
+            and x.data_ptr() == alias.data_ptr()
+            and x.shape == alias.shape
+            and x.stride() == alias.stride()
+            for (x, alias), version in zip(self.aliases, self.versions, strict=True)
+        )
+
+    def listened(self) -> bool:
+        """Whether a part that is not called has hooks."""
+        return any(map(heard, self.unheard))
+
+
+def hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    """The tables of a module's hooks around its forward and backward."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+
+
+def heard(hooks: dict) -> bool:
+    """Whether a user's hook is among them; transformers leaves its own, which collect states."""
+    return any(not getattr(h, "__module__", "").startswith("transformers.") for h in hooks.values())
+
+
+class Rerouted(TorchFunctionMode):
+    """Inside the block ``F.linear`` runs through oneDNN, gradients too, where it can.
+
+    Modules, hooks and parameters stay as they are; the two products of the backward pass are
+    the same operator, so second derivatives work as well.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and len(args) == 3 and _reroutable(args[0], args[1]):
+            return _Linear.apply(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.with_bias = bias is not None
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
+        flat = grad.flatten(0, -2)  # (N, D_out)
+        of_x = _Linear.apply(grad, weight.t(), None) if needed[0] else None
+        of_weight = _Linear.apply(flat.t(), x.flatten(0, -2).t(), None) if needed[1] else None
+        return of_x, of_weight, flat.sum(0) if ctx.with_bias and needed[2] else None
+
+
+def _reroutable(x: Tensor, weight: Tensor) -> bool:
+    if not {type(x), type(weight)} <= {Tensor, nn.Parameter}:  # quantised, sharded, functorch's
+        return False
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.dim() < 2:
+        return False
+    if torch.is_autocast_enabled("cpu") or not (x.numel() and weight.numel()):
+        return False
+    return _packable(weight.device.type, weight.dtype)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    own = type(layer) is nn.Linear and "forward" not in vars(layer)
+    return own and not any(hooks_of(layer))
+
+
+_KNOWN: dict[tuple[str, torch.dtype], bool] = {}
+
+
+def _packable(device: str, dtype: torch.dtype) -> bool:
+    """Whether this torch rearranges and multiplies such weights correctly; tried once."""
+    if (device, dtype) not in _KNOWN:
+        _KNOWN[device, dtype] = device == "cpu" and _tried(dtype)
+    return _KNOWN[device, dtype]
+
+
+def _tried(dtype: torch.dtype) -> bool:
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    draw, shapes = torch.Generator("cpu").manual_seed(0), ((4, 16), (8, 16), (8,), (4, 8))
+    random = (torch.randn(shape, generator=draw, device="cpu") for shape in shapes)
+    x, weight, bias, other = (values.to(dtype) for values in random)
+    y = F.linear(x, weight, bias)
+    try:
+        found = (
+            _rearranged(weight, bias, True)(x),
+            _rearranged(weight, bias, False)(x, other),
+            _Linear.apply(x, weight.t().contiguous().t(), bias),
+        )
+    except Exception:  # missing operator, dtype or processor: all mean the plain way
+        return False
+    near = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=5e-2)
+    expected = (F.gelu(y), y + other, y)
+    return all(torch.allclose(a, b, **near) for a, b in zip(found, expected, strict=True))
+
+
+def _rearranged(weight: Tensor, bias: Tensor, gelu: bool) -> Linear:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    once = torch.ops.mkldnn._linear_pointwise.default
+    summed = torch.ops.mkldnn._linear_pointwise.binary
+    attr, algorithm = ("gelu", "none") if gelu else ("none", "")
+
+    def rearranged(x: Tensor, other: Tensor | None = None) -> Tensor:
+        if other is None:
+            return once(x, packed, bias, attr, [], algorithm)
+        if gelu:
+            return once(x, packed, bias, attr, [], algorithm).add_(other)
+        return summed(x, other, packed, bias, "add")
+
+    return rearranged
+
+
+# One layer of a BERT or MoEBERT without gradient, its weights as ``kernels`` wants them.
+
+
+class PreparedLayer:
+    """A ``BertLayer`` ready to run; of use as long as ``watch.same()``.
+
+    Args:
+        layer: With a dense feed-forward layer, or with ``MoEOutput``.
+        kernels: How to compute.
+    """
+
+    def __init__(self, layer: nn.Module, kernels: Kernels):
+        self.moe = hasattr(layer.output, "experts")
+        routers = layer.output.router.modules() if self.moe else ()
+        self.watch, self.layer, self.kernels = Watch(layer, called=routers), layer, kernels
+        own, output = layer.attention.self, layer.attention.output
+        self.heads = (own.num_attention_heads, own.attention_head_size)
+        self.projection, self.norm = kernels.layers(output.dense), self._norm(output.LayerNorm)
+        if self.moe:
+            stacks = zip(*layer.output.experts.unbound(), strict=True)
+            self.ffns = [self._expert(layer.output, e, own) for e, own in enumerate(stacks)]
+        else:
+            act, up = layer.intermediate.intermediate_act_fn, layer.intermediate.dense
+            up = kernels.layers(up, gelu=is_gelu(act))
+            down, norm = kernels.layers(layer.output.dense), self._norm(layer.output.LayerNorm)
+            self.ffns = [FFN(up, act, down, norm)]
+
+    @cached_property
+    def qkv(self) -> Linear:
+        """Queries, keys and values side by side."""
+        own = self.layer.attention.self
+        return self.kernels.layers(own.query, own.key, own.value)
+
+    @cached_property
+    def q_and_kv(self) -> tuple[Linear, Linear]:
+        """The same apart, for a layer in which few tokens ask."""
+        own = self.layer.attention.self
+        return self.kernels.layers(own.query), self.kernels.layers(own.key, own.value)
+
+    def __call__(self, x: Tensor, ids: Tensor, packing: Packing, *, first: bool = False) -> Tensor:
+        """The next state.
+
+        Args:
+            x: State of all tokens, ``(N, D)``.
+            ids: Token ids, ``(N,)``.
+            packing: Of the batch.
+            first: Only the first tokens' states are wanted.
+
+        Returns:
+            Shape ``(N, D)``, or with ``first`` ``(B, D)``, shortest sentence first.
+        """
+        rows = packing.starts[:-1].long() if first else None
+        gated = self.moe and self.layer.output.gated  # a gate looks at all tokens
+        if first and not gated:
+            q_of, kv_of = self.q_and_kv
+            mine, ids, rows = x.index_select(0, rows), ids[rows], None
+            q, (k, v) = (
+                q_of(mine).view(-1, *self.heads),
+                kv_of(x).view(-1, 2, *self.heads).unbind(1),
+            )
+        else:
+            mine, (q, k, v) = x, self.qkv(x).view(-1, 3, *self.heads).unbind(1)
+        a = self.norm(self.projection(attention(q, k, v, packing), mine))
+        return self.feed_forward(a, ids, packing, rows)
+
+    def feed_forward(
+        self, a: Tensor, ids: Tensor, packing: Packing, rows: Tensor | None = None
+    ) -> Tensor:
+        """The layer's second half: each expert's tokens picked out, served and put back.
+
+        Args:
+            a: Attention output, ``(N, D)``.
+            ids: Token ids, ``(N,)``.
+            packing: Of the batch; a sentence gate reads it.
+            rows: Tokens to serve; all where None.
+        """
+        output = self.layer.output
+        if not self.moe:
+            return self.ffns[0](a if rows is None else a[rows])
+        seen = a.to(output.router.gate.weight.dtype) if output.gated else a
+        route = output.router(seen[None], ids[None], packing)
+        output.note_balance(route, packing)
+        expert_of, weights = route.experts, route.weights.to(a.dtype) if output.gated else None
+        if rows is not None:
+            a, expert_of, weights = (x if x is None else x[rows] for x in (a, expert_of, weights))
+        order, back, counts = by_expert(expert_of, len(self.ffns))
+        if max(counts) == len(a):  # one expert has all: nothing to pick out
+            return self.ffns[counts.index(len(a))](a, weights, outside=output.outside)
+        factors = [None] * len(counts)
+        if weights is not None:
+            factors = weights.index_select(0, order).split(counts)
+        parts = zip(self.ffns, a.index_select(0, order).split(counts), factors, strict=True)
+        served = [ffn(x, own, outside=output.outside) for ffn, x, own in parts if len(x)]
+        return torch.cat(served).index_select(0, back)
+
+    def _expert(self, output: nn.Module, expert: int, own: tuple[Tensor, ...]) -> "FFN":
+        act, norm = output.experts.act_fn, output.LayerNorm
+        up, up_bias, down, down_bias = own
+        up = self.kernels.linear(up, up_bias, gelu=is_gelu(act))
+        gain, bias = norm.weight, norm.bias
+        if output.per_expert:
+            gain, bias = gain[expert], bias[expert]
+        norm = self.kernels.norm(gain, bias, norm.eps)
+        return FFN(up, act, self.kernels.linear(down, down_bias), norm)
+
+    def _norm(self, norm: nn.LayerNorm):
+        return self.kernels.norm(norm.weight, norm.bias, norm.eps)
+
+
+class FFN:
+    """A feed-forward layer, dense or one expert, with residual and LayerNorm."""
+
+    def __init__(self, up: Linear, act: nn.Module, down: Linear, norm):
+        self.up, self.down, self.norm = up, down, norm
+        self.act = None if is_gelu(act) else act  # else it is part of ``up``
+
+    def __call__(self, a: Tensor, weights: Tensor | None = None, *, outside: bool = False):
+        """``LN(weight * FFN(a) + a)``, or with the weight ``outside``: of ``(n, D)`` tokens."""
+        h = self.up(a)
+        h = h if self.act is None else self.act(h)
+        if weights is None:
+            return self.norm(self.down(h, a))
+        if outside:
+            return self.norm(self.down(h, a)) * weights
+        return self.norm((self.down(h) * weights).add_(a))
+
+
+def is_gelu(act: nn.Module) -> bool:
+    """Whether an activation is the exact gelu, which a linear layer can apply by itself."""
+    return isinstance(act, GELUActivation)

@@ -1,0 +1,401 @@
+"""MoEBERT as a transformers model: an encoder whose feed-forward layers are experts.
+
+``BertLayer`` computes ``output(intermediate(x), x)``. With the identity at ``intermediate``
+and ``moe_layer.MoEOutput`` at ``output`` the FFN is replaced at one seam, and every other line
+that runs is transformers' own. Saving, loading, pipelines and ``Trainer`` therefore work
+unchanged, and ``AutoModel``, ``AutoModelForSequenceClassification`` and
+``AutoModelForQuestionAnswering`` find the model once ``moebert_lib`` is imported.
+
+Here are BERT's classes, and what they share with other families' (``encoders``): everything
+but names.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertForQuestionAnswering,
+    DistilBertForSequenceClassification,
+    DistilBertModel,
+    ElectraConfig,
+    ElectraForQuestionAnswering,
+    ElectraForSequenceClassification,
+    ElectraModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForQuestionAnswering,
+    RobertaForSequenceClassification,
+    RobertaModel,
+)
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    ModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from moebert_lib.config.settings import check_top_k
+from moebert_lib.method.encoder_layouts import family
+from moebert_lib.method.routing import ALL_ROUTINGS, HashRouter, RandomHash
+from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingContext
+
+
+@dataclass(repr=False, eq=False, kw_only=True)
+class ExpertsConfig:
+    """How FFNs became experts; mixed in before a family's own configuration.
+
+    Attributes:
+        n_experts: Experts per layer ``E``.
+        num_experts_per_tok: Of these, how many serve each token; more than one behind a gate only.
+        expert_size: Neurons in each expert ``K``.
+        n_shared: Neurons that every expert of a layer started with.
+        shared_neurons: ``copied``, a set for each expert that training moves apart (as the
+            release), or ``tied``, one set for all.
+        routing: ``hash-random``, ``hash-balance``, ``hash-cluster``, ``gate-token`` or
+            ``gate-sentence``.
+        expert_layer_norm: ``per-expert`` (as the release) or ``shared``.
+        gate_scaling: where a gate's probability multiplies, ``inside`` the residual as in
+            Eq. 2, or ``outside`` it after LayerNorm, as the release does.
+        router_aux_loss_coef: Weight of the gates' load-balance loss in ``loss``.
+        padding_in_balance: Count padding in that loss, as the release does.
+    """
+
+    keys_to_ignore_at_inference = ["aux_loss"]
+
+    n_experts: int = 4
+    num_experts_per_tok: int = 1
+    expert_size: int = 768
+    n_shared: int = 512
+    shared_neurons: str = "copied"
+    routing: str = "hash-random"
+    expert_layer_norm: str = "per-expert"
+    gate_scaling: str = "inside"
+    router_aux_loss_coef: float = 0.01
+    padding_in_balance: bool = False
+
+    def __post_init__(self, **kwargs):
+        _one_of("routing", self.routing, ALL_ROUTINGS)
+        check_top_k("num_experts_per_tok", self.num_experts_per_tok, self)
+        _one_of("shared_neurons", self.shared_neurons, ("copied", "tied"))
+        _one_of("expert_layer_norm", self.expert_layer_norm, ("per-expert", "shared"))
+        _one_of("gate_scaling", self.gate_scaling, ("inside", "outside"))
+        super().__post_init__(**kwargs)
+
+
+@strict
+class MoEBertConfig(ExpertsConfig, BertConfig):
+    """BERT's configuration plus that of the experts, :class:`ExpertsConfig`."""
+
+    model_type = "moebert"
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+
+
+class MoEPreTrainedModel(PreTrainedModel):
+    """What all MoEBERT models have in common; mixed in before transformers' classes."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers caches its answer on the class, and a dense BERT built earlier in the
+        # process would pass on its "no" by inheritance
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        # grouped_mm, transformers' default, has no float64; the loop works in every dtype and
+        # costs the same on a CPU. On a GPU: model.set_experts_implementation("grouped_mm").
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Experts):
+            for name, values in module.named_parameters():
+                if name.endswith("bias"):
+                    init.zeros_(values)
+                else:
+                    init.normal_(values, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, HashRouter):
+            fresh = RandomHash(self.config.vocab_size, self.config.n_experts)
+            init.copy_(module.tid2eid, fresh.tid2eid)
+        elif isinstance(module, MoEOutput):
+            init.zeros_(module.neurons)
+
+    def _with_aux_loss(self, output: ModelOutput, kind: type[ModelOutput]) -> ModelOutput:
+        """A head's output as ``kind``, with ``aux_loss``, and its weighted part in ``loss``."""
+        balance_losses = self.base_model.context.balance_losses
+        aux_loss = sum(balance_losses) if balance_losses else None
+        balance_losses.clear()
+        if aux_loss is not None and output.loss is not None:
+            output.loss = output.loss + self.config.router_aux_loss_coef * aux_loss
+        return kind(**output, aux_loss=aux_loss)
+
+
+class MoEEncoder(MoEPreTrainedModel):
+    """An encoder with experts for feed-forward layers; mixed in before the dense one."""
+
+    def __init__(self, config: PreTrainedConfig, *args, **kwargs):
+        if config.chunk_size_feed_forward:
+            raise ValueError("chunk_size_feed_forward must be 0: chunks would lose their token ids")
+        super().__init__(config, *args, **kwargs)
+        self.context, row = RoutingContext(), family(config.model_type.removeprefix("moe"))
+        after = row.seat == row.parts.norm  # the residual is added before the experts are called
+        for layer in row.layers_of(self):
+            setattr(layer, row.hollow, Zero() if after else nn.Identity())
+            setattr(layer, row.seat, (MoENorm if after else MoEOutput)(config, self.context))
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        """As the dense encoder's; token ids and mask are handed to the routers."""
+        self.context.input_ids = input_ids
+        self.context.mask = attention_mask
+        self.context.balance_losses.clear()
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Zero(nn.Module):
+    """Adds nothing to a residual: ``LN(ffn(a) + a)`` becomes ``LN(a)``, experts for ``LN``."""
+
+    def forward(self, hidden_states: Tensor) -> float:
+        """Whatever comes in, 0."""
+        return 0.0
+
+
+class MoENorm(MoEOutput):
+    """:class:`MoEOutput` where a LayerNorm stood, which is given the attention output once."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``(B, T, D)`` to the same shape."""
+        return super().forward(hidden_states, hidden_states)
+
+
+class MoEHead(MoEPreTrainedModel):
+    """A dense model's head around an encoder of class :attr:`encoder`; mixed in before it."""
+
+    encoder: type[MoEEncoder]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)  # head and dense encoder, as transformers builds them
+        unpooled = getattr(self.base_model, "pooler", ()) is None
+        options = {"add_pooling_layer": False} if unpooled else {}
+        setattr(self, self.base_model_prefix, self.encoder(config, **options))
+        self.post_init()
+
+
+@dataclass
+class MoEBertSequenceClassifierOutput(SequenceClassifierOutput):
+    """``SequenceClassifierOutput`` plus ``aux_loss``, the gates' load balance summed over layers.
+
+    ``aux_loss`` is ``None`` for hash routing. When labels are given, ``loss`` includes it
+    with weight ``router_aux_loss_coef``.
+    """
+
+    aux_loss: Tensor | None = None
+
+
+class MoEClassifier(MoEHead):
+    """A head that classifies sentences."""
+
+    @can_return_tuple
+    def forward(
+        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
+    ) -> MoEBertSequenceClassifierOutput:
+        """As the dense model's; ``labels`` may be absent."""
+        kwargs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+        )
+        return self._with_aux_loss(output, MoEBertSequenceClassifierOutput)
+
+
+@dataclass
+class MoEBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """``QuestionAnsweringModelOutput`` plus ``aux_loss``, as for sequence classification."""
+
+    aux_loss: Tensor | None = None
+
+
+class MoESpans(MoEHead):
+    """A head that answers with a span."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        start_positions=None,
+        end_positions=None,
+        **kwargs,
+    ) -> MoEBertQuestionAnsweringOutput:
+        """As the dense model's; the positions may be absent."""
+        kwargs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            **kwargs,
+        )
+        return self._with_aux_loss(output, MoEBertQuestionAnsweringOutput)
+
+
+#: Dense class to the MoEBERT class with the same head.
+HEADS: dict[type[PreTrainedModel], type[MoEHead]] = {}
+
+
+def register(
+    config: type[PreTrainedConfig],
+    encoder: type[MoEEncoder],
+    classifier: type[MoEClassifier],
+    spans: type[MoESpans],
+) -> None:
+    """Make a family's classes known to transformers' ``Auto`` classes."""
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, encoder)
+    AutoModelForQuestionAnswering.register(config, spans)
+    AutoModelForSequenceClassification.register(config, classifier)
+    HEADS.update({head.__bases__[1]: head for head in (classifier, spans)})
+
+
+class MoEBertModel(MoEEncoder, BertModel):
+    """``BertModel`` with experts for feed-forward layers."""
+
+    config_class = MoEBertConfig
+
+
+class MoEBertForSequenceClassification(MoEClassifier, BertForSequenceClassification):
+    """``BertForSequenceClassification`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEBertConfig, MoEBertModel
+
+
+class MoEBertForQuestionAnswering(MoESpans, BertForQuestionAnswering):
+    """``BertForQuestionAnswering`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEBertConfig, MoEBertModel
+
+
+register(MoEBertConfig, MoEBertModel, MoEBertForSequenceClassification, MoEBertForQuestionAnswering)
+
+
+# MoEBERTs of the other families: RoBERTa, ELECTRA and DistilBERT.
+# Each has four classes with names, as BERT's in ``modeling``, which does the work.
+
+
+@strict
+class MoERobertaConfig(ExpertsConfig, RobertaConfig):
+    """RoBERTa's configuration plus that of the experts."""
+
+    model_type = "moeroberta"
+
+
+class MoERobertaModel(MoEEncoder, RobertaModel):
+    """``RobertaModel`` with experts for feed-forward layers."""
+
+    config_class = MoERobertaConfig
+
+
+class MoERobertaForSequenceClassification(MoEClassifier, RobertaForSequenceClassification):
+    """``RobertaForSequenceClassification`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoERobertaConfig, MoERobertaModel
+
+
+class MoERobertaForQuestionAnswering(MoESpans, RobertaForQuestionAnswering):
+    """``RobertaForQuestionAnswering`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoERobertaConfig, MoERobertaModel
+
+
+@strict
+class MoEElectraConfig(ExpertsConfig, ElectraConfig):
+    """ELECTRA's configuration plus that of the experts."""
+
+    model_type = "moeelectra"
+
+
+class MoEElectraModel(MoEEncoder, ElectraModel):
+    """``ElectraModel`` with experts for feed-forward layers."""
+
+    config_class = MoEElectraConfig
+
+
+class MoEElectraForSequenceClassification(MoEClassifier, ElectraForSequenceClassification):
+    """``ElectraForSequenceClassification`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEElectraConfig, MoEElectraModel
+
+
+class MoEElectraForQuestionAnswering(MoESpans, ElectraForQuestionAnswering):
+    """``ElectraForQuestionAnswering`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEElectraConfig, MoEElectraModel
+
+
+@strict
+class MoEDistilBertConfig(ExpertsConfig, DistilBertConfig):
+    """DistilBERT's configuration plus that of the experts; BERT's names are understood."""
+
+    model_type = "moedistilbert"
+    attribute_map: ClassVar = {
+        **DistilBertConfig.attribute_map,
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+        "hidden_dropout_prob": "dropout",
+    }
+    layer_norm_eps: float = 1e-12  # which DistilBERT's own code fixes
+
+
+class MoEDistilBertModel(MoEEncoder, DistilBertModel):
+    """``DistilBertModel`` with experts for feed-forward layers."""
+
+    config_class = MoEDistilBertConfig
+
+
+class MoEDistilBertForSequenceClassification(MoEClassifier, DistilBertForSequenceClassification):
+    """``DistilBertForSequenceClassification`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEDistilBertConfig, MoEDistilBertModel
+
+
+class MoEDistilBertForQuestionAnswering(MoESpans, DistilBertForQuestionAnswering):
+    """``DistilBertForQuestionAnswering`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEDistilBertConfig, MoEDistilBertModel
+
+
+register(
+    MoERobertaConfig,
+    MoERobertaModel,
+    MoERobertaForSequenceClassification,
+    MoERobertaForQuestionAnswering,
+)
+register(
+    MoEElectraConfig,
+    MoEElectraModel,
+    MoEElectraForSequenceClassification,
+    MoEElectraForQuestionAnswering,
+)
+register(
+    MoEDistilBertConfig,
+    MoEDistilBertModel,
+    MoEDistilBertForSequenceClassification,
+    MoEDistilBertForQuestionAnswering,
+)

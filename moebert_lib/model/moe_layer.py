@@ -1,0 +1,282 @@
+"""One feed-forward layer of experts, and how to look inside it.
+
+:class:`MoEOutput` stands where ``BertOutput`` stood. It asks the router for each token's
+expert, lets the experts serve their tokens (Eq. 2), and adds residual and LayerNorm.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from moebert_lib.data.batching import Packing, by_expert
+from moebert_lib.method.routing import (
+    HashRouter,
+    RandomHash,
+    Route,
+    SentenceGate,
+    TokenGate,
+    balance_loss,
+)
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class Experts(nn.Module):
+    """All experts of one layer, stacked: ``E`` two-layer networks of ``K`` neurons.
+
+    The loop below is the reference ("eager"); transformers swaps in ``grouped_mm`` and
+    others through ``model.set_experts_implementation``.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.num_experts = config.n_experts
+        self._add_neurons(config)
+        self.down_proj_bias = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def _add_neurons(self, config: PreTrainedConfig) -> None:
+        E, K, D = config.n_experts, config.expert_size, config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(E, K, D))  # W1 of Eq. 1, transposed
+        self.up_proj_bias = nn.Parameter(torch.zeros(E, K))
+        self.down_proj = nn.Parameter(torch.empty(E, D, K))  # W2 of Eq. 1, transposed
+
+    @torch.no_grad()
+    def set_neurons(self, up: Tensor, up_bias: Tensor, down: Tensor) -> None:
+        """Copy weights in: ``(E, K, D)``, ``(E, K)`` and ``(E, D, K)``, shared neurons first."""
+        self.up_proj.copy_(up)
+        self.up_proj_bias.copy_(up_bias)
+        self.down_proj.copy_(down)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``weight * E_i(a)``, summed over each token's experts ``i`` (Eq. 2).
+
+        Args:
+            hidden_states: Shape ``(B*T, D)``.
+            top_k_index: Experts of each token, ``(B*T, k)``, int64.
+            top_k_weights: Factors on their outputs, ``(B*T, k)``.
+
+        Returns:
+            Shape ``(B*T, D)``, tokens in the order they came in.
+        """
+        k = top_k_index.shape[1]
+        order, back, counts = by_expert(top_k_index.reshape(-1, 1), self.num_experts)
+        rows = hidden_states[:, None].expand(-1, k, -1).flatten(0, 1)  # (B*T*k, D)
+        served, parts = [], rows.index_select(0, order).split(counts)
+        for tokens, w1, b1, w2, b2 in zip(parts, *self.unbound(), strict=True):
+            h = self.act_fn(F.linear(tokens, w1, b1))  # (n_e, K)
+            served.append(F.linear(h, w2, b2))
+        output = torch.cat(served).index_select(0, back)
+        output = output.to(hidden_states.dtype) * top_k_weights.reshape(-1, 1)
+        return output if k == 1 else output.unflatten(0, (-1, k)).sum(1)
+
+    def unbound(self) -> tuple[tuple[Tensor, ...], ...]:
+        """W1, b1, W2 and b2 of Eq. 1, each a tuple of one tensor an expert."""
+        stacked = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
+        return tuple(parameter.unbind(0) for parameter in stacked)
+
+
+class TiedExperts(Experts):
+    """Experts whose first ``s`` neurons are one set of parameters, so they stay the same.
+
+    What each expert has of its own is stored beside them. ``up_proj``, ``up_proj_bias`` and
+    ``down_proj`` are put together on every access, in the shapes of :class:`Experts`, so every
+    implementation of transformers runs, and gradients add up over the experts.
+    """
+
+    def _add_neurons(self, config: PreTrainedConfig) -> None:
+        E, s, D = config.n_experts, config.n_shared, config.hidden_size
+        n_own = config.expert_size - s
+        self.shared_up = nn.Parameter(torch.empty(s, D))
+        self.shared_up_bias = nn.Parameter(torch.zeros(s))
+        self.shared_down = nn.Parameter(torch.empty(D, s))
+        self.own_up = nn.Parameter(torch.empty(E, n_own, D))
+        self.own_up_bias = nn.Parameter(torch.zeros(E, n_own))
+        self.own_down = nn.Parameter(torch.empty(E, D, n_own))
+
+    def _joined(self, shared: Tensor, own: Tensor, dim: int) -> Tensor:
+        return torch.cat([shared.expand(self.num_experts, *shared.shape), own], dim)
+
+    @property
+    def up_proj(self) -> Tensor:
+        return self._joined(self.shared_up, self.own_up, 1)  # (E, K, D)
+
+    @property
+    def up_proj_bias(self) -> Tensor:
+        return self._joined(self.shared_up_bias, self.own_up_bias, 1)  # (E, K)
+
+    @property
+    def down_proj(self) -> Tensor:
+        return self._joined(self.shared_down, self.own_down, 2)  # (E, D, K)
+
+    @torch.no_grad()
+    def set_neurons(self, up: Tensor, up_bias: Tensor, down: Tensor) -> None:
+        s = len(self.shared_up)
+        for shared, own, values in (
+            (self.shared_up, self.own_up, up),
+            (self.shared_up_bias, self.own_up_bias, up_bias),
+            (self.shared_down.T, self.own_down.mT, down.mT),
+        ):
+            shared.copy_(values[0, :s])
+            own.copy_(values[:, s:])
+
+
+class ExpertLayerNorm(nn.Module):
+    """LayerNorm whose gain and bias belong to the expert that served the token.
+
+    Of several experts it is the mean of theirs, each weighted by its share of the ``k`` factors.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.zeros(config.n_experts, config.hidden_size))
+        self.eps = config.layer_norm_eps
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """``x`` has shape ``(B*T, D)``, ``experts`` and ``weights`` ``(B*T, k)``."""
+        normal = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        gain, bias = (self._of(own, experts, weights) for own in (self.weight, self.bias))
+        return normal * gain + bias
+
+    @staticmethod
+    def _of(own: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Rows of ``(E, D)`` looked up as embeddings: an index's gradient varies on two threads."""
+        if experts.shape[1] == 1:
+            return F.embedding(experts[:, 0], own)  # (B*T, D)
+        share = weights / weights.sum(-1, keepdim=True)
+        return (F.embedding(experts, own) * share[..., None]).sum(1)
+
+
+@dataclass
+class RoutingContext:
+    """What routers need and ``BertLayer`` does not pass on; one per model, set per forward."""
+
+    input_ids: Tensor | None = None
+    mask: Tensor | Packing | None = None
+    balance_losses: list[Tensor] = field(default_factory=list)  # one a gated layer
+
+    def __deepcopy__(self, memo: dict) -> "RoutingContext":
+        return RoutingContext()  # a copied model starts fresh; graph tensors can't be copied
+
+
+class MoEOutput(nn.Module):
+    """Stands where ``BertOutput`` stood: route, expert, dropout, residual, LayerNorm.
+
+    ``neurons`` ``(E, K)`` remembers which of the dense layer's neurons each expert got.
+    """
+
+    def __init__(self, config: PreTrainedConfig, context: RoutingContext):
+        super().__init__()
+        self.context = context
+        self.router = _router(config)
+        tied = config.shared_neurons == "tied"
+        self.experts = TiedExperts(config) if tied else Experts(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.top_k = config.num_experts_per_tok
+        self.per_expert = config.expert_layer_norm == "per-expert"
+        norm = ExpertLayerNorm if self.per_expert else _shared_layer_norm
+        self.LayerNorm = norm(config)
+        self.outside = config.gate_scaling == "outside"
+        self.padding_in_balance = config.padding_in_balance
+        shape = (config.n_experts, config.expert_size)
+        self.register_buffer("neurons", torch.zeros(shape, dtype=torch.int64), persistent=True)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Both arguments are the attention output, ``(B, T, D)``, and so is the result."""
+        route = self.router(hidden_states, self.context.input_ids, self.context.mask)
+        self.note_balance(route, self.context.mask)
+        return self.serve(hidden_states, input_tensor, route)
+
+    def serve(self, hidden_states: Tensor, input_tensor: Tensor, route: Route) -> Tensor:
+        """:meth:`forward` along a given route."""
+        tokens = hidden_states.flatten(0, 1)  # (B*T, D)
+        weights = torch.ones_like(route.weights) if self.outside else route.weights
+        served = self.dropout(self.experts(tokens, route.experts, weights))
+        summed = served + input_tensor.flatten(0, 1)
+        args = (summed, route.experts, route.weights) if self.per_expert else (summed,)
+        output = self.LayerNorm(*args)
+        if self.outside:
+            output = output * route.weights
+        return output.view_as(hidden_states)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the router looks at states, rather than at token ids."""
+        return not isinstance(self.router, HashRouter)
+
+    def note_balance(self, route: Route, mask: Tensor | Packing | None) -> None:
+        """Keep a gate's load-balance loss for the model's output; a hash and a graph have none."""
+        if route.probabilities is not None and not torch.compiler.is_exporting():
+            real = None if self.padding_in_balance or isinstance(mask, Packing) else mask
+            self.context.balance_losses.append(balance_loss(route, real))
+
+
+def _shared_layer_norm(config: PreTrainedConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+def _router(config: PreTrainedConfig) -> nn.Module:
+    if config.routing == "gate-token":
+        return TokenGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
+    if config.routing == "gate-sentence":
+        return SentenceGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
+    return RandomHash(config.vocab_size, config.n_experts)  # the table is loaded or set later
+
+
+def moe_layers(model: nn.Module) -> list[MoEOutput]:
+    """The expert layers of a model, first to last."""
+    return [module for module in model.modules() if isinstance(module, MoEOutput)]
+
+
+@contextmanager
+def record_routes(model: nn.Module) -> Iterator[list[list[Route]]]:
+    """Collect every route taken inside the block: ``routes[layer][call]``.
+
+    Of an accelerated model they are those of packed tokens; use the ordinary one.
+
+    Example: ``with record_routes(model) as routes: model(**batch)``
+    """
+    layers = moe_layers(model)
+    routes: list[list[Route]] = [[] for _ in layers]
+    hooks = [
+        layer.router.register_forward_hook(lambda _m, _a, route, kept=kept: kept.append(route))
+        for layer, kept in zip(layers, routes, strict=True)
+    ]
+    try:
+        yield routes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters a token uses, and parameters on disk."""
+
+    effective: int
+    stored: int
+
+
+def parameter_counts(model: nn.Module) -> ParameterCounts:
+    """Count parameters; effective leaves out the experts that a token does not visit.
+
+    Tied neurons are stored once and used by every token. Buffers (hash tables) are no
+    parameters. Works on the meta device.
+    """
+    stored = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for layer in moe_layers(model):
+        named = layer.experts.named_parameters()
+        per_expert = [p for name, p in named if not name.startswith("shared_")]
+        if layer.per_expert:
+            per_expert += [*layer.LayerNorm.parameters()]
+        n_experts = layer.experts.num_experts
+        idle += sum(p.numel() for p in per_expert) * (n_experts - layer.top_k) // n_experts
+    return ParameterCounts(stored - idle, stored)

@@ -1,0 +1,366 @@
+"""A grid of runs of a notebook, or of several: validated, run on any engine, gathered in one table.
+
+A grid is a mapping, in Python or in a YAML file::
+
+    notebook: 03_distillation    # the unit experiment, which is the default
+    scale: small
+    data_dir: data/glue
+    tasks: [rte, cola]
+    seeds: [0, 1, 2]
+    settings:                    # every combination of these
+      ranking: [importance, random]
+      keep_model: true
+    points:                      # and of each of these sets
+      - {n_experts: 4, expert_size: 384}
+      - {n_experts: 8, expert_size: 192}
+
+A set may name a notebook of its own, so that a grid can hold a whole workbook. Paths are found
+from the current folder, as on the command line.
+Where seeds are listed a point is one seed: ``n_seeds`` is 1 unless the grid says otherwise.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from moebert_lib.runs import local_pool, status, plan as notebook_files, execution
+from moebert_lib.config import file_io
+from moebert_lib.runs.local_pool import Engine
+from moebert_lib.config.errors import UserError, home, nearest
+from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.runs.plan import Job
+from moebert_lib.store.store import Entry, Store
+from moebert_lib.config.provenance import digest
+from moebert_lib.config.file_io import write_json
+from moebert_lib.runs import plan as notebook_files
+from moebert_lib.runs import plan as planning
+from collections.abc import Sequence
+from moebert_lib.runs import status
+from moebert_lib.store.store import Entry
+from moebert_lib.config.file_io import write_bytes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+NAMES = ("notebook", "scale", "data_dir", "tasks", "seeds", "settings", "points")
+MOST = 10_000  # points of a grid
+SINGULAR = {"tasks": "task", "seeds": "seed"}
+PLURAL = {one: many for many, one in SINGULAR.items()}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A validated grid: its name, itself as it was given, and a job for each point."""
+
+    name: str
+    grid: dict[str, Any]
+    jobs: list[Job]
+
+    @property
+    def folder(self) -> Path:
+        """Where its record and its table lie: one folder for one set of points."""
+        points = [(job.name, job.origin, job.parameters) for job in self.jobs]
+        return home() / "runs" / "sweeps" / f"{self.name}-{digest(points)[:8]}"
+
+
+def sweep(
+    grid: Mapping[str, Any] | str | Path,
+    *,
+    name: str = "sweep",
+    engine: Engine | None = None,
+    retry_failed: bool = False,
+    force: bool = False,
+    echo: Callable[[str], Any] = print,
+) -> "DataFrame":
+    """Run every point of a grid, reusing what is stored, and return the table of all.
+
+    Such as ``sweep({"seeds": [0, 1, 2], "settings": {"n_experts": [2, 4]}})``.
+
+    Args:
+        grid: A mapping, or a YAML file that holds one.
+        name: Of a mapping's sweep, in status and report; a file has its own.
+        engine: ``engines.Local(2)`` or ``cluster.Ray()``; by default as many local
+            processes as cores and memory allow.
+        retry_failed: Also run what failed before in a cell and has not changed.
+        force: Run even what is stored.
+        echo: Receives a line for each start and end.
+
+    Returns:
+        One row a point: ``sweep_tables.table``.
+
+    Raises:
+        UserError: the grid is refused, before anything is run.
+    """
+    planned = plan(grid, name=name) if isinstance(grid, Mapping) else read(Path(grid))
+    results = run(planned, engine=engine, retry_failed=retry_failed, force=force, echo=echo)
+    return table(planned.jobs, results)
+
+
+def read(path: Path, *, data_dir: str = "") -> Sweep:
+    """The sweep that a YAML file describes, named after the file; its data may lie elsewhere.
+
+    Raises:
+        UserError: as :func:`plan`, or the file cannot be read.
+    """
+    if not path.is_file():
+        raise UserError(f"no file {path}; expected a YAML grid (see moebert sweep --help)")
+    grid = file_io.parse(path.read_text("utf-8", errors="replace"), str(path))
+    if data_dir and isinstance(grid, Mapping):
+        grid = {**grid, "data_dir": data_dir}
+    return plan(grid, name=path.stem, where=f"{path}: ")
+
+
+def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
+    """A grid's jobs, each validated, doubles left out; computes and writes nothing.
+
+    Raises:
+        UserError: an unknown name, a point whose values do not fit, data not there.
+    """
+    if not isinstance(grid, Mapping):
+        raise UserError(f"{where}expected names and values, such as 'seeds: [0, 1, 2]'")
+    for key in grid:
+        if key not in NAMES:
+            raise UserError(f"{where}unknown name '{key}'; {nearest(str(key), NAMES)}")
+    usual = str(grid.get("notebook") or "03_distillation")
+    common = {"scale": grid.get("scale") or "quick", "data_dir": str(grid.get("data_dir") or "")}
+    several = any("notebook" in one for one in grid.get("points") or [] if isinstance(one, Mapping))
+    jobs: dict[str, Job] = {}
+    for values in _points(grid, where):
+        paths = notebook_files.select([str(values.pop("notebook", usual))])
+        given = common
+        if several and not notebook_files.takes_settings(paths[0]):  # they are for the others
+            values = {k: v for k, v in values.items() if k not in (grid.get("settings") or {})}
+            given = {"scale": common["scale"]}
+        elif notebook_files.takes_settings(paths[0]) and grid.get("seeds") is not None:
+            values = {"n_seeds": 1, **values}
+        try:
+            (job,) = planning.plan(paths, parameters=values, **given)
+        except UserError as error:
+            told = "".join(f" {name}={value}" for name, value in values.items())
+            point = f"point{told}: " if told else ""
+            raise UserError(f"{where}{point}{error}") from None
+        jobs.setdefault(digest([job.name, job.origin, job.parameters]), job)
+    return Sweep(name, dict(grid) | _places(grid), list(jobs.values()))
+
+
+def _places(grid: Mapping[str, Any]) -> dict[str, str]:
+    """A grid's paths as they are from here, to be found again from anywhere."""
+    named = {"data_dir": grid.get("data_dir"), "notebook": grid.get("notebook")}
+    return {
+        name: str(Path(value).expanduser().resolve())
+        for name, value in named.items()
+        if isinstance(value, str) and (name == "data_dir" or value.endswith(".ipynb")) and value
+    }
+
+
+def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+    """The values of each point, the last axis fastest."""
+    settings = grid.get("settings") or {}
+    if not isinstance(settings, Mapping):
+        raise UserError(
+            f"{where}settings must hold names with lists of values, such as 'n_shared: [0, 256]'"
+        )
+    sets = grid.get("points") or [{}]
+    if not isinstance(sets, list) or not all(isinstance(one, Mapping) for one in sets):
+        raise UserError(
+            f"{where}points must be a list of names with values, "
+            "such as '- {n_experts: 2, n_shared: 512}'"
+        )
+    if not isinstance(grid.get("seeds") or [], list):  # three of them, or the third?
+        raise UserError(f"{where}seeds: {grid['seeds']!r}: list them, such as [0, 1, 2]")
+    axes = {SINGULAR[name]: grid[name] for name in SINGULAR if grid.get(name) is not None}
+    for name in {**settings, **{key: 0 for one in sets for key in one}}:
+        if name in axes or name in ("scale", "data_dir"):
+            raise UserError(f"{where}'{name}' stands in the grid's own line; leave it out here")
+    axes |= {str(name): value for name, value in settings.items()}
+    axes = {name: value if isinstance(value, list) else [value] for name, value in axes.items()}
+    for name, value in axes.items():
+        if not value:
+            name = PLURAL.get(name, name)
+            raise UserError(f"{where}'{name}' has no values; give at least one")
+    n_points = len(sets) * math.prod(map(len, axes.values()))
+    if n_points > MOST:
+        raise UserError(f"{where}{n_points:,} points: expected at most {MOST:,}; split the grid")
+    for one in sets:
+        for twice in one.keys() & axes.keys():
+            raise UserError(f"{where}'{twice}' stands in settings and in points; keep one")
+        for values in itertools.product(*axes.values()):
+            yield dict(zip(axes, values, strict=True)) | dict(one)
+
+
+def run(
+    planned: Sweep,
+    *,
+    engine: Engine | None = None,
+    retry_failed: bool = False,
+    force: bool = False,
+    echo: Callable[[str], Any] = print,
+) -> list[Entry | NotebookFailed]:
+    """Run what is missing, write record and table; arguments as of :func:`sweep`.
+
+    Returns:
+        For each point its entry, or why it failed.
+    """
+    from moebert_lib.runs.local_pool import fitting
+
+    planned.folder.mkdir(parents=True, exist_ok=True)
+    points = [
+        {
+            "name": job.name,
+            "values": job.values,
+            "key": digest(key),
+            "entry": Store().folder("notebook", key).name,
+            "failed": execution.kept(job).name,
+        }
+        for job, key in ((job, job.key()) for job in planned.jobs)
+    ]
+    write_json(
+        planned.folder / status.SWEEP,
+        {"grid": planned.grid, "name": planned.name, "points": points},
+    )
+    results = local_pool.run(
+        planned.jobs,
+        engine=engine or fitting(planned.jobs),
+        force=force,
+        keep_going=True,
+        retry_failed=retry_failed,
+        publishing=False,
+        echo=echo,
+    )
+    write(planned.jobs, results, planned.folder)
+    return results
+
+
+def preview(
+    jobs: Sequence[Job], *, retry_failed: bool = False, force: bool = False, whole: bool = False
+) -> Iterator[tuple[Job, str, str]]:
+    """For each job what would be done with it, "run", "reuse" or "skip", and why.
+
+    ``whole``: all the reasons, none shortened.
+    """
+    from moebert_lib.runs import status
+
+    store = Store()
+    entries = store.entries("notebook")
+    for job in jobs:
+        key = job.key()
+        entry = store.find("notebook", key)
+        failure = execution.failed_before(job)
+        if entry and not force:
+            yield job, "reuse", f"stored, {entry.seconds / 60:.1f} min"
+        elif failure and not (retry_failed or force):
+            yield job, "skip", f"failed before, --retry-failed runs it: {failure}"
+        elif failure:
+            yield job, "run", f"failed before: {failure}"
+        elif force:
+            yield job, "run", "--force"
+        else:
+            damage = store.damage("notebook", key)
+            tell = status.details if whole else status.why
+            told = tell(key, entries, damaged=damage)
+            yield job, "run", "; ".join(told) if whole else told
+
+
+def with_failures() -> list[Sweep]:
+    """The recorded sweeps that have failed points, planned again from their grids.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [
+        record
+        for record in status.recorded()
+        if any(state == "failed" for _, state, _ in status.states(record))
+    ]
+    if not found:
+        raise UserError("no sweep here has failed runs (see moebert status)")
+    planned = []
+    for record in found:
+        try:
+            planned.append(plan(record["grid"], name=record["name"]))
+        except UserError as error:  # the others can be run all the same
+            print(f"moebert: {record['folder'].name} is left out: {error}", file=sys.stderr)
+    return planned
+
+
+
+
+# The tables of a sweep: one row a point, and the means over seeds.
+
+def write(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed], folder: Path) -> None:
+    """Write ``table.csv``, and ``means.csv`` where numbers were recorded, into a folder."""
+    frame = table(jobs, results)
+    _write(frame, folder / status.TABLE)
+    _write(means(frame), folder / status.MEANS)
+
+
+def table(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed]) -> "DataFrame":
+    """One row a point in the order of jobs: its values, its state, what it recorded.
+
+    Returns:
+        Columns ``notebook`` where there are several, ``scale``, ``task``, ``seed`` and what else
+        the grid varies; ``state``, "done" or "failed"; ``run``, the name of its folder in
+        ``runs/``; then what notebooks recorded.
+    """
+    from pandas import DataFrame
+
+    varied = dict.fromkeys(name for job in jobs for name in job.values)
+    named = [name for name in varied if name not in ("scale", "task", "seed", "data_dir")]
+    several, rows = len({job.name for job in jobs}) > 1, []
+    for job, result in zip(jobs, results, strict=True):
+        known = {**job.parameters, **(job.settings.model_dump() if job.settings else {})}
+        first = [name for name in ("scale", "task", "seed") if name in known]
+        row = {"notebook": job.name} if several else {}
+        row |= {name: known.get(name) for name in [*first, *named]}
+        done = isinstance(result, Entry)
+        row |= {"state": "done" if done else "failed", "run": result.folder.name if done else ""}
+        told = result.row.get("metrics", {}) if done else {}
+        rows.append(row | {f"metric.{name}" if name in row else name: told[name] for name in told})
+    return DataFrame(rows)
+
+
+def means(frame: "DataFrame") -> "DataFrame":
+    """Results over the seeds: a row for each combination of what else varies, and metric.
+
+    The metric is the task's headline where that was recorded, else each recorded number.
+
+    Args:
+        frame: From :func:`table`.
+
+    Returns:
+        Those values, then ``metric``, ``n`` runs, ``mean``, and ``low`` and ``high``, the ends of
+        Student's 95 % interval, NaN for one run. Empty where no metric was recorded.
+    """
+    from pandas import DataFrame
+
+    from moebert_lib.evidence.statistics import student
+    from moebert_lib.data.tasks import TASKS
+
+    n_values = frame.columns.get_loc("state")
+    values = [name for name in frame.columns[:n_values] if name != "seed"]
+    recorded = list(frame.columns[n_values + 2 :])  # after state and run
+    alike = [repr(row) for row in frame[values].to_dict("records")]
+    rows = []
+    for _, group in frame.groupby(alike, sort=False):
+        first = group.iloc[0]
+        headline = TASKS[first["task"]].metric if first.get("task") in TASKS else ""
+        for metric in [headline] if headline in recorded else recorded:
+            found = [value for value in group[metric] if _is_number(value)]
+            if found:
+                low, high = student(found)
+                about = {"metric": metric, "n": len(found), "mean": sum(found) / len(found)}
+                rows.append({**first[values], **about, "low": low, "high": high})
+    return DataFrame(rows)
+
+
+def _is_number(value: Any) -> bool:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and not math.isnan(value)
+
+
+def _write(frame: "DataFrame", path: Path) -> None:
+    if len(frame):
+        write_bytes(path, frame.to_csv(index=False, lineterminator="\n").encode())

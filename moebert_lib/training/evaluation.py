@@ -1,0 +1,175 @@
+"""How good a model is on a task, with scikit-learn's and scipy's metrics; spans have ``spans``."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from scipy.stats import pearsonr, spearmanr
+from sklearn.decomposition import PCA
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+from transformers import BertModel, PreTrainedModel
+
+from moebert_lib.data.batching import without_targets
+from moebert_lib.method.distillation_loss import layer_distances
+from moebert_lib.model.accelerate import accelerate
+
+#: Metric name to a function of (labels, predictions). GLUE's F1 is of class 1.
+METRICS = {
+    "accuracy": accuracy_score,
+    "f1": lambda labels, predicted: f1_score(labels, predicted, zero_division=0),
+    "matthews": matthews_corrcoef,
+    "pearson": lambda labels, predicted: pearsonr(labels, predicted).statistic,
+    "spearman": lambda labels, predicted: spearmanr(labels, predicted).statistic,
+}
+
+
+PADDING = -1e4  #: logit of a position that a shorter batch did not have
+
+
+def faster(model: PreTrainedModel) -> PreTrainedModel:
+    """The model accelerated, where it can be and padding changes no result.
+
+    It does where gates balance padding too, and in a span's logits, which are one distribution
+    over all places of a batch; such models come back as they are, and so do those of families
+    that ``accelerate`` does not know.
+    """
+    spans = hasattr(model, "qa_outputs")
+    padding_counts = spans or getattr(model.config, "padding_in_balance", False)
+    other = not isinstance(model.base_model, BertModel)
+    return model if padding_counts or other else accelerate(model)
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarray:
+    """Logits of every row in the dataset's order, float32.
+
+    The model is put into eval mode and returned to its former one. Targets may be absent.
+
+    Args:
+        model: Dense or MoEBERT, with a head for classification or spans; :func:`faster` or not.
+        batches: From ``data.batches``; ``index`` says where each row belongs.
+
+    Returns:
+        Shape ``(n, C)``; for spans ``(n, 2, T)``, start and end, with :data:`PADDING` beyond the
+        tokens of a row's batch.
+    """
+    training = model.training
+    model.eval()
+    logits, places = [], []
+    for batch in batches:
+        output = model(**without_targets(batch))
+        spans = "start_logits" in output
+        one = torch.stack([output.start_logits, output.end_logits], 1) if spans else output.logits
+        logits.append(one.float().cpu())
+        places.append(batch["index"].cpu())
+    model.train(training)
+    longest = max(rows.shape[-1] for rows in logits)
+    padded = [F.pad(rows, (0, longest - rows.shape[-1]), value=PADDING) for rows in logits]
+    return torch.cat(padded)[torch.cat(places).argsort()].numpy()
+
+
+def score(predicted: np.ndarray, labels: np.ndarray, metrics: Iterable[str]) -> dict[str, float]:
+    """Metrics of predictions, each as a fraction (0.9 is 90 %) or a correlation.
+
+    Args:
+        predicted: ``(n,)``, class indices or values.
+        labels: ``(n,)``, the same of the truth.
+        metrics: Names out of :data:`METRICS`.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+    scores = {}
+    for name in metrics:
+        if name not in METRICS:
+            raise ValueError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
+        scores[name] = float(METRICS[name](labels, predicted))
+    return scores
+
+
+@torch.inference_mode()
+def state_distances(
+    student: nn.Module, teacher: nn.Module, batches: Iterable[dict[str, Tensor]]
+) -> Tensor:
+    """Mean squared distance of student and teacher at each layer (Eq. 5's terms) over a dataset.
+
+    Padding is left out; every real token weighs the same.
+
+    Returns:
+        Shape ``(L + 1,)``, embeddings first.
+    """
+    total, tokens, models = torch.zeros(()), 0, (student.eval(), teacher.eval())
+    for batch in batches:
+        asked = {**without_targets(batch), "output_hidden_states": True}
+        own, other = (model(**asked).hidden_states for model in models)
+        n = int(batch["attention_mask"].sum())
+        total = total + n * layer_distances(own, other, batch["attention_mask"]).cpu()
+        tokens += n
+    return total / tokens
+
+
+# A sentence's state after every layer, and the plane in which a teacher's states differ most.
+# Eq. 5 compares states token by token, in all dimensions. To look at them, a sentence is one
+# point a layer, the mean over its tokens, and seen in the two directions in which the teacher's
+# sentences spread most (principal components).
+
+
+@torch.inference_mode()
+def sentence_states(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarray:
+    """Mean state of each sentence's real tokens after every layer, in the dataset's order.
+
+    Args:
+        model: Dense or MoEBERT; put into eval mode.
+        batches: From ``data.batches``; ``index`` says where each row belongs.
+
+    Returns:
+        Shape ``(L + 1, n, D)``, float32, embeddings first.
+    """
+    means, places = [], []
+    model.eval()
+    for batch in batches:
+        hidden = model(**without_targets(batch), output_hidden_states=True).hidden_states
+        real = batch["attention_mask"][..., None].to(hidden[0].dtype)  # (B, T, 1)
+        mean = [(state * real).sum(1) / real.sum(1) for state in hidden]  # (B, D) each
+        means.append(torch.stack(mean).float().cpu())
+        places.append(batch["index"].cpu())
+    return torch.cat(means, 1)[:, torch.cat(places).argsort()].numpy()
+
+
+def planes(states: Mapping[str, ArrayLike], *, of: str = "teacher") -> pd.DataFrame:
+    """Every model's states in the plane of one model's two main directions, layer by layer.
+
+    Args:
+        states: Name of a model to an array ``(L + 1, n, D)``, as :func:`sentence_states` gives.
+        of: The model whose principal components span the planes.
+
+    Returns:
+        A row for each ``layer`` (0 is the embeddings), model (``stage``) and ``sentence``, with
+        its coordinates ``x`` and ``y`` from the middle of that model's states, and ``seen``, the
+        share of their variance that lies in the plane. With one sentence there is no plane, and
+        all coordinates are 0.
+    """
+    states = {name: np.asarray(values, dtype=np.float64) for name, values in states.items()}
+    frames = []
+    for layer, own in enumerate(states[of]):
+        onto, seen = _plane(own)
+        for stage, values in states.items():
+            x, y = ((values[layer] - own.mean(0)) @ onto).T
+            columns = dict(layer=layer, stage=stage, sentence=range(len(x)), x=x, y=y, seen=seen)
+            frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _plane(own: np.ndarray) -> tuple[np.ndarray, float]:
+    """Two main directions of ``(n, D)`` states as columns, and their part of the variance."""
+    onto = np.zeros((own.shape[1], 2))
+    n = min(2, len(own) - 1)
+    if n == 0 or not own.std(0).any():
+        return onto, 0.0
+    found = PCA(n, svd_solver="full").fit(own)
+    onto[:, :n] = found.components_.T
+    return onto, float(found.explained_variance_ratio_.sum())

@@ -1,0 +1,335 @@
+"""Training through transformers' ``Trainer``: fine-tune the teacher, distil the student.
+
+Optimiser, schedule, precision and devices are Trainer's. Ours are the loss, the progress line
+and when to write a checkpoint. AdamW with betas 0.9 and 0.999, linear decay, no warm-up,
+clipping 1.0 (the paper's appendix).
+"""
+
+import functools
+import gc
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from moebert_lib.config.settings import Settings
+from moebert_lib.data.batching import TokenBatches, batches, lengths, without_targets
+from moebert_lib.method.distillation_loss import distillation_terms
+from moebert_lib.model.accelerate import accelerate
+from moebert_lib.training.checkpoints import keep
+from moebert_lib.training.evaluation import faster
+from moebert_lib.training.teacher_states import TeacherStates, known, remember
+
+FILL = 4096  # tokens that a teacher whose states are kept is asked about at once
+
+
+class Progress(TrainerCallback):
+    """A line now and then: plain text, since a progress bar is unreadable in a log."""
+
+    def __init__(self, name: str, *, every_seconds: float = 15.0):
+        self.name, self.every = name, every_seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started = self.said = time.monotonic()
+        self.first = state.global_step
+        if self.first:
+            print(f"· {self.name}: resumed at step {self.first}/{state.max_steps}", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.monotonic()
+        if now - self.said >= self.every or state.global_step == state.max_steps:
+            self.said = now
+            passed = f"{now - self.started:.0f} s"
+            since = f" since step {self.first}" if self.first else ""
+            print(
+                f"· {self.name}: step {state.global_step}/{state.max_steps}, {passed}{since}",
+                flush=True,
+            )
+
+
+class DistillationTrainer(Trainer):
+    """Trainer with the paper's objective (Sec. 3.2): task loss plus weighted Eq. 7.
+
+    The teacher is no part of the student: it is not trained, saved or counted. It runs
+    without gradient and in eval mode unless ``teacher_dropout`` says otherwise.
+
+    Both run without padding (``packed``): ``trainer.model`` is an accelerated model that shares
+    its parameters with the given one, and Eq. 5 compares real tokens alone. Where padding counts,
+    as in the logits of spans, or gradient checkpointing is asked for, both run as they are.
+
+    Args:
+        model: The student.
+        args: ``TrainingArguments``; with ``bf16`` the teacher computes in bfloat16 too.
+        teacher: The dense, fine-tuned model.
+        distill: ``all``, ``skip``, ``last``, or ``none`` for plain fine-tuning (Table 3).
+        weight: ``lambda_distill``.
+        padding_in_loss: Count padding in Eq. 5, as the release does.
+        teacher_dropout: Run the teacher in train mode, as the release does.
+        max_tokens: Tokens in a batch, instead of the arguments' number of examples.
+        told: What the teacher says, kept; batches then need an ``index``.
+
+    Raises:
+        ValueError: ``told`` where padding counts or the teacher has dropout.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments | None = None,
+        *others,
+        teacher: nn.Module,
+        distill: str = "all",
+        weight: float = 1.0,
+        padding_in_loss: bool = False,
+        teacher_dropout: bool = False,
+        max_tokens: int | None = None,
+        told: TeacherStates | None = None,
+        **kwargs,
+    ):
+        ordinary = padding_in_loss or (args is not None and args.gradient_checkpointing)
+        student = model if ordinary else faster(model)
+        super().__init__(student, args, *others, **kwargs)
+        self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
+        self.label_names += ["index"] if told else []  # else Trainer drops the column
+        self.packed, self.told, self.max_tokens = student is not model, told, max_tokens
+        if told and (teacher_dropout or not self.packed):
+            raise ValueError("told holds states without padding and dropout; this training has it")
+        teacher = teacher.to(self.args.device)
+        half = torch.bfloat16 if self.args.bf16 else None
+        teacher = accelerate(teacher, dtype=half) if self.packed else teacher
+        self.teacher = teacher.train(teacher_dropout)
+        self.distill, self.weight, self.padding_in_loss = distill, weight, padding_in_loss
+        self._terms: list[torch.Tensor] = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The objective for one batch; its parts are kept for :meth:`curve`."""
+        given = {name: value for name, value in inputs.items() if name != "index"}
+        student = model(**given, output_hidden_states=self.distill != "none" and self._states)
+        task = loss = student.loss
+        hidden = prediction = torch.zeros_like(loss)
+        if self.distill != "none":
+            teacher = self.told.of(inputs, self.teacher) if self.told else self.ask(inputs)
+            mask = None if self.padding_in_loss else inputs["attention_mask"]
+            hidden, prediction = distillation_terms(
+                student, teacher, mask=mask, layers=self.distill
+            )
+            loss = task + self.weight * (hidden + prediction)
+        if model.training:
+            self._terms.append(torch.stack([task, hidden, prediction, loss]).detach())
+        return (loss, student) if return_outputs else loss
+
+    @property
+    def _states(self) -> str | bool:
+        return "packed" if self.packed else True
+
+    @torch.no_grad()
+    def ask(self, inputs):
+        """What the teacher says to a batch."""
+        device = self.args.device.type
+        by_itself = self.packed and device == "cpu" and not self.teacher.training
+        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not by_itself):
+            return self.teacher(**without_targets(inputs), output_hidden_states=self._states)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, or in batches of at most ``max_tokens`` tokens."""
+        if self.max_tokens is None:
+            return super().get_train_dataloader()
+        batches = TokenBatches(lengths(self.train_dataset), self.max_tokens)
+        rows = self._remove_unused_columns(self.train_dataset, description="training")
+        loader = DataLoader(
+            rows,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    def curve(self) -> pd.DataFrame:
+        """Loss terms by training step: task, hidden (Eq. 5), prediction (Eq. 6), total."""
+        values = torch.stack(self._terms).float().cpu().numpy()
+        frame = pd.DataFrame(values, columns=["task", "hidden", "prediction", "total"])
+        frame.insert(0, "step", range(1, len(frame) + 1))
+        return frame
+
+
+def fine_tune(
+    model: nn.Module,
+    encoded,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    folder: Path,
+    *,
+    checkpoints: Path | None = None,
+) -> None:
+    """Fine-tune the dense teacher on the task, in place.
+
+    Args:
+        model: A dense model with a classification head.
+        encoded: Training set from ``data.encode``.
+        tokenizer: Pads batches.
+        settings: ``teacher_*``, ``seed`` and ``max_grad_norm`` are used.
+        folder: For Trainer's own files; nothing is left there.
+        checkpoints: This training's own folder, to resume from and to write to every
+            ``checkpoints.CHECKPOINT_SECONDS``; left for the caller to ``checkpoints.clear``
+            once the result is stored. None: no checkpoints.
+    """
+    arguments = training_arguments(
+        folder,
+        seed=settings.dense_seed,
+        epochs=settings.teacher_epochs,
+        batch_size=settings.teacher_batch_size,
+        learning_rate=settings.teacher_learning_rate,
+        weight_decay=settings.teacher_weight_decay,
+        settings=settings,
+    )
+    trainer = Trainer(
+        faster(model),
+        arguments,
+        train_dataset=encoded,
+        callbacks=[Progress("teacher")],
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    _run(trainer, checkpoints)
+    model.eval()  # its own flags: what was trained is the accelerated one
+
+
+def distil(
+    student: nn.Module,
+    teacher: nn.Module,
+    encoded,
+    tokenizer,
+    settings: Settings,
+    folder: Path,
+    *,
+    checkpoints: Path | None = None,
+) -> pd.DataFrame:
+    """Train the student in place; returns the loss terms by step.
+
+    Args:
+        student: From ``convert.to_moebert``.
+        teacher: The dense model it came from.
+        encoded: Training set from ``data.encode``.
+        tokenizer: Pads batches.
+        settings: Training, distillation and switch settings.
+        folder: For Trainer's own files; nothing is left there.
+        checkpoints: As in :func:`fine_tune`.
+    """
+    arguments = training_arguments(
+        folder,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        settings=settings,
+    )
+    wanted = settings.cache_teacher and settings.distill != "none"
+    half = in_half(settings)
+    told, new = known(teacher, encoded, folder, half=half) if wanted else (None, False)
+    trainer = DistillationTrainer(
+        student,
+        arguments,
+        callbacks=[Progress("student")],
+        train_dataset=_numbered(encoded) if told else encoded,
+        data_collator=_collator(tokenizer, settings),
+        teacher=teacher,
+        distill=settings.distill,
+        weight=settings.distill_weight,
+        padding_in_loss=settings.padding_in_loss,
+        teacher_dropout=settings.teacher_dropout,
+        max_tokens=settings.tokens_per_batch,
+        told=told,
+    )
+    if new:  # before the first step: a resumed training must find the same bytes
+        device = trainer.args.device
+        told.fill(trainer.ask, batches(encoded, tokenizer, 1, device=device, max_tokens=FILL))
+        remember(teacher, encoded, told)
+    _run(trainer, checkpoints, terms=trainer._terms)
+    student.eval()  # its own flags: what was trained is the accelerated one
+    teacher.eval()
+    return trainer.curve()
+
+
+def _numbered(encoded):
+    return encoded.add_column("index", list(range(len(encoded))))
+
+
+def _collator(tokenizer, settings: Settings) -> DataCollatorWithPadding:
+    """Pads to a batch's longest; where padding counts, to ``max_length``, as the release does."""
+    if settings.padding_in_loss:
+        return DataCollatorWithPadding(
+            tokenizer, padding="max_length", max_length=settings.max_length
+        )
+    return DataCollatorWithPadding(tokenizer)
+
+
+def in_half(settings: Settings) -> bool:
+    """Whether trainings compute in bfloat16: as asked, or by default on a GPU that has it."""
+    if settings.dtype == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return settings.dtype == "bfloat16"
+
+
+def training_arguments(
+    folder: Path,
+    *,
+    seed: int,
+    epochs: float,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    settings: Settings,
+) -> TrainingArguments:
+    """Trainer's arguments for one of our runs: quiet, on one device, no warm-up.
+
+    Batches hold examples of like length, which spares padding; the release mixes lengths.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=in_half(settings),
+        use_cpu=not torch.cuda.is_available(),
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel's replicas would share routes
+    return arguments
+
+
+def _run(trainer: Trainer, checkpoints: Path | None, *, terms: list | None = None) -> None:
+    """Train, or go on training, without Trainer's closing dictionary on standard output."""
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    _freeze()
+    last = keep(trainer, checkpoints, terms=terms) if checkpoints else None
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.model.eval()
+
+
+@functools.cache
+def _freeze() -> None:
+    """Spare Trainer's garbage collections what was there before the first training."""
+    gc.freeze()
