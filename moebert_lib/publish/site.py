@@ -156,12 +156,12 @@ def _prepare(source: Path, extra: Path, ran: list[Ran]) -> None:
     names = [*(one.name for one in ran), *GUIDES]
     notebooks, guides = names[: len(ran)], names[len(ran) :]
     listed = ("\n".join(f"notebooks/{name}" for name in part) for part in (notebooks, guides))
-    found = checkout / "figures" / findings.PAGE
-    pages["index"] += "\n" + ORDER % (*listed, "found" * found.is_file())
+    page = checkout / "figures" / findings.PAGE
+    pages["index"] += "\n" + ORDER % (*listed, "found" * page.is_file())
     for name, heading in FROM_README.items():
         pages[name] = f"# {heading}\n\n{part_of(readme, heading)}"
-    if found.is_file():
-        pages["found"] = found(found.read_text("utf-8"))
+    if page.is_file():
+        pages["found"] = found(page.read_text("utf-8"))
     pages["CONTRIBUTING"] = (checkout / "CONTRIBUTING.md").read_text("utf-8")
     for name in GUIDES:
         guide = (home() / "notebooks" / f"{name}.md").read_text("utf-8")

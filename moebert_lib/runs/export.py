@@ -450,10 +450,10 @@ def _new(stores: Sequence[str | Path]) -> Iterator[tuple[dict[str, Any], dict[st
 
 def _rows(records: Sequence[dict[str, Any]]) -> "DataFrame":
     """One row a stage: its settings and metrics as columns, and its whole record as JSON."""
-    table = table([row(record) for record in records])
+    rows = table([row(record) for record in records])
     whole = {record["digest"]: to_json(record) for record in records}
-    table = table.drop(columns=LEFT, errors="ignore")
-    return table.assign(record=table["digest"].map(whole))
+    rows = rows.drop(columns=LEFT, errors="ignore")
+    return rows.assign(record=rows["digest"].map(whole))
 
 
 def _write(table: "DataFrame", path: Path) -> None:
