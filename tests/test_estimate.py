@@ -6,12 +6,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 from moebert_lib.config import paper_numbers
-from moebert_lib.config.presets import BASE, FFN_WIDTHS, MINILM, TINY
+from moebert_lib.config.presets import BASE, MINILM, SHAPES, TINY, Shape
 from moebert_lib.config.settings import Settings
+from moebert_lib.method import encoder_layouts
+from moebert_lib.method.encoder_layouts import parameters
 from moebert_lib.model.modeling import MoEBertConfig, MoEBertModel
 from moebert_lib.model.moe_layer import parameter_counts
 from moebert_lib.runs import cost
-from moebert_lib.runs.cost import Shape, activation_bytes, forward_flops, parameters
+from moebert_lib.runs.cost import activation_bytes, forward_flops
 
 TOY = Shape(layers=1, hidden=2, neurons=3, heads=1)
 
@@ -42,7 +44,7 @@ def test_the_operations_of_a_toy_are_those_counted_by_hand():
 
 @pytest.mark.parametrize("kind", ["dense", "experts"])
 def test_operations_equal_what_torch_counts(kind):
-    shape, B, T, K = cost.SHAPES[TINY]._replace(vocabulary=99), 2, 10, 16
+    shape, B, T, K = SHAPES[TINY]._replace(vocabulary=99), 2, 10, 16
     if kind == "dense":
         config = BertConfig(**named(shape), attn_implementation="eager")
         model, neurons = BertModel(config, add_pooling_layer=False), shape.neurons
@@ -58,7 +60,7 @@ def test_operations_equal_what_torch_counts(kind):
 
 @pytest.mark.parametrize("model", [TINY, MINILM, BASE])
 def test_parameters_are_those_of_the_model(model):
-    shape = cost.shape(model)
+    shape = encoder_layouts.shape(model)
     size = shape.neurons // 4
     with torch.device("meta"):
         dense = parameter_counts(BertModel(BertConfig(**named(shape))))
@@ -68,28 +70,24 @@ def test_parameters_are_those_of_the_model(model):
 
 
 def test_moebert_of_bert_base_uses_67_million_parameters_and_stores_110():
-    found = parameters(cost.shape(BASE), n_experts=4, expert_size=768)
+    found = parameters(encoder_layouts.shape(BASE), n_experts=4, expert_size=768)
     assert found == (66_987_264, 109_565_184)
-
-
-def test_shapes_have_the_widths_that_settings_check_against():
-    assert {name: shape.neurons for name, shape in cost.SHAPES.items()} == FFN_WIDTHS
 
 
 def test_a_saved_bert_has_the_sizes_of_its_config(tmp_path):
     config = named(TOY._replace(heads=2))
     BertConfig(**config).save_pretrained(tmp_path)
-    assert cost.shape(str(tmp_path)) == TOY._replace(heads=2)
+    assert encoder_layouts.shape(str(tmp_path)) == TOY._replace(heads=2)
 
 
 def test_a_folder_without_a_bert_is_taken_for_bert_base(tmp_path):
     for content in ("{}", "[1]", "no JSON"):
         (tmp_path / "config.json").write_text(content)
-        assert cost.shape(str(tmp_path)) == cost.shape(BASE)
+        assert encoder_layouts.shape(str(tmp_path)) == encoder_layouts.shape(BASE)
 
 
 def test_activations_of_a_transformer_are_the_usual_count():
-    shape = cost.shape(BASE)  # F is 4 D
+    shape = encoder_layouts.shape(BASE)  # F is 4 D
     usual = 8 * 128 * 12 * (34 * 768 + 5 * 12 * 128)
     assert activation_bytes(shape, 8, 128, 3072, bf16=True) == usual
     assert activation_bytes(shape, 8, 128, 3072, bf16=False) == 2 * usual
@@ -118,7 +116,7 @@ def test_larger_batches_and_more_experts_take_more_memory(more):
 def test_plain_training_spares_the_teachers_pass():
     settings = default(max_eval_examples=8)
     with_teacher, plain = (cost.student(settings.but(distill=which)) for which in ("all", "none"))
-    shape = cost.shape(settings.model)
+    shape = encoder_layouts.shape(settings.model)
     once = forward_flops(shape, cost.MEAN_TOKENS["library"], shape.neurons)
     assert with_teacher.flops - plain.flops == pytest.approx(256 * once)
 

@@ -13,9 +13,9 @@ from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import student, teacher
 from moebert_lib.explore import score_sources
 from moebert_lib.explore.score_sources import ACTIVE, EQ4, LARGE
+from moebert_lib.method import encoder_layouts
 from moebert_lib.method.importance import Importance
 from moebert_lib.model.moe_layer import parameter_counts
-from moebert_lib.runs import cost
 
 SMOKE = Settings.at("smoke")
 
@@ -54,7 +54,7 @@ def test_a_head_is_counted_from_the_config_alone(head, tiny_bert, tmp_path):
     model = span_bert(tiny_bert()) if span else tiny_bert(num_labels=head)
     model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    without = cost.parameters(cost.shape(str(tmp_path)))[1]
+    without = encoder_layouts.parameters(encoder_layouts.shape(str(tmp_path)))[1]
     true = sum(parameter.numel() for parameter in model.parameters())
     assert without + score_sources.head_parameters(tmp_path) == true
 

@@ -3,7 +3,7 @@
 Everything that is not named here keeps the default of ``settings.Settings``.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from moebert_lib.config.paper_numbers import TABLE7
 
@@ -11,8 +11,26 @@ MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TINY = "tiny"  # a random two-layer BERT: exercises the code, knows nothing
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
 
-#: FFN width of the models the scales name, so that sizes are checked before loading.
-FFN_WIDTHS = {TINY: 64, MINILM: 1536, BASE: 3072, LARGE: 4096}
+
+class Shape(NamedTuple):
+    """Sizes of an encoder: ``L``, ``D``, ``F``, attention heads, and two tables of embeddings."""
+
+    layers: int
+    hidden: int
+    neurons: int
+    heads: int
+    vocabulary: int = 30_522
+    positions: int = 512
+
+
+#: Sizes of the models that the scales name, so that settings are checked before anything loads.
+SHAPES = {
+    TINY: Shape(2, 32, 64, 4),
+    MINILM: Shape(6, 384, 1536, 12),
+    BASE: Shape(12, 768, 3072, 12),
+    LARGE: Shape(24, 1024, 4096, 16),
+}
+FFN_WIDTHS = {name: shape.neurons for name, shape in SHAPES.items()}
 
 SCALES: dict[str, dict[str, Any]] = {
     "smoke": dict(  # tests: runs every line, teaches nothing

@@ -13,18 +13,16 @@ import pandas as pd
 from transformers import AutoConfig
 
 from moebert_lib.config.errors import UserError, nearest
-from moebert_lib.config.presets import SCALES
+from moebert_lib.config.presets import SCALES, SHAPES, Shape
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.tasks import TASKS
 from moebert_lib.experiments import ablations, neuron_measurements, student, teacher
 from moebert_lib.experiments.neuron_measurements import Excitation
 from moebert_lib.experiments.stage_keys import DATA, TEACHER
 from moebert_lib.experiments.teacher import importance_key
-from moebert_lib.method import release_files
+from moebert_lib.method import encoder_layouts, release_files
 from moebert_lib.method.importance import Importance
 from moebert_lib.model.moe_layer import ParameterCounts
-from moebert_lib.runs import cost
-from moebert_lib.runs.cost import Shape
 from moebert_lib.store import committed_results
 from moebert_lib.store.committed_results import Archive
 from moebert_lib.store.store import Entry, Store
@@ -43,7 +41,7 @@ class Source:
         scores: By name, :data:`EQ4` first, each ``(L, F)``.
         about: ``task``, ``scale``, ``seed`` and ``model``, as far as known.
         sizes: The model's sizes; None where no model of such layers is known.
-        head: Parameters that ``estimate.parameters`` leaves out.
+        head: Parameters that ``encoder_layouts.parameters`` leaves out.
         accuracy: Judged conversions: ``n_experts``, ``expert_size``, ``n_shared``, ``seed`` and
             the metric, 0 to 1, as ``value``. Empty where none is known.
         metric: Its name.
@@ -78,7 +76,9 @@ class Source:
         """
         if self.sizes is None:
             return None
-        counts = cost.parameters(self.sizes, n_experts=n_experts, expert_size=expert_size)
+        counts = encoder_layouts.parameters(
+            self.sizes, n_experts=n_experts, expert_size=expert_size
+        )
         return ParameterCounts(*(n + self.head for n in counts))
 
     def heading(self, score: str, layer: int) -> tuple[str, str]:
@@ -159,7 +159,7 @@ def from_file(path: str | Path) -> Source:
     except ValueError as error:
         raise UserError(str(error)) from None
     layers, width = scores.scores.shape
-    shapes = [s for s in cost.SHAPES.values() if (s.layers, s.neurons) == (layers, width)]
+    shapes = [s for s in SHAPES.values() if (s.layers, s.neurons) == (layers, width)]
     known = {name: scores.meta[name] for name in ("task", "model") if name in scores.meta}
     return Source(
         path.name,
@@ -219,7 +219,7 @@ def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> So
     excited = neuron_measurements.read(passed[-1].folder) if passed else None
     if excited:
         scores |= {ACTIVE: _numbers(excited.mean), LARGE: _numbers(excited.magnitude)}
-    sizes = cost.shape(str(dense.folder))
+    sizes = encoder_layouts.shape(str(dense.folder))
     metric = TASKS[about["task"]].metric
     return Source(
         _name(about, key),
@@ -269,7 +269,7 @@ def _judged(key: dict, judged: list[Entry], metric: str) -> pd.DataFrame:
 
 
 def head_parameters(folder: Path) -> int:
-    """What a saved model has more than ``estimate.parameters`` counts, by its ``config.json``.
+    """Parameters of a saved model that ``encoder_layouts.parameters`` leaves out, by its config.
 
     A class or a value is read from the pooler, which is counted; a span from each token, and that
     model has no pooler, so that the number is negative.

@@ -6,10 +6,14 @@ gated, so that a neuron is two columns and a row, and no LayerNorm follows it. S
 be permuted and scored as well; no row here describes them yet.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from moebert_lib.config.presets import BASE, SHAPES, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,6 +115,44 @@ def family(model_type: str | None) -> Family:
 def width(config: Any) -> int:
     """Neurons ``F`` of a dense feed-forward layer, by the model's configuration."""
     return getattr(config, family(config.model_type).key("intermediate_size"))
+
+
+def shape(model: str) -> Shape:
+    """Sizes of a model that the scales name, or of an encoder saved in a folder.
+
+    BERT-base's for any other name: nothing is downloaded to find out.
+    """
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
+    try:
+        config = json.loads((Path(model).expanduser() / "config.json").read_text("utf-8"))
+        encoder = family(config["model_type"])
+        return Shape(*(config[encoder.key(name)] for name in names))
+    except (OSError, ValueError, KeyError, TypeError):  # no folder, or no such model
+        return SHAPES.get(model, SHAPES[BASE])
+
+
+def parameters(sizes: Shape, *, n_experts: int = 0, expert_size: int = 0) -> tuple[int, int]:
+    """Parameters that a token uses, and those stored, without a head; by formula.
+
+    Args:
+        sizes: Of the dense model.
+        n_experts: 0 for a dense model.
+        expert_size: Neurons of an expert. Each expert has its own LayerNorm.
+    """
+    D, neurons = sizes.hidden, expert_size if n_experts else sizes.neurons
+    embeddings = (sizes.vocabulary + sizes.positions + 2) * D + 2 * D
+    pooler = D * D + D
+    attention = 4 * (D * D + D) + 2 * D
+    expert = 2 * D * neurons + neurons + D + 2 * D  # with LayerNorm
+    rest = embeddings + pooler + sizes.layers * attention
+    return rest + sizes.layers * expert, rest + sizes.layers * expert * max(n_experts, 1)
 
 
 def ffn(layer: "nn.Module") -> FFN | None:

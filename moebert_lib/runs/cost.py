@@ -6,22 +6,21 @@ Nothing here imports torch, so that a plan is there at once.
 """
 
 import functools
-import json
 import math
 import time
-from pathlib import Path
-from typing import NamedTuple
-from moebert_lib.data import loading
-from moebert_lib.method.encoder_layouts import family
-from moebert_lib.config.paper_numbers import TABLE5
-from moebert_lib.config.presets import BASE, LARGE, MINILM, TINY
-from moebert_lib.config.settings import Settings
-from moebert_lib.data.tasks import TASKS
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from moebert_lib.runs import plan
+from typing import NamedTuple
+
+from moebert_lib.config.paper_numbers import TABLE5
+from moebert_lib.config.presets import Shape
+from moebert_lib.config.settings import Settings
+from moebert_lib.data import loading
+from moebert_lib.data.tasks import TASKS
 from moebert_lib.experiments.stage_keys import CONVERSION, DATA, IMPORTANCE, TEACHER, TRAINING
+from moebert_lib.method.encoder_layouts import parameters, shape
+from moebert_lib.runs.plan import Job, asked, describe
 
 #: Examples to train on and to validate on. GLUE as on the hub now (``nyu-mll/glue``); Table 6
 #: rounds them, and has QNLI's first release. MNLI validates on both of its sets. Built-in
@@ -71,25 +70,6 @@ FP32 = 4  # bytes
 ADAM = 4 * FP32  # bytes a trained parameter: weight, gradient, two moments
 
 
-class Shape(NamedTuple):
-    """Sizes of a BERT: ``L``, ``D``, ``F``, attention heads, and two tables of embeddings."""
-
-    layers: int
-    hidden: int
-    neurons: int
-    heads: int
-    vocabulary: int = 30_522
-    positions: int = 512
-
-
-SHAPES = {
-    TINY: Shape(2, 32, 64, 4),
-    MINILM: Shape(6, 384, 1536, 12),
-    BASE: Shape(12, 768, 3072, 12),
-    LARGE: Shape(24, 1024, 4096, 16),
-}
-
-
 class Cost(NamedTuple):
     """Of one run: operations, passes of one batch through a model, bytes at its peak."""
 
@@ -97,24 +77,6 @@ class Cost(NamedTuple):
     passes: float
     cpu_bytes: float
     gpu_bytes: float
-
-
-def shape(model: str) -> Shape:
-    """Sizes of a model the scales name, or of a saved encoder; BERT-base's for any other name."""
-    names = (
-        "num_hidden_layers",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "vocab_size",
-        "max_position_embeddings",
-    )
-    try:
-        config = json.loads((Path(model).expanduser() / "config.json").read_text("utf-8"))
-        row = family(config["model_type"])
-        return Shape(*(config[row.key(name)] for name in names))
-    except (OSError, ValueError, KeyError, TypeError):  # no folder, or no such model
-        return SHAPES.get(model, SHAPES[BASE])
 
 
 def forward_flops(of: Shape, tokens: int, neurons: int) -> int:
@@ -130,21 +92,6 @@ def forward_flops(of: Shape, tokens: int, neurons: int) -> int:
     """
     products = 4 * of.hidden**2 + 2 * tokens * of.hidden + 2 * of.hidden * neurons
     return 2 * tokens * of.layers * products
-
-
-def parameters(of: Shape, *, n_experts: int = 0, expert_size: int = 0) -> tuple[int, int]:
-    """Parameters that a token uses, and those stored, without a head.
-
-    Args:
-        of: The model's sizes.
-        n_experts: 0 for a dense model.
-        expert_size: Neurons of an expert, whose LayerNorm is its own.
-    """
-    D, n = of.hidden, expert_size if n_experts else of.neurons
-    rest = (of.vocabulary + of.positions + 2) * D + 2 * D + D * D + D  # embeddings, pooler
-    rest += of.layers * (4 * (D * D + D) + 2 * D)  # attention
-    expert = 2 * D * n + n + D + 2 * D  # with LayerNorm
-    return rest + of.layers * expert, rest + of.layers * expert * max(n_experts, 1)
 
 
 def activation_bytes(of: Shape, batch: int, tokens: int, neurons: int, *, bf16: bool) -> int:
@@ -260,8 +207,6 @@ def _counted(name: str, data_dir: str) -> tuple[int, int]:
     return counts["train"], sum(counts.values()) - counts["train"]
 
 
-
-
 # What a plan would run, each run once, with what it will cost: text before anything starts.
 # Two notebooks that ask for one run share it, as the store does. Left out: untrained conversions,
 # removal curves, what excites neurons, and other scores than importance, which train nothing.
@@ -334,7 +279,7 @@ class Run:
         return (*self.group(), self.settings.dense_seed, self.seed, split_seed)
 
 
-def runs(jobs: Sequence["plan.Job"]) -> list[list[Run]]:
+def runs(jobs: Sequence[Job]) -> list[list[Run]]:
     """The runs that each job asks for first, in the order of the jobs; none comes twice."""
     seen: set[tuple] = set()
     found = []
@@ -348,7 +293,7 @@ def runs(jobs: Sequence["plan.Job"]) -> list[list[Run]]:
     return found
 
 
-def lines(jobs: Sequence["plan.Job"], states: Sequence[str]) -> Iterator[str]:
+def lines(jobs: Sequence[Job], states: Sequence[str]) -> Iterator[str]:
     """The plan as text: each job's state and runs, its total, the sum, and what it rests on.
 
     Args:
@@ -358,11 +303,11 @@ def lines(jobs: Sequence["plan.Job"], states: Sequence[str]) -> Iterator[str]:
     """
     totals = []
     for job, state, new in zip(jobs, states, runs(jobs), strict=True):
-        yield f"{job.name}{plan.describe(job)}: {state}"
+        yield f"{job.name}{describe(job)}: {state}"
         if state.startswith("stored"):
             continue
         if not new:
-            listed = " that is not listed above" if any(plan.asked(job)) else ""
+            listed = " that is not listed above" if any(asked(job)) else ""
             yield f"    trains nothing{listed}"
             continue
         yield from _table(new)
@@ -373,7 +318,7 @@ def lines(jobs: Sequence["plan.Job"], states: Sequence[str]) -> Iterator[str]:
         yield from _small_print()
 
 
-def summary(jobs: Sequence["plan.Job"]) -> Iterator[str]:
+def summary(jobs: Sequence[Job]) -> Iterator[str]:
     """What all runs of the jobs together cost, in a line or two; nothing where nothing trains."""
     found = [run for group in runs(jobs) for run in group]
     if found:
@@ -396,8 +341,8 @@ def _small_print() -> Iterator[str]:
     yield "What runs/ holds of these is reused; a plan does not look there for single runs."
 
 
-def _asked(job: "plan.Job") -> Iterator[Run]:
-    scored, students = plan.asked(job)
+def _asked(job: Job) -> Iterator[Run]:
+    scored, students = asked(job)
     for settings in scored:
         yield from (Run("teacher", settings), Run("importance", settings))
     for settings in students:

@@ -10,15 +10,13 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from moebert_lib.store import committed_results
-from moebert_lib.runs import cost
-from moebert_lib.experiments import ablations
-from moebert_lib.method.encoder_layouts import family
+from typing import Any, Literal
+
 from moebert_lib.config.errors import UserError, home, nearest
+from moebert_lib.config.presets import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.config.provenance import (
     checksums,
     code_digests,
@@ -29,12 +27,11 @@ from moebert_lib.config.provenance import (
     reached,
     versions,
 )
-from moebert_lib.config.presets import FFN_WIDTHS, MINILM, SCALES, TINY
 from moebert_lib.config.settings import Settings
-from collections.abc import Callable, Mapping
-from moebert_lib.config.errors import UserError, nearest
 from moebert_lib.data.tasks import TASKS
-from typing import Any, Literal
+from moebert_lib.experiments import ablations
+from moebert_lib.method.encoder_layouts import family, shape
+from moebert_lib.store import committed_results
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
 MODEL = "model"  # and of those that need models or data, where results are drawn from
@@ -257,7 +254,7 @@ def asked(job: Job) -> tuple[list[Settings], list[Settings]]:
     """Experiments of a job: those whose neurons are scored, and those of its students."""
     if job.settings is None:
         return [], []
-    width = cost.shape(job.settings.model).neurons
+    width = shape(job.settings.model).neurons
     return ablations.asked(job.name, job.settings, job.parameters, width)
 
 
@@ -319,8 +316,6 @@ def _inputs(settings: Settings | None) -> dict[str, str]:
     return {**found, "model": pretrained_weights.digest(model, hub=not settings.offline)}
 
 
-
-
 # What the notebooks' own parameters may hold; settings have their limits in ``settings``.
 # Each name means the same in every notebook that has it.
 
@@ -350,7 +345,7 @@ def _at_least_one(value: Any, *_: Any) -> str:
 
 
 def _layer(value: int, _: Mapping, settings: Settings | None) -> str:
-    n_layers = cost.shape(settings.model).layers if settings else value
+    n_layers = shape(settings.model).layers if settings else value
     return "" if 1 <= value <= n_layers else f"1 to {n_layers}, counted from 1"
 
 
@@ -367,14 +362,14 @@ def _points(value: list[int], low: int, high: int, what: str) -> str:
 
 
 def _fractions(value: list[int], _: Mapping, settings: Settings | None) -> str:
-    width = cost.shape(settings.model).neurons if settings else LONGEST
+    width = shape(settings.model).neurons if settings else LONGEST
     return _points(value, 2, width, "whole numbers")
 
 
 def _numbers(value: list[int], _: Mapping, settings: Settings | None) -> str:
     if not settings or not value:
         return _points(value, 1, LONGEST, "numbers of experts")
-    width = cost.shape(settings.model).neurons
+    width = shape(settings.model).neurons
     size, shared = settings.sizes(width)
     most = (width - shared) // (size - shared) if size > shared else width
     fitting = [n for n in value if n <= most]
@@ -429,9 +424,8 @@ CHECKS: dict[str, Check] = {
 }
 
 
-
-
 # Notebooks as files: found by name, and their one cell of parameters read.
+
 
 def notebooks() -> list[Path]:
     """The workbook's notebooks, in order."""
