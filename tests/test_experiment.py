@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import dataset, teacher
 from moebert_lib.experiments import student as experiment
@@ -45,6 +46,23 @@ def test_a_student_is_made_once_and_then_reused(home, capsys):
     assert first.row == again.row and first.curve.equals(again.curve)
     kinds = ("teacher", "importance", "converted", "student")
     assert [count(kind) for kind in kinds] == [1, 1, 1, 1]
+
+
+def test_a_model_that_is_fine_tuned_already_is_the_teacher_as_it_is(shared):
+    made = teacher.teacher(SETTINGS)
+    given = SETTINGS.but(model=str(made.entry.folder), teacher_epochs=0)
+    again = teacher.teacher(given)
+    assert again.metrics == made.metrics
+    pairs = zip(again.model.parameters(), made.model.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+def test_a_model_that_was_never_fine_tuned_or_on_another_task_is_refused(shared):
+    with pytest.raises(UserError, match="random weights; expected teacher_epochs above 0"):
+        teacher.teacher(SETTINGS.but(teacher_epochs=0))
+    folder = str(teacher.teacher(SETTINGS).entry.folder)
+    with pytest.raises(UserError, match="6 outputs, task 'acceptability' needs 2"):
+        teacher.teacher(SETTINGS.but(model=folder, task="acceptability", teacher_epochs=0))
 
 
 def test_ablations_share_teacher_and_importance(home):

@@ -54,7 +54,7 @@ class Settings(BaseModel):
     max_eval_examples: int | None = Field(None, ge=8)
 
     # Teacher: fine-tuned on the task first; its hyper-parameters are not in the paper
-    teacher_epochs: float = Field(3.0, gt=0)
+    teacher_epochs: float = Field(3.0, ge=0)  # 0: the model is fine-tuned on the task already
     teacher_learning_rate: float = Field(5e-5, gt=0)
     teacher_batch_size: int = Field(32, ge=1)
     teacher_weight_decay: float = Field(0.0, ge=0)

@@ -21,14 +21,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from moebert_lib.config.errors import home
+from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.presets import MINILM, TINY
 from moebert_lib.config.provenance import versions
 from moebert_lib.config.settings import Settings
 from moebert_lib.data import batching, loading, pretrained_weights, squad, tasks
 from moebert_lib.data.tasks import TASKS, Task
 from moebert_lib.experiments.stage_keys import DATA, told
+from moebert_lib.method import encoder_layouts
 from moebert_lib.method.encoder_layouts import family
+from moebert_lib.model.conversion import load_dense
 from moebert_lib.store import committed_results
 from moebert_lib.training.evaluation import score
 
@@ -207,6 +209,50 @@ def new_model(settings: Settings, task: tasks.Task) -> PreTrainedModel:
     model = auto.from_pretrained(pretrained(settings), **head)
     transformers_logging.set_verbosity(level)
     return model
+
+
+def fine_tuned_model(settings: Settings) -> PreTrainedModel:
+    """The settings' model with the head it was saved with; it must fit the settings' task.
+
+    Raises:
+        UserError: it has no head, one for another kind of task, other classes or another order
+            of them, or takes fewer tokens than ``max_length``.
+    """
+    if settings.model == TINY:
+        raise UserError(f"model '{TINY}' has random weights; expected teacher_epochs above 0")
+    try:
+        model = load_dense(pretrained(settings))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    task, longest = TASKS[settings.task], encoder_layouts.longest(model)
+    if hasattr(model, "qa_outputs") != (task.kind == "span"):
+        raise UserError(
+            f"task '{task.name}' is a {task.kind} task, the model is a {type(model).__name__}; "
+            "expected a model fine-tuned on this task"
+        )
+    if task.kind != "span":
+        _check_classes(model, task)
+    if settings.max_length > longest:
+        raise UserError(
+            f"max_length={settings.max_length}: the model takes at most {longest} tokens"
+        )
+    return model
+
+
+def _check_classes(model: PreTrainedModel, task: tasks.Task) -> None:
+    """Refuse a classifier with other classes than the task's, or in another order."""
+    expected = list(task.labels) or ["score"]
+    if model.config.num_labels != len(expected):
+        raise UserError(
+            f"the model has {model.config.num_labels} outputs, task '{task.name}' needs "
+            f"{len(expected)}: {', '.join(expected)}"
+        )
+    classes = [str(model.config.id2label[index]).lower() for index in range(len(expected))]
+    if classes != expected and sorted(classes) == sorted(expected):
+        raise UserError(
+            f"the model's classes are {', '.join(classes)}; task '{task.name}' has them as "
+            f"{', '.join(expected)}: reorder the classifier"
+        )
 
 
 def load(folder: Path, task: tasks.Task) -> PreTrainedModel:

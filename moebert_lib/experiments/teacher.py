@@ -19,7 +19,14 @@ from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.provenance import code_digest, versions
 from moebert_lib.config.settings import Settings
 from moebert_lib.data import loading, pretrained_weights, tasks
-from moebert_lib.experiments.dataset import chosen, dataset, device, load, new_model
+from moebert_lib.experiments.dataset import (
+    chosen,
+    dataset,
+    device,
+    fine_tuned_model,
+    load,
+    new_model,
+)
 from moebert_lib.experiments.stage_keys import DATA, IMPORTANCE, TEACHER
 from moebert_lib.method.importance import Importance, ffn_importance
 from moebert_lib.method.other_scores import SCORES, every_score
@@ -99,7 +106,10 @@ def _origin(settings: Settings) -> dict:
 
 
 def teacher(settings: Settings) -> Teacher:
-    """The dense model fine-tuned on the task, from the store or trained now."""
+    """The dense model fine-tuned on the task, from the store or trained now.
+
+    With ``teacher_epochs=0`` it is the settings' model as it was saved.
+    """
     return _teacher(reduced(settings), home())
 
 
@@ -108,18 +118,20 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
     transformers_logging.disable_progress_bar()
 
     def build(folder: Path) -> dict:
+        model = None if settings.teacher_epochs else fine_tuned_model(settings).to(device())
         bundle = dataset(settings)
         transformers_logging.disable_progress_bar()
-        set_seed(settings.dense_seed)
-        model = new_model(settings, bundle.task).to(device())
-        fine_tune(
-            model,
-            bundle.train,
-            bundle.tokenizer,
-            settings,
-            folder,
-            checkpoints=place(store, store.folder("teacher", key)),
-        )
+        if model is None:
+            set_seed(settings.dense_seed)
+            model = new_model(settings, bundle.task).to(device())
+            fine_tune(
+                model,
+                bundle.train,
+                bundle.tokenizer,
+                settings,
+                folder,
+                checkpoints=place(store, store.folder("teacher", key)),
+            )
         model.save_pretrained(folder)
         bundle.tokenizer.save_pretrained(folder)
         return keep_judged(settings, model, folder)
