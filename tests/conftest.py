@@ -42,8 +42,7 @@ os.environ.update(
     OMP_NUM_THREADS=THREADS,  # the same on every machine, kernels included
     TOKENIZERS_PARALLELISM="false",
 )
-for name in ("MOEBERT_FIGURES", "MOEBERT_STORE"):
-    os.environ.pop(name, None)
+os.environ.pop("MOEBERT_FIGURES", None)
 
 import browser  # noqa: E402
 import glue_files  # noqa: E402

@@ -3,7 +3,7 @@
 import json
 
 from moebert_lib.config.provenance import digest
-from moebert_lib.store.shared import sealed
+from moebert_lib.store.store import sealed
 
 
 def put(root, kind, key, row=None, **fields):

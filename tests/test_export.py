@@ -17,8 +17,7 @@ from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import student
 from moebert_lib.runs import export, plan
-from moebert_lib.store.shared import Shared, sealed
-from moebert_lib.store.store import Store
+from moebert_lib.store.store import Store, sealed
 
 FIRST = "kind notebook scale task seed".split()
 LAST = "digest created superseded seconds commit cpu torch_threads".split()
@@ -226,35 +225,6 @@ def test_what_cannot_be_had_is_refused_in_a_line_that_helps(tmp_path, store, kin
     put(tmp_path / "runs", "student", {"seed": 0})
     with pytest.raises(UserError, match=f"^[^\n]*{said}[^\n]*$"):
         export.frame([tmp_path / store], kind=kind)
-
-
-@pytest.fixture
-def mirror(tmp_path, runs):
-    """A mirror of three students in ``runs``, as a folder."""
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    for seed in range(3):
-        Shared(folder.as_uri()).push(put(runs, "student", {"seed": seed}, {"accuracy": seed / 4}))
-    return folder
-
-
-@pytest.mark.parametrize("address", [lambda path: path.as_uri(), str])
-def test_a_mirror_gives_the_table_of_the_folder_it_mirrors(runs, mirror, address):
-    store = address(mirror)
-    table, here = (export.frame([one], kind="student") for one in (store, runs))
-    assert_frame_equal(table.drop(columns="store"), here.drop(columns="store"))
-    assert set(table["store"]) == {store} and len(table) == 3
-    assert len(export.frame([store, runs], kind="student")) == 3
-
-
-@pytest.mark.parametrize("damage", ["cut", "text", "other"])
-def test_an_object_that_cannot_be_used_is_left_out_and_stays(mirror, capsys, damage):
-    first, second, _ = sorted(mirror.glob("*.zip"))
-    content = {"cut": first.read_bytes()[:-30], "text": b"{}", "other": second.read_bytes()}
-    first.write_bytes(content[damage])
-    assert len(export.frame([mirror.as_uri()], kind="student")) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert first.stem in line and first.read_bytes() == content[damage]
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text()

@@ -130,7 +130,7 @@ def test_processes_that_want_the_same_entry_build_it_once(tmp_path):
     script = tmp_path / "one.py"
     script.write_text(
         "import sys, time, pathlib\n"
-        "from moebert_lib.store import Store\n"
+        "from moebert_lib.store.store import Store\n"
         "def build(folder):\n"
         "    with open(sys.argv[2], 'a') as log: log.write('built\\n')\n"
         "    time.sleep(1)\n"

@@ -81,7 +81,7 @@ def _sweep(where: Path, seeds: range, *, workers: int) -> float:
     grid = where / "grid.yaml"
     grid.write_text(f"scale: smoke\nseeds: {list(seeds)}\n")
     command = [sys.executable, "-m", "moebert_lib", "sweep", str(grid), "--workers", str(workers)]
-    environment = {**os.environ, "MOEBERT_HOME": str(where), "MOEBERT_STORE": ""}
+    environment = {**os.environ, "MOEBERT_HOME": str(where)}
     environment["PYTHONPATH"] = str(CHECKOUT)
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -238,17 +238,6 @@ def _where(command: Parser, usual: str) -> None:
     command.add_argument(
         "--address", default=None, metavar="A", help="of a Ray cluster: auto or HOST:PORT"
     )
-    _store(command)
-
-
-def _store(command: Parser) -> None:
-    command.add_argument(
-        "--store",
-        default=os.environ.get("MOEBERT_STORE", ""),
-        metavar="URL",
-        help="share results there: a folder, s3://BUCKET/PATH or any other "
-        "fsspec URL; MOEBERT_STORE by default",
-    )
 
 
 def _status(kinds: Any) -> None:
@@ -281,7 +270,6 @@ def _report(kinds: Any) -> None:
     command.add_argument(
         "--check", action="store_true", help="only compare what they draw with figures/"
     )
-    _store(command)
     command.set_defaults(function=run_commands.report)
 
 
@@ -294,14 +282,14 @@ def _export(kinds: Any) -> None:
         "files that figures are drawn from, added to a folder, for moebert report --from.",
         example="moebert export runs.parquet\n"
         "  moebert export --results figures/runs\n"
-        "  moebert export runs.csv runs/ other-machine/runs/ s3://BUCKET/PATH --kind student",
+        "  moebert export runs.csv runs/ other-machine/runs/ --kind student",
     )
     command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv, or .json")
     command.add_argument(
         "stores",
         nargs="*",
         metavar="STORE",
-        help="a home, its runs/ or an fsspec URL; here by default",
+        help="a home or its runs/; here by default",
     )
     command.add_argument(
         "--kind",

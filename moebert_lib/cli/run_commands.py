@@ -1,7 +1,6 @@
 """What the commands about runs do: run, sweep, status, report and export."""
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ def run(args: argparse.Namespace) -> int:
     paths = plan.select(args.notebooks)
     scale, values = given(args)
     jobs = plan.plan(paths, scale=scale, parameters=values, data_dir=args.data_dir)
-    _use_store(args)
     _check_engine(args)
     if args.plan or args.why:
         return _plan(jobs, why=args.why)
@@ -37,7 +35,6 @@ def sweep(args: argparse.Namespace) -> int:
 
     if args.grid is None and not args.retry_failed:
         raise UserError("name a grid, such as grid.yaml (see moebert sweep --help)")
-    _use_store(args)
     grid = args.grid and sweeps.read(args.grid, data_dir=args.data_dir)
     planned = [grid] if grid else sweeps.with_failures()
     _check_engine(args)
@@ -74,15 +71,11 @@ def status(args: argparse.Namespace) -> int:
 def report(args: argparse.Namespace) -> int:
     """``moebert report``: write the page and say where it is; first draw it from results."""
     from moebert_lib.publish.report import write_report
-    from moebert_lib.store.store import Store
 
     if args.results:
         return _redraw(args)
     if args.check:
         raise UserError("--check compares what --from draws; give both")
-    _use_store(args)
-    if args.store:
-        say(f"{Store().pull()} runs fetched from {Store().shared.url}")
     say(f"page      {near(write_report())}")
     return 0
 
@@ -195,16 +188,6 @@ def _engine(args: argparse.Namespace) -> Any:
     from moebert_lib.runs.local_pool import Local, gpus
 
     return Local(args.workers, gpus=gpus()) if args.workers else None
-
-
-def _use_store(args: argparse.Namespace) -> None:
-    """Let this process, its workers and their kernels share results at a URL."""
-    if args.store:
-        from moebert_lib.store.shared import Shared
-
-        url = args.store if "://" in args.store else str(Path(args.store).expanduser().resolve())
-        Shared(url)  # refuses what cannot be reached
-        os.environ["MOEBERT_STORE"] = url
 
 
 def _finish(jobs: Sequence[plan.Job]) -> int:

@@ -8,7 +8,6 @@ importance scores, and a grid runs only what is missing.
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -283,7 +282,7 @@ def _in_turn(points: list[Settings]) -> Iterator[int]:
 
     What another process here is making now is left for later.
     """
-    busy = partial(committed_results.store().busy, anywhere=False)
+    busy = committed_results.store().busy
     left = sorted(range(len(points)), key=lambda i: _dense(points[i]))
     parts = {i: list(_parts(points[i])) for i in left}
     while left:

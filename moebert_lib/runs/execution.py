@@ -12,7 +12,6 @@ from typing import Any, TextIO
 from moebert_lib.config import file_io
 from moebert_lib.config.file_io import Unwritable
 from moebert_lib.config.errors import CHECKOUT, home
-from moebert_lib.store.shared import Unreachable
 import json
 import shutil
 import threading
@@ -107,7 +106,6 @@ def execute(
     Raises:
         NotebookFailed: A cell or a widget callback raised, or the kernel died.
         Unwritable: A cell found the disk full, or the store forbidden.
-        Unreachable: A cell could not reach the shared store.
     """
     import papermill
 
@@ -191,8 +189,6 @@ def _private(folder: Path) -> Any:
 def _of_the_store(error: Any) -> None:
     """Raise a cell's error that is no fault of the notebook as what it was."""
     line = " ".join(str(error.evalue).split())
-    if error.ename == "Unreachable":
-        raise Unreachable(line) from None
     full = tuple(f"[Errno {number}]" for number in file_io.FULL)
     if error.ename == "Unwritable" or line.startswith(full):
         raise Unwritable(line) from None

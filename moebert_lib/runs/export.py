@@ -11,10 +11,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from zipfile import ZipFile
 from moebert_lib.config.errors import UserError, home, nearest
 from moebert_lib.config.provenance import digest
-from moebert_lib.store.shared import RECORD, RECORD_BYTES, Shared, parse
+from moebert_lib.store.store import RECORD, parse
 from moebert_lib.config.file_io import write_bytes
 import math
 from collections.abc import Sequence
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from pandas import DataFrame
     from pandas import DataFrame, Series
 
-A_STORE = "a MOEBERT_HOME, its runs/ folder, or a mirror's address such as file:///…"
+A_STORE = "a MOEBERT_HOME or its runs/ folder"
 
 
 class Source(NamedTuple):
@@ -61,8 +60,7 @@ def frame(stores: Sequence[str | Path] = (), *, kind: str = "notebook") -> "Data
     runs whose copies differ in a metric, are told on stderr, one line each.
 
     Args:
-        stores: Each a MOEBERT_HOME, its ``runs/``, or a mirror's address (:mod:`shared`); this
-            home by default.
+        stores: Each a MOEBERT_HOME or its ``runs/``; this home by default.
         kind: ``notebook``, a stage such as ``student`` or ``teacher``, or ``all``.
 
     Raises:
@@ -102,30 +100,11 @@ def write(frame: "DataFrame", path: str | Path) -> None:
 
 def _source(store: str) -> Source:
     path = Path(store).expanduser()
-    if "://" in store or any(_kind(found.stem) for found in path.glob("*.zip")):
-        return _mirror(Shared(store if "://" in store else str(path.resolve())))
     if not path.is_dir():
         raise UserError(f"no folder '{store}'; expected {A_STORE}")
     root = path / "runs" if (path / "runs").is_dir() else path
     names = sorted(found.parent.name for found in root.glob(f"*/{RECORD}"))
     return Source(store, names, lambda name: (root / name / RECORD).read_bytes())
-
-
-def _mirror(shared: Shared) -> Source:
-    """Of an object only the record is read: models may be beside it."""
-
-    def read(name: str) -> bytes:
-        try:
-            with shared.fs.open(f"{shared.root}/{name}.zip") as file, ZipFile(file) as packed:
-                if packed.getinfo(RECORD).file_size > RECORD_BYTES:
-                    raise ValueError("too long")
-                return packed.read(RECORD)
-        except OSError as error:
-            raise UserError(f"shared store {shared.url} cannot be read: {error}") from None
-        except Exception as error:  # a damaged zip makes zipfile raise many
-            raise ValueError(f"no zip with {RECORD} ({error})") from None
-
-    return Source(shared.url, shared.names(), read)
 
 
 def _kind(name: str) -> str:

@@ -353,7 +353,7 @@ def run(
         entry = None if force else store.find("notebook", keys[index])
         failure = None if entry or retry_failed or force else execution.failed_before(job)
         if entry:
-            progress.reused(index, store.send(entry))
+            progress.reused(index, entry)
             results[index] = _published(job, entry, publishing)
         elif failure:
             progress.failed(index, f"failed before: {failure}")

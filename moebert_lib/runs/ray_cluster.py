@@ -5,9 +5,8 @@ never run again by Ray itself: what died is asked for anew here, elsewhere if it
 ``RETRIES`` times. When the driver goes, Ray ends its tasks, and with them their workers and
 kernels.
 
-Every node needs this library in the driver's version, the same data and weights. A node keeps
-runs where its own ``MOEBERT_HOME`` says, else in the driver's folder. Results reach the driver
-by a file system that both see, or by the store's mirror (``MOEBERT_STORE``).
+Every node needs this library in the driver's version, the same data and weights, and a file
+system that shows it the driver's ``MOEBERT_HOME``.
 """
 
 import logging
@@ -23,7 +22,6 @@ from moebert_lib.runs.local_pool import PASSIVE, PATIENCE, RETRIES, Event
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.runs.plan import Job
 from moebert_lib.config.provenance import cores
-from moebert_lib.store.store import MIRROR
 from moebert_lib.runs.execution import kept
 import secrets
 import threading
@@ -32,7 +30,6 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from moebert_lib.runs.local_pool import Worker
-from moebert_lib.store.store import MIRROR, Store
 from moebert_lib.config.file_io import write_bytes
 
 REACH = 10.0  # seconds until a head node that does not answer is given up
@@ -122,7 +119,7 @@ class Ray:
         if task.left_behind:
             soft = {"ray.io/node-id": NotIn(*task.left_behind)}
             options["scheduling_strategy"] = NodeLabelSchedulingStrategy({}, soft=soft)
-        given = {"MOEBERT_HOME": str(home()), MIRROR: os.environ.get(MIRROR, "")}
+        given = {"MOEBERT_HOME": str(home())}
         threads = os.environ.get("OMP_NUM_THREADS") or max(math.floor(self.cpus), 1)
         own = {"OMP_NUM_THREADS": str(threads), **PASSIVE}
         own |= {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
@@ -286,8 +283,7 @@ def serve(
 
     Args:
         request: From ``worker.request``.
-        given: The driver's environment, where this node has none of its own; the mirror's
-            address is the driver's in any case.
+        given: The driver's environment, where this node has none of its own.
         own: The run's environment beside it.
         driver: The :func:`identity` of the driver's home.
 
@@ -301,11 +297,9 @@ def serve(
     yield {"node": ray.get_runtime_context().get_node_id(), "host": host}
     folder = Path(os.environ.get("MOEBERT_HOME") or given["MOEBERT_HOME"])
     seen = _read(folder) == driver
-    if not seen:  # no batch tidies it
-        Store(folder / "runs").tidy()
-    if not seen and not given[MIRROR]:
+    if not seen:
         line = f"{host} keeps its runs in {folder / 'runs'}, which is not the folder here; "
-        yield {"status": "refused", "error": line + "pass --store URL"}
+        yield {"status": "refused", "error": line + "put MOEBERT_HOME on a disk that all nodes see"}
         return
     environment = {**os.environ, **given, "MOEBERT_HOME": str(folder), **own}
     for item in _ask(request, environment):

@@ -22,8 +22,7 @@ from typing import Any
 
 from moebert_lib.config.errors import UserError, nearest
 from moebert_lib.config.provenance import digest, input_digest, to_json
-from moebert_lib.store.shared import RECORD, parse
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.store.store import RECORD, Entry, Store, parse
 
 FROM = "MOEBERT_FROM"  # the environment variable that names the folder
 ROWS, FILES = "rows.parquet", "files.parquet"
@@ -126,7 +125,7 @@ class Archive:
         found.sort(key=lambda record: (record["created"], record["digest"]))
         return [self._entry(record) for record in found]
 
-    def busy(self, kind: str, key: dict, *, anywhere: bool = True) -> bool:
+    def busy(self, kind: str, key: dict) -> bool:
         """No process makes anything here."""
         return False
 

@@ -4,8 +4,8 @@ An entry is a folder ``runs/<kind>-<digest>`` whose name is the digest of everyt
 decides its content. ``entry.json``, written last, holds the row of results, the SHA-256 of
 every other file, and where, when and with what it was made. A folder is built under
 ``runs/tmp`` and renamed when it is complete, so a half-written entry is never seen, and a
-lock per digest lets processes share the store. Machines share one through a mirror
-(``shared``): what is not here is fetched from it, and what is made here is sent to it.
+lock per digest lets processes share the store, and machines too where the folder lies on a
+file system that they all mount.
 Left out on purpose: a database. Folders merge with ``cp`` and compare with ``diff``.
 """
 
@@ -15,14 +15,13 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from moebert_lib.config import file_io
-from moebert_lib.config.errors import UserError, home
+from moebert_lib.config.errors import home
 from moebert_lib.config.file_io import write_json
 from moebert_lib.config.provenance import (
     checksums,
@@ -33,9 +32,18 @@ from moebert_lib.config.provenance import (
     to_json,
     versions,
 )
-from moebert_lib.store.shared import RECORD, Shared, parse, sealed
 
-MIRROR = "MOEBERT_STORE"  # the environment variable that holds the mirror's address
+RECORD, SEAL = "entry.json", "seal"
+#: What a record must hold, by name.
+TYPES = {
+    "kind": str,
+    "digest": str,
+    "key": dict,
+    "row": dict,
+    "seconds": int | float,
+    "created": str,
+    "files": dict,
+}
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,6 @@ class Entry:
 class Store:
     """The entries under one folder, ``home()/runs`` unless told otherwise.
 
-    ``shared`` is the address of a mirror (:class:`shared.Shared`), "" for none. None takes the
-    environment variable ``MOEBERT_STORE``, for the default folder only.
-
-    Raises:
-        UserError: (every method that asks it) the mirror's address is wrong, or it cannot be
-            reached, read or written.
-
     Example:
         >>> import tempfile
         >>> store = Store(tempfile.mkdtemp())
@@ -82,11 +83,8 @@ class Store:
         (True, {'total': 3})
     """
 
-    def __init__(self, root: Path | str | None = None, *, shared: str | None = None):
-        if shared is None:
-            shared = os.environ.get(MIRROR, "") if root is None else ""
+    def __init__(self, root: Path | str | None = None):
         self.root = Path(root).resolve() if root is not None else home() / "runs"
-        self.shared = Shared(shared) if shared else None
 
     def folder(self, kind: str, key: dict) -> Path:
         """Where the entry of this key lies, or would lie."""
@@ -106,69 +104,26 @@ class Store:
 
         Raises:
             Unwritable: the disk is full or the folder forbidden; no half entry is left.
-            Unreachable: the mirror cannot be read. One that cannot be written is told on
-                stderr: the entry is kept here, and sent when it is next asked for.
         """
         final = self.folder(kind, key)
         with file_io.writing(self.root), file_io.lock(self.root, final.name):
             file_io.sweep(final)
             entry = self._whole(final)
-            entry = None if force else entry or self._fetch(final)
-            if entry:
-                return self.send(entry)
-            with self.shared.lease(final.name) if self.shared else nullcontext():
-                entry = None if force else self._fetch(final)
-                return self.send(entry or self._build(kind, key, build, final))
+            if entry and not force:
+                return entry
+            return self._build(kind, key, build, final)
 
     def find(self, kind: str, key: dict) -> Entry | None:
-        """The stored entry of ``key``, from here or the mirror; None: missing or damaged."""
-        final = self.folder(kind, key)
-        entry = self._read(final)[0]
-        if entry or self.shared is None or not self.shared.has(final.name):
-            return entry
-        with file_io.writing(self.root), file_io.lock(self.root, final.name):
-            return self._whole(final) or self._fetch(final)
-
-    def send(self, entry: Entry) -> Entry:
-        """The same entry, which the mirror has from now on, unless a line says why not."""
-        if self.shared:
-            try:
-                if not (entry.reused and self.shared.has(entry.folder.name)):
-                    self.shared.push(entry.folder)
-            except UserError as error:
-                print(
-                    f"moebert: {error}; {entry.folder.name} is complete in {self.root} and sent "
-                    "when next asked for",
-                    file=sys.stderr,
-                )
-        return entry
-
-    def pull(self) -> int:
-        """Fetch all entries that the mirror has and this folder lacks; returns how many."""
-        names = self.shared.names() if self.shared else []
-        n_fetched = 0
-        with file_io.writing(self.root):
-            for final in (self.root / name for name in names):
-                held = (
-                    None if (final / RECORD).is_file() else file_io.try_lock(self.root, final.name)
-                )
-                if held is not None:  # else it is here, or another process is at it
-                    with held:
-                        n_fetched += not self._whole(final) and self._fetch(final) is not None
-        return n_fetched
+        """The stored entry of ``key``; None where it is missing or damaged."""
+        return self._read(self.folder(kind, key))[0]
 
     def damage(self, kind: str, key: dict) -> str:
         """What is wrong with the entry of ``key`` here; "" where it is whole, or not there."""
         return self._read(self.folder(kind, key))[1]
 
-    def busy(self, kind: str, key: dict, *, anywhere: bool = True) -> bool:
-        """Whether a process is making the entry of ``key``, here or where the mirror is shared.
-
-        Without ``anywhere`` the mirror is not asked, which takes time.
-        """
-        name = self.folder(kind, key).name
-        here = file_io.is_locked(self.root, name)
-        return here or (anywhere and self.shared is not None and self.shared.leased(name))
+    def busy(self, kind: str, key: dict) -> bool:
+        """Whether a process is making the entry of ``key`` now."""
+        return file_io.is_locked(self.root, self.folder(kind, key).name)
 
     def tidy(self) -> int:
         """Remove what killed processes left in this folder; returns how many things."""
@@ -206,19 +161,6 @@ class Store:
         if damage:
             self._set_aside(folder, damage)
         return entry
-
-    def _fetch(self, final: Path) -> Entry | None:
-        """The entry from the mirror, where it has one that can be used."""
-        if self.shared is None or not self.shared.has(final.name):
-            return None
-        tmp = file_io.scratch(final)
-        try:
-            if not self.shared.fetch(final.name, tmp):
-                return None
-            os.rename(tmp, final)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-        return self._read(final)[0]
 
     def _set_aside(self, folder: Path, damage: str) -> None:
         aside = self.root / "damaged" / f"{folder.name}-{time.time_ns()}"
@@ -265,6 +207,27 @@ def output_dir() -> Path:
     folder = Path(chosen) if chosen else home() / "runs" / "interactive" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def parse(content: bytes) -> dict[str, Any] | None:
+    """The record in the bytes of an ``entry.json``; None: not whole, or altered since."""
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    whole = isinstance(record, dict) and all(
+        isinstance(record.get(name), kind) for name, kind in TYPES.items()
+    )
+    try:
+        return record if whole and record == sealed(record) else None
+    except UnicodeEncodeError:  # half a character, which no file can hold
+        return None
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of JSON values with the digest of everything else in it."""
+    rest = {name: value for name, value in record.items() if name != SEAL}
+    return {**rest, SEAL: digest(rest)}
 
 
 def _entry(folder: Path, record: dict, *, reused: bool = True) -> Entry:
