@@ -43,7 +43,7 @@ lint: $(DEV_STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 
-lab: $(LAB_STAMP)
+lab: $(STAMP)
 	@cd notebooks && ../$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/00_the_idea.ipynb $(ARGS)
 
 explore: $(LAB_STAMP)
@@ -78,7 +78,7 @@ $(DEV_STAMP): $(STAMP)
 	@touch $@
 
 $(LAB_STAMP): $(STAMP)
-	@echo "adding JupyterLab and Voila to $(VENV)"
+	@echo "adding Voila to $(VENV)"
 	@$(PIP) -e '.[lab]'
 	@touch $@
 

@@ -80,10 +80,11 @@ def test_notebook_makes_what_its_first_cell_promises(path, run):
     assert {name.partition(".")[0] for name in names} == stems
 
 
-def test_figures_come_as_png_svg_and_csv(path, run):
+def test_figures_come_as_png_and_csv(path, run):
     made = {file.name for file in (run(path).folder / "figures").iterdir()}
     drawn = {name.removesuffix(".png") for name in made if name.endswith(".png")}
-    assert {f"{stem}{end}" for stem in drawn for end in (".svg", ".csv")} <= made
+    assert {f"{stem}.csv" for stem in drawn} <= made
+    assert not [name for name in made if name.endswith((".svg", ".pdf"))]
 
 
 def test_a_second_run_reuses_the_first(path, run):

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.text import Text
 from PIL import Image
 
+from moebert_lib.config.errors import UserError
 from moebert_lib.plots import style as plots
 from moebert_lib.store import run_outputs
 
@@ -41,10 +42,10 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_saving_writes_png_svg_and_csv_and_nothing_else(out, style):
+def test_saving_writes_png_and_csv_and_nothing_else(out, style):
     path = plots.save(picture(), "figure0", pd.DataFrame({"x": [1.0, 0.1]}))
     assert path == out / "figure0.png"
-    assert set(contents(out)) == {"figure0.png", "figure0.svg", "figure0.csv"}
+    assert set(contents(out)) == {"figure0.png", "figure0.csv"}
     assert (out / "figure0.csv").read_bytes() == b"x\n1\n0.1\n"
 
 
@@ -55,8 +56,24 @@ def test_a_saved_figure_carries_its_finding_as_title(out, style):
     said = "Without hash-random, a step of \u22121.5 points is all that remains to be seen"
     assert "\n" in ax.get_title(loc="left")
     assert Image.open(path).text["Title"] == said
-    svg = path.with_suffix(".svg").read_text(encoding="utf-8")
-    assert f"<dc:title>{said}</dc:title>" in svg
+
+
+@pytest.mark.parametrize("asked", ["pdf", "svg", "pdf, svg"])
+def test_vectors_are_written_when_asked_for_and_their_bytes_repeat(out, style, monkeypatch, asked):
+    monkeypatch.setenv(run_outputs.FORMATS, asked)
+    plots.save(picture(), "figure0")
+    first = contents(out)
+    plots.save(picture(), "figure0")
+    endings = {name.strip() for name in asked.split(",")} | {"png"}
+    assert set(first) == {f"figure0.{ending}" for ending in endings}
+    assert contents(out) == first
+    assert "svg" not in endings or b"<dc:title>A finding</dc:title>" in first["figure0.svg"]
+
+
+def test_an_unknown_format_is_refused(out, monkeypatch):
+    monkeypatch.setenv(run_outputs.FORMATS, "bmp")
+    with pytest.raises(UserError, match="unknown format 'bmp'; choose from pdf, svg"):
+        plots.save(picture(), "figure0")
 
 
 def test_a_figure_of_panels_is_titled_by_its_headline_or_by_theirs():
@@ -70,7 +87,7 @@ def test_a_figure_of_panels_is_titled_by_its_headline_or_by_theirs():
 
 
 def test_a_figure_without_a_finding_is_not_saved(out):
-    with pytest.raises(ValueError, match="figure0 says nothing yet"):
+    with pytest.raises(ValueError, match="figure0 has no title"):
         plots.save(plots.axes(None), "figure0")
     assert contents(out) == {}
 

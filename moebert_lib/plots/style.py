@@ -22,7 +22,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure, SubFigure
 
-from moebert_lib.store.run_outputs import finding, output_file, settle, write, write_csv
+from moebert_lib.store.run_outputs import (
+    finding,
+    output_file,
+    settle,
+    vector_formats,
+    write,
+    write_csv,
+)
 
 #: Figure sizes in inches: half and full width of a page.
 SINGLE, WIDE = (4.6, 3.2), (7.4, 3.2)
@@ -97,7 +104,13 @@ STYLE = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
     "savefig.dpi": 200,
-    "svg.fonttype": "path",
+}
+
+#: Metadata that would differ between two runs, switched off.
+_UNDATED = {
+    "png": {"Software": None},
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "svg": {"Date": None, "Creator": None},
 }
 
 
@@ -107,36 +120,34 @@ def use_style() -> None:
 
 
 def save(drawing: Axes | Figure, name: str, data: pd.DataFrame | None = None) -> Path:
-    """Write a figure as PNG and SVG, with the numbers behind it as CSV.
+    """Write a figure as PNG, and the numbers behind it as CSV, in ``store.output_dir()``.
 
-    Both carry the :func:`finding` as their title, for whoever cannot see the picture: in the
-    PNG as the text ``Title``, in the SVG as its metadata. The same drawing gives the same
-    bytes. Files appear whole or not at all, in ``store.output_dir()``.
+    Vector formats are written too where the environment variable MOEBERT_FORMATS names them
+    (:func:`vector_formats`). Each picture carries its title (:func:`finding`) as metadata. The
+    same drawing gives the same bytes, and files are replaced in one step.
 
     Args:
-        drawing: What a plot function returned.
+        drawing: What a plotting function returned.
         name: File name without ending, such as ``"figure2a"``.
-        data: The numbers drawn, one row per mark; none writes no CSV.
+        data: The numbers drawn, one row per mark; without them no CSV is written.
 
     Returns:
         Path of the PNG.
 
     Raises:
-        ValueError: ``name`` holds a folder or is empty, or the figure has no headline.
+        ValueError: ``name`` holds a folder or is empty, or the figure has no title.
+        UserError: MOEBERT_FORMATS names an unknown format.
     """
     figure = drawing if isinstance(drawing, Figure) else drawing.get_figure(root=True)
     png = output_file(name, "png")
     title = finding(figure)
     if not title:
-        raise ValueError(f"{name} says nothing yet: give it a title with plots.headline")
+        raise ValueError(f"{name} has no title: give it one with plots.headline")
     settle(figure)
     with mpl.rc_context({"svg.hashsalt": "moebert", "svg.fonttype": "path"}):
-        for kind, extra in {
-            "png": {"Software": None},
-            "svg": {"Date": None, "Creator": None},
-        }.items():
-            about = {"format": kind, "dpi": 200, "metadata": {"Title": title, **extra}}  # no date
-            write(png.with_suffix(f".{kind}"), partial(figure.savefig, **about))
+        for kind in ("png", *vector_formats()):
+            options = {"format": kind, "dpi": 200, "metadata": {"Title": title, **_UNDATED[kind]}}
+            write(png.with_suffix(f".{kind}"), partial(figure.savefig, **options))
     if data is not None:
         write(png.with_suffix(".csv"), lambda path: write_csv(data, path))
     return png

@@ -170,10 +170,8 @@ def _distinct(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
     from markupsafe import Markup
 
-    said, svg, numbers = label(png.stem), png.with_suffix(".svg"), png.with_suffix(".csv")
+    said, numbers = label(png.stem), png.with_suffix(".csv")
     caption = _caption(png.stem, node)
-    drawn = svg if svg.is_file() and svg.stat().st_size < png.stat().st_size else png
-    kind = "svg+xml" if drawn is svg else "png"
     plain = unescape(re.sub(r"<[^>]*>", "", caption))
     has_numbers = numbers.is_file()
     return {
@@ -181,7 +179,7 @@ def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
         "label": said,
         "caption": Markup(caption),
         "alt": f"{said}. {plain}" + (" The numbers follow as a table." if has_numbers else ""),
-        "source": f"data:image/{kind};base64,{base64.b64encode(drawn.read_bytes()).decode()}",
+        "source": f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}",
         "numbers": read_csv(numbers) if has_numbers else None,
         "csv": _link(numbers),
     }

@@ -385,7 +385,7 @@ and to the numbers behind it.
 
 {% if part.figures %}<div class="gallery">
 {% for one in part.figures %}<figure id="{{ one.name }}">
-<a class="thumb" href="figures/{{ one.name }}.svg"><img src="figures/{{ one.name }}.png"
+<a class="thumb" href="figures/{{ one.name }}.png"><img src="figures/{{ one.name }}.png"
  alt="{{ one.finding }}" loading="lazy" width="{{ one.width }}" height="{{ one.height }}"></a>
 <figcaption><b>{{ one.finding }}</b><span>{{ one.label }}:
 <a href="{{ one.link }}">where it is made</a>
@@ -506,7 +506,7 @@ def _figure(one: Ran, name: str) -> dict[str, Any]:
         "width": width,
         "height": height,
         "finding": finding(one.folder / f"{name}.png"),
-        **_entry(one, name, ("svg", "png", "csv")),
+        **_entry(one, name, ("png", "csv")),
     }
 
 

@@ -17,6 +17,9 @@ from moebert_lib.config.file_io import write_json
 from moebert_lib.store import store
 from moebert_lib.store.store import output_dir
 
+#: Environment variable that asks for vector formats, and the formats it may name.
+FORMATS, VECTORS = "MOEBERT_FORMATS", ("pdf", "svg")
+
 
 def finding(figure: Figure) -> str:
     """What a figure's headline says, in one line; of several panels, each headline in turn."""
@@ -30,6 +33,24 @@ def output_file(name: str, ending: str) -> Path:
     if not name or Path(name).name != name or "." in name:
         raise ValueError(f"name={name!r} must be a file name without folder or ending")
     return store.output_dir() / f"{name}.{ending}"
+
+
+def vector_formats() -> list[str]:
+    """Formats that figures are written in beside PNG, from the variable MOEBERT_FORMATS.
+
+    It names them with commas between: ``pdf``, ``svg`` or ``pdf,svg``. The default is none.
+
+    Raises:
+        UserError: an unknown format.
+    """
+    named = os.environ.get(FORMATS, "")
+    formats = [name.strip().lower() for name in named.split(",") if name.strip()]
+    unknown = [name for name in formats if name not in VECTORS]
+    if unknown:
+        raise UserError(
+            f"{FORMATS}: unknown format {unknown[0]!r}; choose from {', '.join(VECTORS)}"
+        )
+    return formats
 
 
 def write(path: Path, produce: Callable[[str], object]) -> None:
