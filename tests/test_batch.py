@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from moebert_lib.config.settings import Settings
 from moebert_lib.runs import execution, local_pool, plan
 from moebert_lib.runs.execution import NotebookFailed
-from moebert_lib.store.store import Store
+from moebert_lib.store.store import StageKey, Store
 
 ATTACKS = [
     'a"; import os; os._exit(3)  #',
@@ -153,7 +153,7 @@ def test_after_a_failure_the_others_can_still_run(home):
     lines: list[str] = []
     failure, entry = local_pool.run(planned("02", "00"), keep_going=True, echo=lines.append)
     assert isinstance(failure, NotebookFailed) and entry.row["notebook"] == "00_the_idea"
-    assert [entry.key["notebook"] for entry in Store().entries()] == ["00_the_idea"]
+    assert [entry.key.choices["notebook"] for entry in Store().entries()] == ["00_the_idea"]
     assert (home / "figures" / "figure0.csv").is_file()
 
 
@@ -202,7 +202,7 @@ def test_where_the_data_lies_is_not_part_of_the_key(home, tiny_glue, tmp_path):
     one, other = (
         planned("01", task="sst2", data_dir=str(folder))[0] for folder in (tiny_glue, moved)
     )
-    assert one.key() == other.key() and str(tiny_glue) not in json.dumps(one.key())
+    assert one.key() == other.key() and str(tiny_glue) not in json.dumps(one.key().values())
 
 
 def test_publishing_removes_what_an_earlier_run_of_the_same_notebook_left(tmp_path):
@@ -215,7 +215,7 @@ def test_publishing_removes_what_an_earlier_run_of_the_same_notebook_left(tmp_pa
                 (made / "figures" / name).write_text(str(number))
             return {}
 
-        return store.make("notebook", {"notebook": f"0{number}", "names": names}, build)
+        return store.make(StageKey("notebook", {"notebook": f"0{number}", "names": names}), build)
 
     local_pool.publish(entry(1, "a.csv", "b.csv"), folder)
     local_pool.publish(entry(2, "c.csv"), folder)

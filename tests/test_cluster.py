@@ -226,7 +226,7 @@ def test_a_sweep_outlives_the_death_of_a_node(home, place, head, engine):
         results = local_pool.run(jobs, engine=made, publishing=False, keep_going=True, echo=echo)
     places = [written(entry)[0] for entry in results]
     assert places.count("two") == 1 and places.count("one") == 3
-    assert all(Store().folder("notebook", job.key()).is_relative_to(home) for job in jobs)
+    assert all(Store().folder(job.key()).is_relative_to(home) for job in jobs)
     assert sum("once more" in line for line in lines) == 1
     assert not marked(f"{place} two") and gone(runs, place, 0.5) and made.workers == 1
 

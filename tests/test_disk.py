@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from moebert_lib.config import file_io
 from moebert_lib.config.file_io import Unwritable, write_bytes
-from moebert_lib.store.store import Store
+from moebert_lib.store.store import StageKey, Store
 
 SIZE = 2**18  # bytes of the small disk
 
@@ -72,19 +72,19 @@ def files(folder: Path) -> list[str]:
 
 def test_a_disk_that_fills_while_building_is_one_line_and_no_half_entry(small):
     runs = Store(small / "runs")
-    kept = runs.make("unit", {"a": 1}, lambda folder: {"score": 1})
+    kept = runs.make(StageKey("unit", {"a": 1}), lambda folder: {"score": 1})
 
     def too_much(folder):
         (folder / "large.bin").write_bytes(bytes(2 * SIZE))
 
     with pytest.raises(Unwritable) as error:
-        runs.make("unit", {"a": 2}, too_much)
+        runs.make(StageKey("unit", {"a": 2}), too_much)
     assert str(error.value) == (
         f"{runs.root} cannot be written: no space left on device; make room, finished runs are kept"
     )
     assert files(small) == ["entry.json"] and list((runs.root / "tmp").iterdir()) == []
-    assert runs.find("unit", {"a": 1}).row == kept.row
-    assert runs.make("unit", {"a": 2}, lambda folder: {"score": 2}).row == {"score": 2}
+    assert runs.find(StageKey("unit", {"a": 1})).row == kept.row
+    assert runs.make(StageKey("unit", {"a": 2}), lambda folder: {"score": 2}).row == {"score": 2}
 
 
 def test_a_disk_that_fills_with_the_record_is_one_line_and_no_half_entry(small):
@@ -97,20 +97,20 @@ def test_a_disk_that_fills_with_the_record_is_one_line_and_no_half_entry(small):
             return {"score": 1}
 
     with pytest.raises(Unwritable, match="no space left on device"):
-        runs.make("unit", {}, all_there_is)
+        runs.make(StageKey("unit", {}), all_there_is)
     assert files(small) == [] and list((runs.root / "tmp").iterdir()) == []
 
 
 def test_a_store_that_may_only_be_read_is_read_and_refuses_the_rest(small, monkeypatch):
     runs = Store(small / "runs")
-    runs.make("unit", {"a": 1}, lambda folder: {"score": 1})
+    runs.make(StageKey("unit", {"a": 1}), lambda folder: {"score": 1})
     forbid(small, monkeypatch)
     with pytest.raises(Unwritable, match="read-only file system; MOEBERT_HOME names another place"):
-        runs.make("unit", {"a": 2}, lambda folder: {})
+        runs.make(StageKey("unit", {"a": 2}), lambda folder: {})
     with pytest.raises(Unwritable, match="read-only file system"):
-        Store(small / "new" / "runs").make("unit", {}, lambda folder: {})
-    assert runs.find("unit", {"a": 1}).row == {"score": 1} and len(runs.entries()) == 1
-    assert not runs.busy("unit", {"a": 1}) and runs.tidy() == 0
+        Store(small / "new" / "runs").make(StageKey("unit", {}), lambda folder: {})
+    assert runs.find(StageKey("unit", {"a": 1})).row == {"score": 1} and len(runs.entries()) == 1
+    assert not runs.busy(StageKey("unit", {"a": 1})) and runs.tidy() == 0
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_errors_of_a_build_about_other_things_pass_through(runs, error):
         raise error
 
     with pytest.raises(type(error)) as raised:
-        runs.make("unit", {}, fail)
+        runs.make(StageKey("unit", {}), fail)
     assert raised.value is error
 
 
@@ -139,7 +139,7 @@ def test_errors_about_the_store_are_one_line_whoever_meets_them(runs, number):
         raise OSError(number, os.strerror(number), str(folder / "a"))
 
     with pytest.raises(Unwritable, match=os.strerror(number).lower()) as error:
-        runs.make("unit", {}, fail)
+        runs.make(StageKey("unit", {}), fail)
     assert "\n" not in str(error.value) and runs.entries() == []
 
 
@@ -148,7 +148,7 @@ def test_a_full_disk_is_known_from_what_safetensors_says(runs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with pytest.raises(Unwritable, match="no space left"):
-        runs.make("unit", {}, fail)
+        runs.make(StageKey("unit", {}), fail)
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing(small):
@@ -166,8 +166,8 @@ def test_two_builds_of_one_entry_never_share_a_folder(runs):
 
     for _ in range(2):
         with pytest.raises(ValueError):
-            runs.make("unit", {}, build)
-    name = runs.folder("unit", {}).name
+            runs.make(StageKey("unit", {}), build)
+    name = runs.folder(StageKey("unit", {})).name
     assert places[0] != places[1]
     assert all(file_io.WORK.fullmatch(place.name)[1] == name for place in places)
 
@@ -175,16 +175,16 @@ def test_two_builds_of_one_entry_never_share_a_folder(runs):
 def test_tidy_and_busy_see_that_a_build_is_alive(runs):
     def build(folder):
         (folder / "a.txt").write_text("one")
-        assert runs.busy("unit", {}) and Store(runs.root).tidy() == 0
+        assert runs.busy(StageKey("unit", {})) and Store(runs.root).tidy() == 0
         return {"there": (folder / "a.txt").is_file()}
 
-    assert not runs.busy("unit", {}) and not runs.root.exists()
-    assert runs.make("unit", {}, build).row == {"there": True}
-    assert not runs.busy("unit", {})
+    assert not runs.busy(StageKey("unit", {})) and not runs.root.exists()
+    assert runs.make(StageKey("unit", {}), build).row == {"there": True}
+    assert not runs.busy(StageKey("unit", {}))
 
 
 def test_tidy_removes_what_killed_processes_left_and_nothing_else(runs):
-    entry = runs.make("unit", {}, lambda folder: {})
+    entry = runs.make(StageKey("unit", {}), lambda folder: {})
     died = subprocess.Popen([sys.executable, "-c", ""])
     died.wait(60)
     yesterday = time.time() - 2 * file_io.DAY
@@ -193,7 +193,7 @@ def test_tidy_removes_what_killed_processes_left_and_nothing_else(runs):
     for path in gone + kept:
         path.touch()
     os.utime(gone[1], (yesterday, yesterday))
-    left = file_io.scratch(runs.folder("unit", {"a": 1}))
+    left = file_io.scratch(runs.folder(StageKey("unit", {"a": 1})))
     (left / "half.bin").touch()
     foreign = runs.root / "tmp" / "notes"
     foreign.mkdir()
@@ -204,6 +204,6 @@ def test_tidy_removes_what_killed_processes_left_and_nothing_else(runs):
 
 
 def test_make_removes_what_a_killed_process_left_of_the_same_entry_only(runs):
-    same, another = (file_io.scratch(runs.folder("unit", {"a": a})) for a in (1, 2))
-    runs.make("unit", {"a": 1}, lambda folder: {})
+    same, another = (file_io.scratch(runs.folder(StageKey("unit", {"a": a}))) for a in (1, 2))
+    runs.make(StageKey("unit", {"a": 1}), lambda folder: {})
     assert another.exists() and not same.exists()

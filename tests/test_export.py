@@ -46,7 +46,7 @@ def test_a_stored_student_has_each_of_its_settings_and_results(runs):
     settings = Settings.at("smoke", seed=3, epochs=0.5, n_experts=2)
     odd = {"guessing": float("nan"), "loss": float("inf"), "wide": 2**70, "fair": True, "all": [1]}
     row = {"task": "library", "accuracy": 0.5, "steps": 0} | odd
-    entry = Store(runs).make("student", student.student_key(settings), lambda folder: row)
+    entry = Store(runs).make(student.student_key(settings), lambda folder: row)
     one = only(export.frame([runs], kind="student"))
     known = settings.model_dump() | {"expert_size": 32, "n_shared": 21, "teacher_seed": 0}
     told = {name for name in Settings.model_fields if name in one} - {"scale"}
@@ -57,7 +57,7 @@ def test_a_stored_student_has_each_of_its_settings_and_results(runs):
     assert (one["accuracy"], one["steps"], one["digest"]) == (0.5, 0, entry.digest)
     assert one[["guessing", "loss", "wide", "notebook", "scale"]].isna().all()
     assert not {"fair", "all"} & set(one.index)
-    assert one["data"] == entry.key["conversion"]["importance"]["teacher"]["data"]
+    assert one["data"] == entry.key.values()["conversion"]["importance"]["teacher"]["data"]
     assert one["created"] == entry.record()["created"] and one["seconds"] == entry.seconds
     assert one["torch"] == entry.record()["versions"]["torch"] and one["store"] == str(runs)
 
@@ -66,11 +66,13 @@ def test_a_stored_notebook_has_its_settings_parameters_and_metrics(runs):
     values = {"seed": 2, "n_resamples": 9, "n_shared": 11}
     (job,) = plan.plan(plan.select(["01"]), scale="smoke", parameters=values)
     row = {"notebook": job.name, "figures": ["a.png"], "metrics": {"spread": 0.25, "best": 3}}
-    Store(runs).make("notebook", job.key(), lambda folder: row)
+    Store(runs).make(job.key(), lambda folder: row)
     one = only(export.frame([runs.parent]))
     assert [one[name] for name in FIRST] == ["notebook", "01_importance", "smoke", "library", 2]
     assert (one["n_shared"], one["n_resamples"], one["other_tasks"]) == (11, 9, "[]")
-    assert (one["spread"], one["best"]) == (0.25, 3) and one["data"] == job.key()["inputs"]["data"]
+    assert (one["spread"], one["best"]) == (0.25, 3) and one["data"] == job.key().origin["inputs"][
+        "data"
+    ]
     assert "overrides" not in one and "figures" not in one
 
 

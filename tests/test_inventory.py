@@ -1,6 +1,5 @@
 """Rows that say what sets a run apart, and a listing that stays short."""
 
-import json
 import shlex
 
 import fixture_home
@@ -15,7 +14,7 @@ from moebert_lib.experiments import student
 from moebert_lib.experiments.teacher import importance_key, teacher_key
 from moebert_lib.runs import local_pool, plan, status
 from moebert_lib.runs.execution import NotebookFailed
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.store.store import Entry, StageKey, Store
 
 CHANGES = st.fixed_dictionaries(
     {},
@@ -37,26 +36,26 @@ CHANGES = st.fixed_dictionaries(
 
 
 def entry(kind, key, row=None) -> Entry:
-    return Entry(kind, "0" * 64, None, json.loads(json.dumps(key)), row or {}, 60.0, True)
+    return Entry(StageKey.read(kind, key), None, row or {}, 60.0, True)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "quick"])
 @pytest.mark.parametrize("make", [teacher_key, importance_key, student.student_key])
 def test_what_a_scale_decides_is_not_named(scale, make):
-    assert status.summary(entry("x", make(Settings.at(scale)))) == f"{scale} library"
+    assert status.summary(entry("x", make(Settings.at(scale)).values())) == f"{scale} library"
 
 
 @given(one=CHANGES, other=CHANGES)
 @pytest.mark.parametrize("make", [teacher_key, student.conversion_key, student.student_key])
 def test_two_experiments_read_alike_only_if_they_are_one(make, one, other):
     keys = [make(Settings.at("smoke", **changes)) for changes in (one, other)]
-    rows = [status.summary(entry("x", key)) for key in keys]
+    rows = [status.summary(entry("x", key.values())) for key in keys]
     assert (rows[0] == rows[1]) == (keys[0] == keys[1])
 
 
 def test_a_row_names_each_choice():
     settings = Settings.at("smoke", n_experts=2, gate_scaling="outside", epochs=0.5)
-    row = status.summary(entry("student", student.student_key(settings)))
+    row = status.summary(entry("student", student.student_key(settings).values()))
     assert row.split() == ["smoke", "library", "n_experts=2", "gate_scaling=outside", "epochs=0.5"]
 
 
@@ -82,7 +81,7 @@ def home(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n", [3, 12])
 def test_status_counts_by_kind_and_lists_the_newest_or_all(home, n, capsys):
     for seed in range(n):
-        Store().make("student", {"task": "library", "seed": seed}, lambda folder: {})
+        Store().make(StageKey("student", {"task": "library", "seed": seed}), lambda folder: {})
     assert main.main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["student", str(n), "stored"]

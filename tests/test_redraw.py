@@ -18,7 +18,7 @@ from moebert_lib.experiments import dataset, student, teacher
 from moebert_lib.publish import report
 from moebert_lib.runs import export, local_pool, plan
 from moebert_lib.store import committed_results
-from moebert_lib.store.store import Store
+from moebert_lib.store.store import StageKey, Store
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_what_is_not_there_is_told_with_the_nearest_that_is(stored):
     ):
         student.conversion(SETTINGS.but(seed=6))
     with pytest.raises(UserError, match="no such removal"):
-        committed_results.store().make("removal", {"a": 1})
+        committed_results.open_store().make(StageKey("removal", {"a": 1}))
 
 
 def test_equal_results_give_equal_bytes_and_newer_ones_replace(stored, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_row_that_was_edited_is_refused(stored, tmp_path):
     frame["record"] = frame["record"].str.replace('"accuracy": 0.', '"accuracy": 1.')
     frame.to_parquet(path, index=False)
     with pytest.raises(UserError, match="has changed since it was made"):
-        committed_results.Archive(path.parent)
+        committed_results.CommittedResults(path.parent)
 
 
 def test_a_column_that_says_other_than_its_record_is_named_before_anything_is_drawn(
@@ -135,14 +135,14 @@ def test_a_small_file_that_was_edited_is_refused(stored, tmp_path):
     frame["content"] = [content + b" " for content in frame["content"]]
     frame.to_parquet(path, index=False)
     with pytest.raises(UserError, match=r"files\.parquet: \S+ of .* has changed since it was made"):
-        committed_results.Archive(path.parent).entries()
+        committed_results.CommittedResults(path.parent).entries()
     with pytest.raises(UserError, match="has changed since it was made"):
         export.write_results(path.parent)
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no rows\.parquet in"):
-        committed_results.Archive(tmp_path)
+        committed_results.CommittedResults(tmp_path)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
 from moebert_lib.publish import report
 from moebert_lib.runs import local_pool
-from moebert_lib.store.store import Store
+from moebert_lib.store.store import StageKey, Store
 
 DOT = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
@@ -73,14 +73,17 @@ def home(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def page(home) -> str:
     settings = Settings.at("quick", seed=3, task="follows").model_dump()
-    key = {"notebook": "01_importance", "settings": settings, "inputs": {"data": "d"}}
+    choices = {"notebook": "01_importance", "settings": settings}
+    key = StageKey("notebook", choices, {"inputs": {"data": "d"}})
 
     def build(folder):
         executed(folder)
         return {}
 
-    local_pool.publish(Store().make("notebook", key, build), home / "figures")
-    Store().make("student", {"task": "follows", "seed": 3}, lambda folder: {"accuracy": 0.75})
+    local_pool.publish(Store().make(key, build), home / "figures")
+    Store().make(
+        StageKey("student", {"task": "follows", "seed": 3}), lambda folder: {"accuracy": 0.75}
+    )
     return report.write_report().read_text()
 
 
@@ -117,13 +120,13 @@ def test_every_figure_of_the_workbook_has_a_caption_from_before_its_cell(path):
 def test_sections_of_one_notebook_say_which_run_they_show(home):
     for seed in (3, 4):
         settings = Settings.at("quick", seed=seed).model_dump()
-        key = {"notebook": "01_importance", "settings": settings}
+        key = StageKey("notebook", {"notebook": "01_importance", "settings": settings})
 
         def build(folder, seed=seed):
             executed(folder)
             return {"changed": {"seed": seed, "layers": [seed]}}
 
-        entry = Store().make("notebook", key, build)
+        entry = Store().make(key, build)
         local_pool.publish(entry, local_pool.destination(settings, changed={"seed": seed}))
     page = report.write_report().read_text()
     for seed in (3, 4):

@@ -16,13 +16,15 @@ from moebert_lib.config.errors import CHECKOUT
 from moebert_lib.config.provenance import digest
 from moebert_lib.runs import export
 from moebert_lib.store import store
-from moebert_lib.store.store import Store
+from moebert_lib.store.store import StageKey, Store
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
+
+UNIT = StageKey("unit", {})
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def must_not_build(folder: Path) -> dict:
 
 
 def test_an_entry_is_built_once_and_then_reused(runs):
-    first = runs.make("unit", {"a": 1}, write_one)
-    again = runs.make("unit", {"a": 1}, must_not_build)
+    first = runs.make(StageKey("unit", {"a": 1}), write_one)
+    again = runs.make(StageKey("unit", {"a": 1}), must_not_build)
     assert (first.reused, again.reused) == (False, True)
     assert again.row == {"score": 0.5}
     assert (again.folder / "deep" / "a.txt").read_text() == "one"
@@ -50,14 +52,14 @@ def test_an_entry_is_built_once_and_then_reused(runs):
 
 @pytest.mark.parametrize("kind, key", [("unit", {"a": 2}), ("unit", {"b": 1}), ("other", {"a": 1})])
 def test_another_key_or_kind_is_another_entry(runs, kind, key):
-    one = runs.make("unit", {"a": 1}, write_one)
-    assert runs.make(kind, key, write_one).folder != one.folder
+    one = runs.make(StageKey("unit", {"a": 1}), write_one)
+    assert runs.make(StageKey(kind, key), write_one).folder != one.folder
 
 
 def test_a_fresh_row_equals_the_row_read_back(runs):
     row = {"count": np.int64(3), "values": np.array([0.5, 1.0]), "pair": (1, 2), "at": Path("x")}
-    fresh = runs.make("unit", {}, lambda folder: row)
-    assert fresh.row == runs.make("unit", {}, must_not_build).row
+    fresh = runs.make(UNIT, lambda folder: row)
+    assert fresh.row == runs.make(UNIT, must_not_build).row
     assert fresh.row == {"count": 3, "values": [0.5, 1.0], "pair": [1, 2], "at": "x"}
 
 
@@ -68,22 +70,22 @@ def test_a_build_that_stops_leaves_nothing(runs, error):
         raise error
 
     with pytest.raises(error):
-        runs.make("unit", {}, stop)
+        runs.make(UNIT, stop)
     assert runs.entries() == [] and list((runs.root / "tmp").iterdir()) == []
-    assert runs.make("unit", {}, write_one).row == {"score": 0.5}
+    assert runs.make(UNIT, write_one).row == {"score": 0.5}
 
 
 def test_a_row_that_is_not_json_leaves_nothing(runs):
     with pytest.raises(TypeError, match="object"):
-        runs.make("unit", {}, lambda folder: {"x": object()})
+        runs.make(UNIT, lambda folder: {"x": object()})
     assert runs.entries() == [] and list((runs.root / "tmp").iterdir()) == []
 
 
 def test_what_a_killed_process_left_is_cleared_first(runs):
-    left = runs.root / "tmp" / runs.folder("unit", {}).name
+    left = runs.root / "tmp" / runs.folder(UNIT).name
     left.mkdir(parents=True)
     (left / "half.bin").write_text("half")
-    entry = runs.make("unit", {}, write_one)
+    entry = runs.make(UNIT, write_one)
     assert sorted(entry.record()["files"]) == ["deep/a.txt"]
 
 
@@ -104,10 +106,10 @@ def cut_record(folder):
     [(damage_file, "deep/a.txt"), (remove_file, "deep/a.txt"), (cut_record, "entry.json")],
 )
 def test_a_damaged_entry_is_named_set_aside_and_made_again(runs, capsys, damage, named):
-    first = runs.make("unit", {}, write_one)
+    first = runs.make(UNIT, write_one)
     damage(first.folder)
-    assert runs.find("unit", {}) is None
-    assert not runs.make("unit", {}, write_one).reused
+    assert runs.find(UNIT) is None
+    assert not runs.make(UNIT, write_one).reused
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line and first.folder.name in line
     assert len(list((runs.root / "damaged").iterdir())) == 1
@@ -118,24 +120,24 @@ def test_force_replaces_an_entry_only_once_the_new_one_is_whole(runs):
     def fail(folder):
         raise ValueError
 
-    runs.make("unit", {}, write_one)
+    runs.make(UNIT, write_one)
     with pytest.raises(ValueError):
-        runs.make("unit", {}, fail, force=True)
-    assert runs.find("unit", {}).row == {"score": 0.5}
-    assert runs.make("unit", {}, lambda folder: {"score": 1.0}, force=True).row == {"score": 1.0}
-    assert runs.find("unit", {}).row == {"score": 1.0}
+        runs.make(UNIT, fail, force=True)
+    assert runs.find(UNIT).row == {"score": 0.5}
+    assert runs.make(UNIT, lambda folder: {"score": 1.0}, force=True).row == {"score": 1.0}
+    assert runs.find(UNIT).row == {"score": 1.0}
 
 
 def test_processes_that_want_the_same_entry_build_it_once(tmp_path):
     script = tmp_path / "one.py"
     script.write_text(
         "import sys, time, pathlib\n"
-        "from moebert_lib.store.store import Store\n"
+        "from moebert_lib.store.store import StageKey, Store\n"
         "def build(folder):\n"
         "    with open(sys.argv[2], 'a') as log: log.write('built\\n')\n"
         "    time.sleep(1)\n"
         "    return {}\n"
-        "Store(sys.argv[1]).make('unit', {}, build)\n"
+        "Store(sys.argv[1]).make(StageKey('unit', {}), build)\n"
     )
     command = [sys.executable, str(script), str(tmp_path / "runs"), str(tmp_path / "log")]
     env = {"PYTHONPATH": str(CHECKOUT)}
@@ -146,9 +148,9 @@ def test_processes_that_want_the_same_entry_build_it_once(tmp_path):
 
 def test_frame_has_one_flat_row_for_each_entry(runs):
     for seed in (1, 0):
-        key = {"settings": {"seed": seed}, "code": "x"}
-        runs.make("unit", key, lambda folder, s=seed: {"accuracy": s / 2})
-    runs.make("other", {}, write_one)
+        key = StageKey("unit", {"settings": {"seed": seed}}, {"code": "x"})
+        runs.make(key, lambda folder, s=seed: {"accuracy": s / 2})
+    runs.make(StageKey("other", {}), write_one)
     frame = export.frame([runs.root], kind="unit")
     assert sorted(zip(frame["seed"], frame["accuracy"], strict=True)) == [(0, 0), (1, 0.5)]
     assert {"digest", "created", "seconds"} <= set(frame.columns)
@@ -156,7 +158,7 @@ def test_frame_has_one_flat_row_for_each_entry(runs):
 
 
 def test_looking_creates_nothing(runs):
-    assert runs.find("unit", {}) is None and runs.entries() == []
+    assert runs.find(UNIT) is None and runs.entries() == []
     assert not runs.root.exists()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moebert_lib.config.errors import UserError
 from moebert_lib.runs import execution, plan, status, sweep
 from moebert_lib.runs.execution import NotebookFailed
-from moebert_lib.store.store import Entry
+from moebert_lib.store.store import Entry, StageKey
 
 SMOKE = {"notebook": "01", "scale": "smoke"}
 
@@ -259,7 +259,7 @@ def test_means_leave_out_what_failed_and_what_recorded_nothing():
 def test_what_a_notebook_records_overwrites_no_column_of_the_table(home):
     told = {"seed": 9, "state": "x", "run": "y", "accuracy": "high"}
     job = sweep.plan({**SMOKE, "seeds": [1]})
-    entry = Entry("notebook", "0" * 64, home, {}, {"metrics": told}, 1.0, True)
+    entry = Entry(StageKey("notebook", {}), home, {"metrics": told}, 1.0, True)
     frame = sweep.table(job.jobs, [entry])
     assert frame.loc[0, ["seed", "state", "run"]].tolist() == [1, "done", "home"]
     assert {f"metric.{name}" for name in ("seed", "state", "run")} <= set(frame)

@@ -155,5 +155,5 @@ def test_settings_refuse_two_experts_of_a_hash_and_a_change_to_a_hash_takes_one(
 
 def test_the_default_is_in_no_key():
     one = Settings.at("smoke", routing="gate-token")
-    assert "gate_top_k" not in student.conversion_key(one)
-    assert student.conversion_key(one.but(gate_top_k=2))["gate_top_k"] == 2
+    assert "gate_top_k" not in student.conversion_key(one).choices
+    assert student.conversion_key(one.but(gate_top_k=2)).choices["gate_top_k"] == 2

@@ -163,9 +163,9 @@ def cores() -> int:
         return mine
 
 
-def to_json(obj: Any, **layout: Any) -> str:
-    """JSON text with sorted names, so that equal values give equal text."""
-    return json.dumps(obj, sort_keys=True, ensure_ascii=False, default=_plain, **layout)
+def to_json(obj: Any, *, sort_keys: bool = True, **layout: Any) -> str:
+    """JSON text, by default with sorted names, so that equal values give equal text."""
+    return json.dumps(obj, sort_keys=sort_keys, ensure_ascii=False, default=_plain, **layout)
 
 
 def _plain(value: Any) -> Any:

@@ -32,6 +32,7 @@ from moebert_lib.method import encoder_layouts
 from moebert_lib.method.encoder_layouts import family
 from moebert_lib.model.conversion import load_dense
 from moebert_lib.store import committed_results
+from moebert_lib.store.store import StageKey
 from moebert_lib.training.evaluation import score
 
 HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sentence is classified
@@ -309,17 +310,22 @@ def about(settings: Settings) -> About:
             "digest": bundle.digest,
         }
 
-    key = {**chosen(settings, DATA), "model": settings.model}
-    if not committed_results.named():
-        hub = not settings.offline
-        key |= {
-            "data": loading.digest(settings),
-            "weights": pretrained_weights.digest(settings.model, hub=hub),
-        }
-        key |= {"versions": versions()}
-    row = committed_results.store().make("about", key, build).row
+    row = committed_results.open_store().make(about_key(settings), build).row
     guess = float("nan") if row["guessing"] is None else row["guessing"]
     return About(TASKS[settings.task], **{**row, "guessing": guess})
+
+
+def about_key(settings: Settings) -> StageKey:
+    """What a task's data in numbers depends on."""
+    choices = {**chosen(settings, DATA), "model": settings.model}
+    if committed_results.named():
+        return StageKey("about", choices)
+    origin = {
+        "data": loading.digest(settings),
+        "weights": pretrained_weights.digest(settings.model, hub=not settings.offline),
+        "versions": versions(),
+    }
+    return StageKey("about", choices, origin)
 
 
 def describe(settings: Settings) -> str:
@@ -358,8 +364,8 @@ def measured(name: str, of: Any, build: Callable[[], pd.DataFrame]) -> pd.DataFr
         table.to_parquet(folder / TABLE)
         return {"rows": len(table)}
 
-    key = {"name": name, "of": _plain(of)}
-    entry = committed_results.store().make("table", key, keep, force=True)
+    key = StageKey("table", {"name": name, "of": _plain(of)})
+    entry = committed_results.open_store().make(key, keep, force=True)
     return pd.read_parquet(entry.folder / TABLE)
 
 

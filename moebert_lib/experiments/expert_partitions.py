@@ -25,6 +25,7 @@ from moebert_lib.method import clustering
 from moebert_lib.method.encoder_layouts import ffns, watching, width
 from moebert_lib.method.partition import choose_ranking, deal_layers
 from moebert_lib.store import committed_results
+from moebert_lib.store.store import StageKey
 
 EXAMPLES = 200  # at most, of those that are scored
 TOKENS = 4096  # of their tokens at most: what neurons are compared on
@@ -41,15 +42,13 @@ def grouping_key(settings: Settings) -> dict:
     """What the grouping depends on beyond the order; nothing where neurons are dealt."""
     if settings.grouping == "deal":
         return {}
-    key = {
-        "how": settings.grouping,
-        "code": code_digest("method.clustering", "experiments.expert_partitions", *FORWARD),
-    }
+    choices: dict = {"how": settings.grouping}
     if settings.grouping != "coactivation":  # k-means has a start
-        key["split_seed"] = settings.split_seed
+        choices["split_seed"] = settings.split_seed
     if settings.grouping != "kmeans-weights":
-        key |= {"examples": EXAMPLES, "tokens": TOKENS, **chosen(settings, IMPORTANCE)}
-    return {"grouping": key}
+        choices |= {"examples": EXAMPLES, "tokens": TOKENS, **chosen(settings, IMPORTANCE)}
+    code = code_digest("method.clustering", "experiments.expert_partitions", *FORWARD)
+    return {"grouping": StageKey("grouping", choices, {"code": code})}
 
 
 def neurons(settings: Settings) -> Tensor:
@@ -64,7 +63,7 @@ def neurons(settings: Settings) -> Tensor:
         save_file({"neurons": grouped}, folder / "neurons.safetensors")
         return {"layers": len(grouped)}
 
-    key = {
+    choices = {
         **order_key(settings),
         **grouping_key(settings),
         "ranking": settings.ranking,
@@ -72,7 +71,7 @@ def neurons(settings: Settings) -> Tensor:
         "expert_size": dealt.shape[2],
         "n_shared": n_shared,
     }
-    entry = committed_results.store().make("grouped", key, build)
+    entry = committed_results.open_store().make(StageKey("grouped", choices), build)
     return load_file(entry.folder / "neurons.safetensors")["neurons"]
 
 

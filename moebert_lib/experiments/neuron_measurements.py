@@ -35,7 +35,7 @@ from moebert_lib.method.encoder_layouts import ffns, watching
 from moebert_lib.method.other_scores import SCORES, magnitudes
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.store import committed_results
-from moebert_lib.store.store import Entry
+from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.training.evaluation import faster, predict
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
@@ -100,14 +100,14 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
         rows = _measure(settings, n_examples, orders(ranking, settings.n_random_splits))
         return _keep(rows, n_examples, folder)
 
-    key = {
+    choices = {
         "importance": importance_key(settings),
         "fractions": FRACTIONS,
         "n_examples": n_examples,
         "n_random": settings.n_random_splits,
-        "code": _code(),
     }
-    return _read("removal curves", committed_results.store().make("removal", key, build))
+    key = StageKey("removal", choices, {"code": _code()})
+    return _read("removal curves", committed_results.open_store().make(key, build))
 
 
 def by_score(settings: Settings, *, n_examples: int) -> pd.DataFrame:
@@ -129,14 +129,14 @@ def by_score(settings: Settings, *, n_examples: int) -> pd.DataFrame:
         tried = [(kind, 0, lowest_first(found[kind])) for kind in OTHERS]
         return _keep(_measure(settings, n_examples, tried), n_examples, folder)
 
-    key = {
+    choices = {
         "scores": scorings_key(settings),
         "fractions": FRACTIONS,
         "n_examples": n_examples,
-        "code": _code(),
     }
+    key = StageKey("score_removal", choices, {"code": _code()})
     own = curves(settings, n_examples=n_examples).replace({"order": {LEAST: "importance"}})
-    others = _read("removal by score", committed_results.store().make("score_removal", key, build))
+    others = _read("removal by score", committed_results.open_store().make(key, build))
     return pd.concat([own[own["order"].isin(SCORES)], others], ignore_index=True)
 
 
@@ -316,14 +316,11 @@ def _merge(best: tuple | None, h: Tensor, index: Tensor, top: int) -> tuple[Tens
     return value, new[1].gather(-1, order), new[2].gather(-1, order)
 
 
-def excitation_key(scored: dict) -> dict:
-    """What the pass depends on, given what the importance scores depend on."""
-    return {
-        "importance": scored,
-        "examples": EXAMPLES,
-        "top": TOP,
-        "code": code_digest("experiments.neuron_measurements", "method.other_scores"),
-    }
+def excitation_key(settings: Settings) -> StageKey:
+    """What the pass depends on."""
+    choices = {"importance": importance_key(settings), "examples": EXAMPLES, "top": TOP}
+    code = code_digest("experiments.neuron_measurements", "method.other_scores")
+    return StageKey("excitation", choices, {"code": code})
 
 
 def excitation(settings: Settings) -> Excitation:
@@ -342,9 +339,7 @@ def excitation(settings: Settings) -> Excitation:
         (folder / "tokens.json").write_text(json.dumps(pieces), "utf-8")
         return {"n_examples": len(pieces)}
 
-    entry = committed_results.store().make(
-        "excitation", excitation_key(importance_key(settings)), build
-    )
+    entry = committed_results.open_store().make(excitation_key(settings), build)
     print(f"· excitation for {settings.task}: {entry.origin}", flush=True)
     return read(entry.folder)
 

@@ -41,7 +41,7 @@ from moebert_lib.method import encoder_layouts
 from moebert_lib.model.conversion import to_moebert
 from moebert_lib.model.moe_layer import parameter_counts
 from moebert_lib.store import committed_results
-from moebert_lib.store.store import Entry
+from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.training import checkpoints
 from moebert_lib.training.evaluation import faster, sentence_states, state_distances
 from moebert_lib.training.trainer import distil
@@ -82,28 +82,28 @@ class Student:
         return load(self.entry.folder, tasks.TASKS[self.row["task"]])
 
 
-def conversion_key(settings: Settings) -> dict:
+def conversion_key(settings: Settings) -> StageKey:
     """What the student depends on before it is trained."""
     sizes = settings.sizes(width(settings))
-    return {
+    choices = {
         **told(chosen(settings, CONVERSION)),
         "expert_size": sizes[0],
         "n_shared": sizes[1],
         **expert_partitions.order_key(settings),
         **expert_partitions.grouping_key(settings),
-        "code": code_digest(
-            "method.partition",
-            "experiments.expert_partitions",
-            "method.routing",
-            "model.moe_layer",
-            "model.modeling",
-            "model.modeling",
-            "method.encoder_layouts",
-            "model.conversion",
-            "experiments.student",
-            *FORWARD,
-        ),
     }
+    code = code_digest(
+        "method.partition",
+        "experiments.expert_partitions",
+        "method.routing",
+        "model.moe_layer",
+        "model.modeling",
+        "method.encoder_layouts",
+        "model.conversion",
+        "experiments.student",
+        *FORWARD,
+    )
+    return StageKey("converted", choices, {"code": code})
 
 
 def width(settings: Settings) -> int:
@@ -149,7 +149,7 @@ def _conversion(settings: Settings) -> Entry:
     def build(folder: Path) -> dict:
         return keep_judged(settings, converted(settings), folder)
 
-    return committed_results.store().make("converted", conversion_key(settings), build)
+    return committed_results.open_store().make(conversion_key(settings), build)
 
 
 def distances(settings: Settings, model: PreTrainedModel) -> torch.Tensor:
@@ -182,8 +182,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         settings: The experiment.
         keep_model: Also keep the trained weights (90 MB for MiniLM).
     """
-    store, key = committed_results.store(), student_key(settings)
-    named = {**key, "keep_model": keep_model}
+    store, key = committed_results.open_store(), student_key(settings, keep_model=keep_model)
 
     def build(folder: Path) -> dict:
         dense, bundle = teacher(settings), dataset(settings)
@@ -197,7 +196,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             bundle.tokenizer,
             settings,
             folder,
-            checkpoints=place(store, store.folder("student", named)),
+            checkpoints=place(store, store.folder(key)),
         )
         curve.to_csv(folder / "curve.csv", index=False)
         apart = pd.Series(distances(settings, model), name="distance").rename_axis("layer")
@@ -219,8 +218,8 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
             "steps": len(curve),
         }
 
-    with_model = store.find("student", {**key, "keep_model": True})
-    entry = with_model or store.make("student", named, build)
+    with_model = store.find(student_key(settings, keep_model=True))
+    entry = with_model or store.make(key, build)
     checkpoints.clear(place(store, entry.folder))
     curve = pd.read_csv(entry.folder / "curve.csv")
     apart = pd.read_csv(entry.folder / "distances.csv", index_col="layer")["distance"]
@@ -237,10 +236,11 @@ def said(settings: Settings) -> pd.DataFrame:
     return pd.DataFrame({name: answers(entry) for name, entry in entries.items()})
 
 
-def student_key(settings: Settings) -> dict:
-    """What a trained student depends on."""
-    key = {"conversion": conversion_key(settings), **chosen(settings, TRAINING)}
-    return {**key, "code": code_digest(*LEARNING)}
+def student_key(settings: Settings, *, keep_model: bool = False) -> StageKey:
+    """What a trained student depends on, and whether its weights are kept."""
+    choices = {"conversion": conversion_key(settings), **chosen(settings, TRAINING)}
+    origin = {"code": code_digest(*LEARNING), "keep_model": keep_model}
+    return StageKey("student", choices, origin)
 
 
 def grid(points: list[Settings], *, run=student) -> pd.DataFrame:
@@ -282,20 +282,20 @@ def _in_turn(points: list[Settings]) -> Iterator[int]:
 
     What another process here is making now is left for later.
     """
-    busy = committed_results.store().busy
+    busy = committed_results.open_store().busy
     left = sorted(range(len(points)), key=lambda i: _dense(points[i]))
     parts = {i: list(_parts(points[i])) for i in left}
     while left:
-        free = (i for i in left if not any(busy(*part) for part in parts[i]))
+        free = (i for i in left if not any(map(busy, parts[i])))
         yield left.pop(left.index(next(free, left[0])))
 
 
-def _parts(settings: Settings) -> Iterator[tuple[str, dict]]:
-    """Kind and key of the entries that a student is made of."""
-    yield "teacher", teacher_key(settings)
-    yield "importance", importance_key(settings)
-    yield "converted", conversion_key(settings)
-    yield "student", {**student_key(settings), "keep_model": False}
+def _parts(settings: Settings) -> Iterator[StageKey]:
+    """Keys of the entries that a student is made of."""
+    yield teacher_key(settings)
+    yield importance_key(settings)
+    yield conversion_key(settings)
+    yield student_key(settings)
 
 
 def _dense(settings: Settings) -> tuple:

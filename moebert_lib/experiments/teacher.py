@@ -31,7 +31,7 @@ from moebert_lib.experiments.stage_keys import DATA, IMPORTANCE, TEACHER
 from moebert_lib.method.importance import Importance, ffn_importance
 from moebert_lib.method.other_scores import SCORES, every_score
 from moebert_lib.store import committed_results
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.store.store import Entry, StageKey, Store
 from moebert_lib.training import checkpoints
 from moebert_lib.training.evaluation import faster, predict
 from moebert_lib.training.trainer import fine_tune
@@ -70,14 +70,14 @@ def reduced(settings: Settings, *also: str) -> Settings:
     return Settings(**chosen(settings, tuple(names)), teacher_seed=settings.dense_seed)
 
 
-def teacher_key(settings: Settings) -> dict:
+def teacher_key(settings: Settings) -> StageKey:
     """What the teacher depends on."""
-    return {
+    choices = {
         **chosen(settings, DATA + TEACHER),
         "teacher_seed": settings.dense_seed,
         "model": settings.model,
-        **_origin(settings),
     }
+    return StageKey("teacher", choices, _origin(settings))
 
 
 def _origin(settings: Settings) -> dict:
@@ -130,14 +130,14 @@ def _teacher(settings: Settings, _root: Path) -> Teacher:
                 bundle.tokenizer,
                 settings,
                 folder,
-                checkpoints=place(store, store.folder("teacher", key)),
+                checkpoints=place(store, store.folder(key)),
             )
         model.save_pretrained(folder)
         bundle.tokenizer.save_pretrained(folder)
         return keep_judged(settings, model, folder)
 
-    store, key = committed_results.store(), teacher_key(settings)
-    entry = store.make("teacher", key, build)
+    store, key = committed_results.open_store(), teacher_key(settings)
+    entry = store.make(key, build)
     checkpoints.clear(place(store, entry.folder))
     _say(entry, f"teacher for {settings.task}")
     return Teacher(settings.task, entry.row, entry)
@@ -169,15 +169,16 @@ def _importance(settings: Settings, _root: Path) -> Importance:
         scores.save(folder / "importance.safetensors")
         return {"n_examples": scores.n_examples}
 
-    entry = committed_results.store().make("importance", importance_key(settings), build)
+    entry = committed_results.open_store().make(importance_key(settings), build)
     _say(entry, f"importance for {settings.task}")
     return Importance.load(entry.folder / "importance.safetensors")
 
 
-def importance_key(settings: Settings) -> dict:
+def importance_key(settings: Settings) -> StageKey:
     """What the scores depend on."""
     code = code_digest("method.importance", "method.encoder_layouts", *FORWARD)
-    return {"teacher": teacher_key(settings), **chosen(settings, IMPORTANCE), "code": code}
+    choices = {"teacher": teacher_key(settings), **chosen(settings, IMPORTANCE)}
+    return StageKey("importance", choices, {"code": code})
 
 
 def evaluate(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
@@ -229,13 +230,11 @@ def _say(entry: Entry, what: str) -> None:
 # Every score of a teacher's neurons (``scores``), made once and kept.
 
 
-def scorings_key(settings: Settings) -> dict:
+def scorings_key(settings: Settings) -> StageKey:
     """What the scores depend on, given what importance depends on."""
-    return {
-        "importance": importance_key(settings),
-        "kinds": list(SCORES),
-        "code": code_digest("method.other_scores", "method.partition"),
-    }
+    choices = {"importance": importance_key(settings), "kinds": list(SCORES)}
+    code = code_digest("method.other_scores", "method.partition")
+    return StageKey("scores", choices, {"code": code})
 
 
 def scorings(settings: Settings) -> dict[str, Tensor]:
@@ -259,7 +258,7 @@ def scorings(settings: Settings) -> dict[str, Tensor]:
         save_file({kind: one.scores for kind, one in found.items()}, folder / "scores.safetensors")
         return {"n_examples": found["importance"].n_examples}
 
-    entry = committed_results.store().make("scores", scorings_key(settings), build)
+    entry = committed_results.open_store().make(scorings_key(settings), build)
     print(f"· scores for {settings.task}: {entry.origin}", flush=True)
     kept = load_file(entry.folder / "scores.safetensors")
     return {kind: kept[kind] for kind in SCORES}

@@ -5,8 +5,10 @@ excites the teacher's neurons, and every conversion by importance that was judge
 its scores and nothing else.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,8 +26,8 @@ from moebert_lib.method import encoder_layouts, release_files
 from moebert_lib.method.importance import Importance
 from moebert_lib.model.moe_layer import ParameterCounts
 from moebert_lib.store import committed_results
-from moebert_lib.store.committed_results import Archive
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.store.committed_results import CommittedResults
+from moebert_lib.store.store import Entry, StageKey, Store
 
 #: Names of the scores in menus, the paper's first.
 EQ4, ACTIVE, LARGE = "importance (Eq. 4)", "mean activation", "size of weights"
@@ -119,9 +121,9 @@ def from_settings(settings: Settings) -> Source:
     points = ablations.conversions(settings, width)
     print(f"· accuracy right after conversion, for {len(points)} deals", flush=True)
     student.grid(points, run=student.conversion)
-    store = committed_results.store()
-    scored = store.find("importance", importance_key(settings))
-    return _source(scored, _by_kind(store), settings.scale)
+    store = committed_results.open_store()
+    scored = store.find(importance_key(settings))
+    return _source(store, scored, _by_kind(store), settings.scale)
 
 
 def from_store() -> list[Source]:
@@ -129,9 +131,9 @@ def from_store() -> list[Source]:
 
     What can show a neuron's tokens comes first, and the newest of those.
     """
-    store = committed_results.store()
+    store = committed_results.open_store()
     there = _by_kind(store)
-    found = [_source(entry, there) for entry in reversed(store.entries("importance"))]
+    found = [_source(store, entry, there) for entry in reversed(store.entries("importance"))]
     known = [source for source in found if source is not None]
     return distinct(sorted(known, key=lambda source: source.excited is None))
 
@@ -188,46 +190,45 @@ def _same(n_experts: int, expert_size: int, n_shared: int) -> tuple[int, int, in
     return n_experts, expert_size, n_shared
 
 
-def _same_stage(one: dict | None, other: dict) -> bool:
-    """Whether two keys mean one stage; results know it by its settings (``archive``)."""
-    return (
-        committed_results.choices(one) == committed_results.choices(other)
-        if committed_results.named()
-        else one == other
-    )
-
-
-def _by_kind(store: Store | Archive) -> dict[str, list[Entry]]:
+def _by_kind(store: Store | CommittedResults) -> dict[str, list[Entry]]:
     return {kind: store.entries(kind) for kind in ("teacher", "excitation", "converted")}
 
 
-def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> Source | None:
+def _source(
+    store: Store | CommittedResults, scored: Entry, there: dict[str, list[Entry]], scale: str = ""
+) -> Source | None:
     """An entry of scores with what else is there of its teacher; None without a teacher."""
-    key = scored.key
-    dense = next((e for e in there["teacher"] if _same_stage(e.key, key["teacher"])), None)
+    teacher_key = scored.key.choices["teacher"]
+    place = store.folder(teacher_key)
+    dense = next((e for e in there["teacher"] if store.folder(e.key) == place), None)
     if dense is None:
         return None
-    scale = scale or _scale(key)
+    chosen = teacher_key.choices
     about = {
-        "task": key["teacher"]["task"],
-        "scale": scale,
-        "seed": key["teacher"]["teacher_seed"],
-        "model": key["teacher"]["model"],
+        "task": chosen["task"],
+        "scale": scale or _scale(chosen),
+        "seed": chosen["teacher_seed"],
+        "model": chosen["model"],
     }
+
+    def by_these_scores(entry: Entry) -> bool:
+        parent = entry.key.choices.get("importance")
+        return isinstance(parent, StageKey) and store.folder(parent) == store.folder(scored.key)
+
     scores = {EQ4: _numbers(Importance.load(scored.folder / "importance.safetensors").scores)}
-    passed = [entry for entry in there["excitation"] if _same_stage(entry.key["importance"], key)]
+    passed = list(filter(by_these_scores, there["excitation"]))
     excited = neuron_measurements.read(passed[-1].folder) if passed else None
     if excited:
         scores |= {ACTIVE: _numbers(excited.mean), LARGE: _numbers(excited.magnitude)}
     sizes = encoder_layouts.shape(str(dense.folder))
     metric = TASKS[about["task"]].metric
     return Source(
-        _name(about, key),
+        _name(about, scored.key.choices["importance_split"]),
         scores,
         about,
         sizes=sizes,
         head=head_parameters(dense.folder),
-        accuracy=_judged(key, there["converted"], metric),
+        accuracy=_judged(filter(by_these_scores, there["converted"]), metric),
         metric=metric,
         dense=dense.row[metric],
         excited=excited,
@@ -237,33 +238,32 @@ def _source(scored: Entry, there: dict[str, list[Entry]], scale: str = "") -> So
     )
 
 
-def _name(about: dict, key: dict) -> str:
+def _name(about: dict, split: str) -> str:
     model = about["model"].rpartition("/")[2]
-    split = "" if key["importance_split"] == "train" else f", scored on {key['importance_split']}"
-    return f"{about['task']} · {about['scale']}, seed {about['seed']}, {model}{split}"
+    scored = "" if split == "train" else f", scored on {split}"
+    return f"{about['task']} · {about['scale']}, seed {about['seed']}, {model}{scored}"
 
 
-def _scale(key: dict) -> str:
-    """The scale whose values these are, in full or for a side task; else "own settings"."""
-    mine = key["teacher"]
+def _scale(chosen: Mapping[str, Any]) -> str:
+    """The scale of a teacher's choices, in full or for a side task; else "own settings"."""
+    task, model = chosen["task"], chosen["model"]
     for scale in SCALES:
-        whole = Settings.at(scale, task=mine["task"], model=mine["model"])
-        brief = ablations.on_task(Settings.at(scale, model=mine["model"]), mine["task"])
+        whole = Settings.at(scale, task=task, model=model)
+        brief = ablations.on_task(Settings.at(scale, model=model), task)
         for settings, name in ((whole, scale), (brief, f"{scale}, in brief")):
-            if all(mine.get(each) == getattr(settings, each) for each in (*DATA, *TEACHER)):
+            if all(chosen.get(each) == getattr(settings, each) for each in (*DATA, *TEACHER)):
                 return name
     return "own settings"
 
 
-def _judged(key: dict, judged: list[Entry], metric: str) -> pd.DataFrame:
-    """Conversions by these scores, with default switches."""
+def _judged(judged: Iterable[Entry], metric: str) -> pd.DataFrame:
+    """Conversions by one teacher's scores, with default switches."""
     usual = {name: Settings.model_fields[name].default for name in ablations.PLAIN}
     names = ("n_experts", "expert_size", "n_shared", "seed")
     rows = [
-        {name: entry.key[name] for name in names} | {"value": entry.row[metric]}
+        {name: entry.key.choices[name] for name in names} | {"value": entry.row[metric]}
         for entry in judged
-        if _same_stage(entry.key.get("importance"), key)
-        and all(entry.key[name] == value for name, value in usual.items())
+        if all(entry.key.choices[name] == value for name, value in usual.items())
     ]
     return pd.DataFrame(rows).drop_duplicates([*names], keep="last") if rows else pd.DataFrame()
 

@@ -259,9 +259,9 @@ def _experiments() -> Grid | None:
 
 
 def _run(entry: Entry) -> dict[str, str]:
-    settings, record = entry.key.get("settings") or {}, entry.record()
+    settings, record = entry.key.choices.get("settings") or {}, entry.record()
     return {
-        "notebook": entry.key["notebook"],
+        "notebook": entry.key.choices["notebook"],
         "link": _link(entry.folder / "notebook.html"),
         "scale": settings.get("scale", ""),
         "task": settings.get("task", ""),

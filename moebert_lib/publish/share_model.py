@@ -52,7 +52,7 @@ from moebert_lib.model.moe_layer import parameter_counts
 from moebert_lib.publish import onnx_export
 from moebert_lib.publish.onnx_export import FILE as ONNX
 from moebert_lib.store import committed_results
-from moebert_lib.store.store import Entry
+from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.teaching import checks, model_checks
 from moebert_lib.training import checkpoints
 from moebert_lib.training.evaluation import score
@@ -286,20 +286,23 @@ def _check_fit(dense: PreTrainedModel, task: Task, settings: Settings) -> None:
 
 def _stage(dense: PreTrainedModel, settings: Settings, *, train: bool) -> Entry:
     """Scored, converted, distilled, judged and saved: an entry of the store."""
-    store, bundle = committed_results.store(), dataset(settings)
+    store, bundle = committed_results.open_store(), dataset(settings)
     expert_size, n_shared = settings.sizes(encoder_layouts.width(dense.config))
     names = (*DATA, *IMPORTANCE, *CONVERSION, *TRAINING)
-    key = {
+    choices = {
         **chosen(settings, names),
         "expert_size": expert_size,
         "n_shared": n_shared,
         "train": train,
+    }
+    origin = {
         "weights": pretrained_weights.digest(settings.model, hub=not settings.offline),
         "data": bundle.digest,
         "device": device().type,
         "versions": versions(),
         "code": code_digest(*reached("publish.share_model", but=AFTER)),
     }
+    key = StageKey("shipped", choices, origin)
 
     def build(folder: Path) -> dict:
         scores = _scored(dense, bundle, settings)
@@ -316,7 +319,7 @@ def _stage(dense: PreTrainedModel, settings: Settings, *, train: bool) -> Entry:
                     bundle.tokenizer,
                     settings,
                     folder,
-                    checkpoints=place(store, store.folder("shipped", key)),
+                    checkpoints=place(store, store.folder(key)),
                 )
             )
         model.save_pretrained(folder)
@@ -330,7 +333,7 @@ def _stage(dense: PreTrainedModel, settings: Settings, *, train: bool) -> Entry:
             "guessing": guess if guess == guess else None,
         }
 
-    entry = store.make("shipped", key, build)
+    entry = store.make(key, build)
     checkpoints.clear(place(store, entry.folder))
     return entry
 

@@ -258,7 +258,7 @@ def request(job: Job, *, force: bool = False) -> dict[str, Any]:
         "given": job.given,
         "parameters": job.parameters,
         "settings": job.settings and job.settings.model_dump(),
-        "digest": digest(job.key()),
+        "digest": job.key().digest,
         "force": force,
         "origin": job.origin,
     }
@@ -282,7 +282,7 @@ def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
         asked["origin"],
     )
     try:
-        if digest(job.key()) != asked["digest"]:
+        if job.key().digest != asked["digest"]:
             line = "library, data or weights are not what the run was planned with; run it again"
             return {"status": "stopped", "error": line}
         entry = make(job, force=asked["force"], since=time.time(), say=say)
@@ -346,7 +346,7 @@ def make(
         told = {name: value for name, value in job.chosen.items() if name != "data_dir"}
         return {"notebook": job.name, "figures": made, "changed": told, "metrics": _metrics(folder)}
 
-    entry = store.make("notebook", key, build, force=force)
+    entry = store.make(key, build, force=force)
     shutil.rmtree(kept(job), ignore_errors=True)
     return entry
 
@@ -362,7 +362,7 @@ def remember(failure: NotebookFailed, job: Job, folder: Path | None = None) -> N
     made = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(target, ignore_errors=True)
     about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
-    about |= {"died": failure.died, "given": job.values, "run": digest(job.key())}
+    about |= {"died": failure.died, "given": job.values, "run": job.key().digest}
     try:
         made.mkdir(parents=True)
         if folder:
@@ -379,7 +379,7 @@ def failed_before(job: Job, *, since: float = 0.0) -> NotebookFailed | None:
     """How this very run failed in a cell before; None if it did not, or its process died."""
     folder = kept(job)
     about = failed_in(folder)
-    if about is None or about["died"] or about["run"] != digest(job.key()):
+    if about is None or about["died"] or about["run"] != job.key().digest:
         return None
     if (folder / FAILED).stat().st_mtime < since:
         return None

@@ -18,14 +18,14 @@ from moebert_lib.config.file_io import write_bytes
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, get_args
-from moebert_lib.store.committed_results import flat
+from moebert_lib.store.store import flat
 from moebert_lib.runs.status import UNSEEN
 from moebert_lib.config.provenance import to_json
 from moebert_lib.config.settings import Settings
 import io
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from moebert_lib.store.committed_results import FILES, ROWS, Archive, place
+from moebert_lib.store.committed_results import FILES, ROWS, CommittedResults, key_of
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.store.store import Store
 
@@ -363,7 +363,7 @@ def write_results(folder: Path, stores: Sequence[str | Path] = ()) -> tuple[int,
 
     found: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {}
     for record, files in [*_there(folder), *_new(stores)]:
-        where = place(record["kind"], record["key"])
+        where = key_of(record).choices_digest
         if where not in found or found[where][0]["created"] <= record["created"]:
             found[where] = record, files
     if not found:
@@ -386,11 +386,11 @@ def verify(folder: Path) -> None:
     """Every column of the rows says what the row's own record, which is sealed, says.
 
     Raises:
-        UserError: naming the row and the column that do not; as :class:`archive.Archive`.
+        UserError: naming the row and the column that do not; as :class:`CommittedResults`.
     """
     from pandas import read_parquet
 
-    records = Archive(folder).records.values()
+    records = CommittedResults(folder).records.values()
     packed = io.BytesIO()
     _rows(list(records)).to_parquet(packed, **PACKED)
     told, table = read_parquet(packed), read_parquet(folder / ROWS)
@@ -410,7 +410,7 @@ def verify(folder: Path) -> None:
 def _there(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
     """What a folder of results holds already."""
     if (folder / ROWS).is_file():
-        results = Archive(folder)
+        results = CommittedResults(folder)
         for record in results.records.values():
             yield record, dict(results.files_of(record))
 

@@ -30,12 +30,11 @@ from moebert_lib.config.errors import UserError, home
 from moebert_lib.runs.execution import WARNING, NotebookFailed
 from moebert_lib.runs.plan import notebooks, select
 from moebert_lib.runs.plan import TIMED, Job, asked, describe, plan
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.store.store import Entry, StageKey, Store
 import re
 from collections.abc import Mapping
 from moebert_lib.store.committed_results import ROWS
 from moebert_lib.config.errors import home
-from moebert_lib.store.store import Entry
 from moebert_lib.config.provenance import digest, file_digest
 from moebert_lib.config.file_io import write_bytes, write_json
 
@@ -350,7 +349,7 @@ def run(
     results: list[Entry | NotebookFailed | None] = [None] * len(jobs)
     missing = []
     for index, job in enumerate(jobs):
-        entry = None if force else store.find("notebook", keys[index])
+        entry = None if force else store.find(keys[index])
         failure = None if entry or retry_failed or force else execution.failed_before(job)
         if entry:
             progress.reused(index, entry)
@@ -397,7 +396,7 @@ def _make(jobs, keys, missing: Sequence[int], progress: "_Progress", *, force: b
 def _make_with(engine: Engine, jobs, keys, missing: Sequence[int], progress, *, force: bool):
     store = Store()
     requests = [execution.request(jobs[number], force=force) for number in missing]
-    events = engine.run(requests, busy=lambda i: store.busy("notebook", keys[missing[i]]))
+    events = engine.run(requests, busy=lambda i: store.busy(keys[missing[i]]))
     try:
         for event in events:
             number = missing[event.index]
@@ -409,11 +408,11 @@ def _make_with(engine: Engine, jobs, keys, missing: Sequence[int], progress, *, 
         store.tidy()
 
 
-def _result(job: Job, key: dict[str, Any], outcome: dict[str, Any]) -> Entry | NotebookFailed:
+def _result(job: Job, key: StageKey, outcome: dict[str, Any]) -> Entry | NotebookFailed:
     if outcome["status"] == "stopped":
         raise UserError(f"{job.name}{describe(job)}: {outcome['error']}")
     if outcome["status"] in ("done", "reused"):
-        entry = Store().find("notebook", key)
+        entry = Store().find(key)
         if entry is not None:
             return entry
         outcome = {"status": "refused", "error": f"made, but it is not in {Store().root}"}
@@ -550,7 +549,7 @@ def publish(entry: Entry, folder: Path) -> list[Path]:
     Files that are there already with the same bytes are left alone; missing or changed
     ones are restored; those that an earlier run of the same notebook left are removed.
     """
-    notebook, record = entry.key["notebook"], entry.record()
+    notebook, record = entry.key.choices["notebook"], entry.record()
     known = read_provenance(folder)
     made = {}
     for name, sha256 in record["files"].items():
@@ -581,13 +580,13 @@ def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
 
     There each row says with which code, versions and machine it was made (``archive``).
     """
-    settings = entry.key.get("settings") or {}
+    settings = entry.key.choices.get("settings") or {}
     about = {
-        "notebook": entry.key["notebook"],
+        "notebook": entry.key.choices["notebook"],
         "run": run_of(entry),
         "settings": settings,
         "seeds": {name: value for name, value in settings.items() if "seed" in name},
-        "inputs": entry.key.get("inputs", {}),
+        "inputs": entry.key.origin.get("inputs", {}),
     }
     made = () if _drawn(entry) else ("versions", "commit", "machine")
     return about | {name: record[name] for name in made}
@@ -596,12 +595,13 @@ def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
 def run_of(entry: Entry) -> str:
     """The digest by which provenance names a run: its entry's, or where it was drawn from results
     that of notebook, values and results alone."""
-    decides = ("notebook", "cells", "parameters", "settings", "inputs")
-    return digest({name: entry.key[name] for name in decides}) if _drawn(entry) else entry.digest
+    if not _drawn(entry):
+        return entry.digest
+    return digest({**entry.key.choices, "inputs": entry.key.origin["inputs"]})
 
 
 def _drawn(entry: Entry) -> bool:
-    return ROWS in entry.key.get("inputs", {})
+    return ROWS in entry.key.origin.get("inputs", {})
 
 
 def _copy(source: Path, target: Path, sha256: str) -> None:

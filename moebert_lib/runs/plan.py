@@ -32,6 +32,7 @@ from moebert_lib.data.tasks import TASKS
 from moebert_lib.experiments import ablations
 from moebert_lib.method.encoder_layouts import family, shape
 from moebert_lib.store import committed_results
+from moebert_lib.store.store import StageKey
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
 MODEL = "model"  # and of those that need models or data, where results are drawn from
@@ -86,26 +87,30 @@ class Job:
         ]
         return json.dumps(notebook)
 
-    def key(self) -> dict[str, Any]:
+    def key(self) -> StageKey:
         """Everything that decides the result: code cells and no prose, values, data by its digest
         and not by where it lies, each module of the library, versions."""
         settings = self.settings and self.settings.model_dump() | {"data_dir": ""}
         parameters = {name: value for name, value in self.parameters.items() if name != "data_dir"}
         for name in FOLDERS & parameters.keys():
             parameters[name] = checksums(Path(folder)) if (folder := parameters[name]) else {}
-        return {
+        cells = [
+            digest("".join(cell["source"]))
+            for cell in json.loads(self.source)["cells"]
+            if _decides(cell)
+        ]
+        choices = {
             "notebook": self.name,
-            "cells": [
-                digest("".join(cell["source"]))
-                for cell in json.loads(self.source)["cells"]
-                if _decides(cell)
-            ],
+            "cells": cells,
             "parameters": parameters,
             "settings": settings,
+        }
+        origin = {
             "inputs": _inputs(self.settings) | _records(self.name),
             "code": code_digests(*_code_of(self.source)),
             "versions": versions(),
         }
+        return StageKey("notebook", choices, origin)
 
 
 def _code_of(source: str) -> list[str]:

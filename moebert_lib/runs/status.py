@@ -8,7 +8,7 @@ from moebert_lib.config import file_io
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.presets import FFN_WIDTHS, MINILM, SCALES, defaults
 from moebert_lib.config.settings import Settings
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.store.store import Entry, StageKey, Store
 from moebert_lib.runs.execution import failed_in
 import difflib
 import re
@@ -16,7 +16,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from moebert_lib.runs.plan import FOLDERS
 from moebert_lib.config.provenance import to_json
-from moebert_lib.store.store import Entry
 
 SWEEP, TABLE, MEANS = "sweep.json", "table.csv", "means.csv"  # of a folder in runs/sweeps/
 STATES = ("done", "running", "failed", "waiting")
@@ -71,14 +70,14 @@ def summary(entry: Entry) -> str:
     An experiment's key names no scale. It is described by the scale that leaves fewest choices
     to name, so that two different experiments never read alike.
     """
-    settings = entry.key.get("settings")
+    settings = entry.key.choices.get("settings")
     if entry.kind == "notebook":
-        words = [entry.key["notebook"]]
+        words = [entry.key.choices["notebook"]]
         if settings:
             words += [settings["scale"], settings["task"]]
         changed = entry.row.get("changed") or unusual(settings or {})
     else:
-        chosen = _choices(entry.key)
+        chosen = _choices(entry.key.values())
         told = {scale: _unlike(chosen, scale) for scale in SCALES}
         scale = min(told, key=lambda scale: len(told[scale]))
         words, changed = [scale, chosen.get("task", "")], told[scale]
@@ -236,7 +235,7 @@ class Reason:
         )
 
 
-def compare(key: dict[str, Any], entries: Iterable[Entry]) -> Reason:
+def compare(key: StageKey, entries: Iterable[Entry]) -> Reason:
     """The stored run of the same notebook that is nearest to ``key``, and what differs.
 
     Nearest: first those with the same parameters and settings, as far as both know them, then
@@ -247,9 +246,9 @@ def compare(key: dict[str, Any], entries: Iterable[Entry]) -> Reason:
         entries: Oldest first, as :meth:`store.Store.entries` returns them.
     """
     reasons = [
-        Reason(entry, _differences(key, entry.key))
+        Reason(entry, _differences(key.values(), entry.key.values()))
         for entry in entries
-        if isinstance(entry.key, dict) and _equal(key, entry.key, "notebook")
+        if _equal(key.choices, entry.key.choices, "notebook")
     ]
     return min(
         reversed(reasons),
@@ -258,7 +257,7 @@ def compare(key: dict[str, Any], entries: Iterable[Entry]) -> Reason:
     )
 
 
-def why(key: dict[str, Any], entries: Iterable[Entry], *, damaged: str = "") -> str:
+def why(key: StageKey, entries: Iterable[Entry], *, damaged: str = "") -> str:
     """One line: "stored", "never run", or what differs from the nearest run, shortened.
 
     Args:
@@ -267,7 +266,7 @@ def why(key: dict[str, Any], entries: Iterable[Entry], *, damaged: str = "") -> 
         damaged: What is wrong with the stored run of this very key; "" where nothing is.
 
     Example:
-        >>> why({"notebook": "01_importance"}, [])
+        >>> why(StageKey("notebook", {"notebook": "01_importance"}), [])
         'never run'
     """
     reason = compare(key, entries)
@@ -276,7 +275,7 @@ def why(key: dict[str, Any], entries: Iterable[Entry], *, damaged: str = "") -> 
     return _plainly(reason, damaged) or "; ".join(lines)
 
 
-def details(key: dict[str, Any], entries: Iterable[Entry], *, damaged: str = "") -> list[str]:
+def details(key: StageKey, entries: Iterable[Entry], *, damaged: str = "") -> list[str]:
     """As :func:`why`, one reason a line and nothing shortened."""
     reason = compare(key, entries)
     plain = _plainly(reason, damaged)

@@ -211,8 +211,8 @@ def run(
         {
             "name": job.name,
             "values": job.values,
-            "key": digest(key),
-            "entry": Store().folder("notebook", key).name,
+            "key": key.digest,
+            "entry": Store().folder(key).name,
             "failed": execution.kept(job).name,
         }
         for job, key in ((job, job.key()) for job in planned.jobs)
@@ -247,7 +247,7 @@ def preview(
     entries = store.entries("notebook")
     for job in jobs:
         key = job.key()
-        entry = store.find("notebook", key)
+        entry = store.find(key)
         failure = execution.failed_before(job)
         if entry and not force:
             yield job, "reuse", f"stored, {entry.seconds / 60:.1f} min"
@@ -258,7 +258,7 @@ def preview(
         elif force:
             yield job, "run", "--force"
         else:
-            damage = store.damage("notebook", key)
+            damage = store.damage(key)
             tell = status.details if whole else status.why
             told = tell(key, entries, damaged=damage)
             yield job, "run", "; ".join(told) if whole else told

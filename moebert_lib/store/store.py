@@ -1,24 +1,24 @@
-"""Content-addressed results: one folder per run, made once, checked when reused.
+"""Stored results: one folder per run, named by its key, made once and verified when reused.
 
-An entry is a folder ``runs/<kind>-<digest>`` whose name is the digest of everything that
-decides its content. ``entry.json``, written last, holds the row of results, the SHA-256 of
-every other file, and where, when and with what it was made. A folder is built under
-``runs/tmp`` and renamed when it is complete, so a half-written entry is never seen, and a
-lock per digest lets processes share the store, and machines too where the folder lies on a
-file system that they all mount.
-Left out on purpose: a database. Folders merge with ``cp`` and compare with ``diff``.
+An entry is a folder ``runs/<kind>-<digest>``, whose name is the digest of everything that
+decides its content. ``entry.json``, written last, has the row of results, the SHA-256 of every
+other file, and where, when and with what it was made. A folder is built under ``runs/tmp`` and
+renamed when it is complete, so nobody sees a half-written entry. A lock per digest lets processes
+share the store, and machines too where the folder is on a file system that they all mount.
+There is no database: folders merge with ``cp`` and compare with ``diff``.
 """
 
+import functools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from moebert_lib.config import file_io
 from moebert_lib.config.errors import home
@@ -34,7 +34,7 @@ from moebert_lib.config.provenance import (
 )
 
 RECORD, SEAL = "entry.json", "seal"
-#: What a record must hold, by name.
+#: What a record must have, by name.
 TYPES = {
     "kind": str,
     "digest": str,
@@ -44,19 +44,140 @@ TYPES = {
     "created": str,
     "files": dict,
 }
+#: Names in a key that say what a result was made with, or what was kept of it.
+ORIGIN = frozenset({"weights", "data", "device", "code", "versions", "inputs", "keep_model"})
+#: Names in a key under which the key of an earlier stage stands, and the kind of that stage.
+PARENTS = {
+    "teacher": "teacher",
+    "importance": "importance",
+    "scores": "scores",
+    "grouping": "grouping",
+    "conversion": "converted",
+}
+
+
+@dataclass(frozen=True)
+class StageKey:
+    """What a stored result depends on.
+
+    Attributes:
+        kind: A short word such as ``student``; the first part of the entry's folder name.
+        choices: What was chosen: settings as JSON values, and keys of the stages before it.
+        origin: What it was made with, as JSON values: weights, data, device, code, versions.
+
+    Raises:
+        ValueError: a name of :data:`ORIGIN` among the choices, or another one in the origin.
+
+    Example:
+        >>> dense = StageKey("teacher", {"task": "rte"}, {"code": "3f"})
+        >>> key = StageKey("student", {"teacher": dense, "seed": 0}, {"code": "a0"})
+        >>> key.flat()
+        {'teacher.task': 'rte', 'teacher.code': '3f', 'seed': 0, 'code': 'a0'}
+        >>> key.difference(StageKey("student", {"teacher": dense, "seed": 1}), origin=False)
+        {'seed': (0, 1)}
+    """
+
+    kind: str
+    choices: Mapping[str, Any]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        misplaced = (ORIGIN & {*self.choices}) | ({*self.origin} - ORIGIN)
+        if misplaced:
+            raise ValueError(
+                f"{min(misplaced)!r} is in the wrong part of a {self.kind} key; "
+                f"the origin has only {', '.join(sorted(ORIGIN))}"
+            )
+        choices = {
+            name: value if isinstance(value, StageKey) else _json_value(value)
+            for name, value in self.choices.items()
+        }
+        object.__setattr__(self, "choices", choices)
+        object.__setattr__(self, "origin", _json_value(self.origin))
+
+    @classmethod
+    def read(cls, kind: str, values: Mapping[str, Any]) -> Self:
+        """The key in a record, as :meth:`values` wrote it."""
+        choices, origin = {}, {}
+        for name, value in values.items():
+            if name in ORIGIN:
+                origin[name] = value
+            elif name in PARENTS and isinstance(value, Mapping):
+                choices[name] = cls.read(PARENTS[name], value)
+            else:
+                choices[name] = value
+        return cls(kind, choices, origin)
+
+    def values(self) -> dict[str, Any]:
+        """Choices and origin in one dictionary of JSON values, as a record has them."""
+        return self._choices(StageKey.values) | dict(self.origin)
+
+    def flat(self, *, origin: bool = True) -> dict[str, Any]:
+        """Values by dotted name, those of earlier stages too; ``origin``: also the origin."""
+        return flat(self.values() if origin else self._choices_alone())
+
+    def difference(self, other: "StageKey", *, origin: bool = True) -> dict[str, tuple]:
+        """Dotted names whose values differ, with both values; None where a key has no value."""
+        these, others = self.flat(origin=origin), other.flat(origin=origin)
+        pairs = {
+            name: (these.get(name), others.get(name)) for name in dict.fromkeys([*these, *others])
+        }
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the whole key; it names the entry's folder."""
+        return digest({"kind": self.kind, "key": self.values()})
+
+    @functools.cached_property
+    def choices_digest(self) -> str:
+        """SHA-256 of the choices alone, of earlier stages too: which experiment it is."""
+        return digest({"kind": self.kind, "key": self._choices_alone()})
+
+    def _choices_alone(self) -> dict[str, Any]:
+        return self._choices(StageKey._choices_alone)
+
+    def _choices(self, read: Callable[["StageKey"], dict]) -> dict[str, Any]:
+        """The choices by name, with what ``read`` returns for the key of an earlier stage."""
+        return {
+            name: read(value) if isinstance(value, StageKey) else value
+            for name, value in self.choices.items()
+        }
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a nested mapping by dotted name.
+
+    Example:
+        >>> flat({"seed": 1, "teacher": {"task": "rte"}})
+        {'seed': 1, 'teacher.task': 'rte'}
+    """
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        leaves |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return leaves
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored run. ``row`` is its result, ``folder`` its files, ``seconds`` its cost."""
+    """One stored run: key, folder of files, row of results, seconds it took, whether reused."""
 
-    kind: str
-    digest: str
+    key: StageKey
     folder: Path
-    key: dict[str, Any]
     row: dict[str, Any]
     seconds: float
     reused: bool
+
+    @property
+    def kind(self) -> str:
+        """The kind of its key."""
+        return self.key.kind
+
+    @property
+    def digest(self) -> str:
+        """The digest of its key."""
+        return self.key.digest
 
     @property
     def origin(self) -> str:
@@ -71,14 +192,14 @@ class Entry:
 
 
 class Store:
-    """The entries under one folder, ``home()/runs`` unless told otherwise.
+    """The entries under one folder, ``home()/runs`` by default.
 
     Example:
         >>> import tempfile
-        >>> store = Store(tempfile.mkdtemp())
-        >>> store.make("sum", {"a": 1, "b": 2}, lambda folder: {"total": 3}).reused
+        >>> store, key = Store(tempfile.mkdtemp()), StageKey("sum", {"a": 1, "b": 2})
+        >>> store.make(key, lambda folder: {"total": 3}).reused
         False
-        >>> again = store.make("sum", {"a": 1, "b": 2}, lambda folder: {"total": 3})
+        >>> again = store.make(key, lambda folder: {"total": 3})
         >>> again.reused, again.row
         (True, {'total': 3})
     """
@@ -86,18 +207,15 @@ class Store:
     def __init__(self, root: Path | str | None = None):
         self.root = Path(root).resolve() if root is not None else home() / "runs"
 
-    def folder(self, kind: str, key: dict) -> Path:
-        """Where the entry of this key lies, or would lie."""
-        return self.root / f"{kind}-{digest({'kind': kind, 'key': key})[:16]}"
+    def folder(self, key: StageKey) -> Path:
+        """Where the entry of this key is, or would be."""
+        return self.root / f"{key.kind}-{key.digest[:16]}"
 
-    def make(
-        self, kind: str, key: dict, build: Callable[[Path], dict], *, force: bool = False
-    ) -> Entry:
+    def make(self, key: StageKey, build: Callable[[Path], dict], *, force: bool = False) -> Entry:
         """The stored entry of ``key``, built first where it is missing or damaged.
 
         Args:
-            kind: A short word; the first part of the folder's name.
-            key: Everything that decides the content, as JSON values.
+            key: Everything that decides the content.
             build: Writes its files into the folder it is given and returns the row.
                 Whatever it raises passes through, and leaves no trace in the store.
             force: Build again, and replace a stored entry once that has succeeded.
@@ -105,25 +223,25 @@ class Store:
         Raises:
             Unwritable: the disk is full or the folder forbidden; no half entry is left.
         """
-        final = self.folder(kind, key)
+        final = self.folder(key)
         with file_io.writing(self.root), file_io.lock(self.root, final.name):
             file_io.sweep(final)
             entry = self._whole(final)
             if entry and not force:
                 return entry
-            return self._build(kind, key, build, final)
+            return self._build(key, build, final)
 
-    def find(self, kind: str, key: dict) -> Entry | None:
+    def find(self, key: StageKey) -> Entry | None:
         """The stored entry of ``key``; None where it is missing or damaged."""
-        return self._read(self.folder(kind, key))[0]
+        return self._read(self.folder(key))[0]
 
-    def damage(self, kind: str, key: dict) -> str:
-        """What is wrong with the entry of ``key`` here; "" where it is whole, or not there."""
-        return self._read(self.folder(kind, key))[1]
+    def damage(self, key: StageKey) -> str:
+        """What is wrong with the entry of ``key``; "" where it is whole, or not there."""
+        return self._read(self.folder(key))[1]
 
-    def busy(self, kind: str, key: dict) -> bool:
+    def busy(self, key: StageKey) -> bool:
         """Whether a process is making the entry of ``key`` now."""
-        return file_io.is_locked(self.root, self.folder(kind, key).name)
+        return file_io.is_locked(self.root, self.folder(key).name)
 
     def tidy(self) -> int:
         """Remove what killed processes left in this folder; returns how many things."""
@@ -131,18 +249,19 @@ class Store:
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All complete entries (of one kind), oldest first; files are not checked."""
-        found = []
-        for path in self.root.glob(f"*/{RECORD}"):
-            record = _parse(path)
-            if record and kind in (None, record["kind"]):
-                found.append((record["created"], path.parent.name, _entry(path.parent, record)))
-        return [entry for _, _, entry in sorted(found, key=lambda item: item[:2])]
+        records = [(path.parent, _parsed_file(path)) for path in self.root.glob(f"*/{RECORD}")]
+        kept = [
+            (record["created"], folder.name, entry_of(record, folder))
+            for folder, record in records
+            if record and kind in (None, record["kind"])
+        ]
+        return [entry for _, _, entry in sorted(kept, key=lambda item: item[:2])]
 
     def _read(self, folder: Path) -> tuple[Entry | None, str]:
         """The entry, or why it cannot be used ("" where there is none)."""
         if not folder.is_dir():
             return None, ""
-        record = _parse(folder / RECORD)
+        record = _parsed_file(folder / RECORD)
         if record is None:
             return None, f"{RECORD} is missing, cut short or has changed"
         if folder.name != f"{record['kind']}-{record['digest'][:16]}":
@@ -153,7 +272,7 @@ class Store:
                 return None, f"{name} is missing"
             if file_digest(path) != expected:
                 return None, f"{name} has changed"
-        return _entry(folder, record), ""
+        return entry_of(record, folder), ""
 
     def _whole(self, folder: Path) -> Entry | None:
         """The entry where it is here and whole; a damaged one is moved away."""
@@ -168,15 +287,15 @@ class Store:
         os.rename(folder, aside)
         print(f"moebert: {folder.name}: {damage}; moved to {aside} and made again", file=sys.stderr)
 
-    def _build(self, kind: str, key: dict, build: Callable[[Path], dict], final: Path) -> Entry:
+    def _build(self, key: StageKey, build: Callable[[Path], dict], final: Path) -> Entry:
         tmp = file_io.scratch(final)
         start = time.perf_counter()
         try:
             row = build(tmp)
             record = {
-                "kind": kind,
-                "digest": digest({"kind": kind, "key": key}),
-                "key": key,
+                "kind": key.kind,
+                "digest": key.digest,
+                "key": key.values(),
                 "row": row,
                 "seconds": round(time.perf_counter() - start, 3),
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -185,7 +304,7 @@ class Store:
                 "machine": machine(),
                 "files": checksums(tmp),
             }
-            record = sealed(json.loads(to_json(record)))
+            record = sealed(_json_value(record))
             write_json(tmp / RECORD, record)
             file_io.sync(tmp / RECORD)  # after a power cut the checksums find what else was lost
             old = file_io.scratch(final) if final.exists() else None  # force
@@ -198,7 +317,7 @@ class Store:
         except BaseException:  # Ctrl-C too
             shutil.rmtree(tmp, ignore_errors=True)
             raise
-        return _entry(final, record, reused=False)
+        return entry_of(record, final, reused=False)
 
 
 def output_dir() -> Path:
@@ -207,6 +326,12 @@ def output_dir() -> Path:
     folder = Path(chosen) if chosen else home() / "runs" / "interactive" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def entry_of(record: Mapping[str, Any], folder: Path, *, reused: bool = True) -> Entry:
+    """The entry that a record describes."""
+    key = StageKey.read(record["kind"], record["key"])
+    return Entry(key, folder, record["row"], record["seconds"], reused)
 
 
 def parse(content: bytes) -> dict[str, Any] | None:
@@ -230,13 +355,13 @@ def sealed(record: dict[str, Any]) -> dict[str, Any]:
     return {**rest, SEAL: digest(rest)}
 
 
-def _entry(folder: Path, record: dict, *, reused: bool = True) -> Entry:
-    names = ("kind", "digest", "key", "row", "seconds")
-    return Entry(folder=folder, reused=reused, **{name: record[name] for name in names})
-
-
-def _parse(path: Path) -> dict | None:
+def _parsed_file(path: Path) -> dict | None:
     try:
         return parse(path.read_bytes())
     except OSError:
         return None
+
+
+def _json_value(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples are lists, numpy's numbers plain ones."""
+    return json.loads(to_json(value, sort_keys=False))
