@@ -1,12 +1,11 @@
 """The ONNX graph says what the model says, for every router, head, batch size and length."""
 
 import importlib.util
-import json
 
 import pytest
 import tiny_models
 import torch
-from shipping import made, saved_bert
+from sharing import converted, saved_bert
 from transformers import (
     DistilBertForSequenceClassification,
     ElectraForSequenceClassification,
@@ -47,20 +46,18 @@ def test_it_agrees_whatever_the_batch(kind, changes, tmp_path):
             output = model(**batch)
         ours = torch.stack([output.start_logits, output.end_logits], -1) if spans else output.logits
         real = tiny_models.real(batch) if spans else ...
-        theirs = onnx_export.answers(tmp_path / "model.onnx", batch)
+        theirs = onnx_export.logits(tmp_path / "model.onnx", batch)
         torch.testing.assert_close(theirs[real], ours[real], atol=1e-4, rtol=0)
 
 
-def test_a_graph_of_another_model_fails_the_receipt(tmp_path, tiny_bert, tiny_batch):
-    one = made(saved_bert(tmp_path, tiny_bert), tiny_batch, routing="gate-token")
-    proof = share_model.write(one, tmp_path / "moe", name="moe", onnx=True)
-    assert proof["checks"][-1]["claim"].startswith("the ONNX graph")
-    assert proof["checks"][-1]["holds"] and "model.onnx" in proof["files"]
+def test_a_graph_of_another_model_fails_its_check(tmp_path, tiny_bert, tiny_batch):
+    model = converted(saved_bert(tmp_path, tiny_bert), tiny_batch, routing="gate-token")
+    last = share_model.write(model, tmp_path / "moe", name="moe", onnx=True)[-1]
+    assert last.claim.startswith("the ONNX graph") and last.holds
+    assert "| model.onnx | `" in (tmp_path / "moe" / "README.md").read_text()
     with torch.no_grad():
-        moe_layers(one.model)[0].experts.up_proj *= -1  # a shift LayerNorm would take out
-    args = (one.dense, one.scores, one.untrained, one.model, tmp_path / "moe", one.batch)
-    assert not share_model.checked(*args)[-1]["holds"]
-    assert json.loads((tmp_path / "moe" / "receipt.json").read_text()) == proof
+        moe_layers(model.model)[0].experts.up_proj *= -1  # a shift LayerNorm would take out
+    assert not share_model.run_checks(model, tmp_path / "moe")[-1].holds
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):

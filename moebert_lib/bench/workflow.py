@@ -23,12 +23,13 @@ from transformers import PreTrainedTokenizerFast
 
 from moebert_lib.bench import harness
 from moebert_lib.config.errors import CHECKOUT, UserError, home
-from moebert_lib.config.presets import BASE, SHAPES
+from moebert_lib.config.presets import BASE
 from moebert_lib.experiments.neuron_measurements import Excitation
 from moebert_lib.explore import explorer, widgets
 from moebert_lib.explore.explorer import COLUMNS, Explorer
 from moebert_lib.explore.score_sources import EQ4, Source
 from moebert_lib.model.modeling import MoEBertConfig, MoEBertForSequenceClassification
+from moebert_lib.runs.cost import SHAPES
 from moebert_lib.training.evaluation import planes
 
 BLOCK = 10  # runs in one timed command

@@ -1,8 +1,8 @@
-"""A MoEBERT as an ONNX graph of any batch size and length, in which a token visits its experts.
+"""Export a MoEBERT to ONNX: any batch size and length, and each token still visits its own experts.
 
-The usual loop over experts asks how many tokens each one has, which a graph cannot know. Here
-the rows of an expert's tokens are found by ``NonZero``, served, and scattered back, so that the
-graph computes no more than the model does. Needs ``moebert[onnx]``.
+transformers loops over experts and skips those without tokens, which a graph cannot do. Here
+``nonzero`` gives the rows of an expert's tokens, the expert computes them, and ``index_put`` writes
+them back, so the graph computes no more than the model does. Needs ``moebert[onnx]``.
 """
 
 import copy
@@ -23,14 +23,14 @@ from moebert_lib.config.errors import UserError
 
 FILE = "model.onnx"
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-DISPATCH = "moebert-rows"  # the experts' implementation under which a model is exported
+IMPLEMENTATION = "moebert-rows"  # transformers' name for the way experts are computed here
 
 
 def check() -> None:
-    """Refuse where a package is missing.
+    """Check that the packages are there.
 
     Raises:
-        UserError: naming it.
+        UserError: one is missing.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -38,25 +38,26 @@ def check() -> None:
 
 
 def export(model: PreTrainedModel, batch: dict[str, Tensor], path: Path) -> None:
-    """Write a model as ONNX: inputs by the batch's names, ``(batch, tokens)``, both free.
+    """Write a model as ONNX; its inputs have the batch's names and shape ``(batch, tokens)``.
 
     Args:
-        model: A MoEBERT that classifies sentences (output ``logits``) or finds spans
-            (``start_logits`` and ``end_logits``); it stays as it is.
-        batch: Inputs of at least two sentences, to follow the model with.
-        path: The file.
+        model: A MoEBERT that classifies sentences (output ``logits``) or predicts spans
+            (``start_logits`` and ``end_logits``); it is not changed.
+        batch: Inputs of at least two sentences, to trace the model with.
+        path: The file to write.
 
     Raises:
         UserError: a package is missing.
     """
     check()
-    own = copy.deepcopy(model).cpu().float().eval()
-    own.set_experts_implementation(DISPATCH)
-    names, values = _outputs(model), tuple(values.cpu() for values in batch.values())
+    traced = copy.deepcopy(model).cpu().float().eval()
+    traced.set_experts_implementation(IMPLEMENTATION)
+    names = _outputs(model)
+    values = tuple(tensor.cpu() for tensor in batch.values())
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with _quiet():
         program = torch.onnx.export(
-            _Graph(own, list(batch), names).eval(),
+            _Graph(traced, list(batch), names).eval(),
             values,
             dynamo=True,
             dynamic_shapes=((free,) * len(batch),),
@@ -67,18 +68,18 @@ def export(model: PreTrainedModel, batch: dict[str, Tensor], path: Path) -> None
     program.save(path)
 
 
-def answers(path: Path, batch: dict[str, Tensor]) -> Tensor:
-    """What an exported model says: logits ``(B, C)``; of spans ``(B, T, 2)``, start and end."""
+def logits(path: Path, batch: dict[str, Tensor]) -> Tensor:
+    """Logits of an exported model, ``(B, C)``; for spans ``(B, T, 2)``, start and end."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    given = {name: values.cpu().numpy() for name, values in batch.items()}
-    found = [torch.as_tensor(values) for values in session.run(None, given)]
-    return found[0] if len(found) == 1 else torch.stack(found, -1)
+    inputs = {name: values.cpu().numpy() for name, values in batch.items()}
+    outputs = [torch.as_tensor(values) for values in session.run(None, inputs)]
+    return outputs[0] if len(outputs) == 1 else torch.stack(outputs, -1)
 
 
 class _Graph(nn.Module):
-    """The model as a function of its inputs in order that returns logits alone."""
+    """The model as a function of positional inputs that returns its logits only."""
 
     def __init__(self, model: nn.Module, inputs: list[str], outputs: list[str]):
         super().__init__()
@@ -94,13 +95,20 @@ def _outputs(model: nn.Module) -> list[str]:
 
 
 def _rows(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """``moe_layer.Experts.forward`` without a count of tokens; a choice at a time."""
+    """``moe_layer.Experts.forward`` without counting tokens, one choice of expert after another.
+
+    Args:
+        experts: The layer's experts.
+        hidden: What the layer reads, ``(N, D)``.
+        chosen: Each token's experts, ``(N, k)``.
+        weights: Their weights, ``(N, k)``.
+    """
     choices = zip(chosen.unbind(1), weights.split(1, dim=1), strict=True)
-    return sum(_served(experts, hidden, expert) * weight for expert, weight in choices)
+    return sum(_one_expert_each(experts, hidden, expert) * weight for expert, weight in choices)
 
 
-def _served(experts: nn.Module, hidden: Tensor, expert: Tensor) -> Tensor:
-    """Each token by one expert: ``hidden (N, D)``, ``expert (N,)``."""
+def _one_expert_each(experts: nn.Module, hidden: Tensor, expert: Tensor) -> Tensor:
+    """Each token through one expert: ``hidden (N, D)``, ``expert (N,)``."""
     output = torch.zeros_like(hidden)
     for index, (w1, b1, w2, b2) in enumerate(zip(*experts.unbound(), strict=True)):
         rows = (expert == index).nonzero()[:, 0]
@@ -111,7 +119,7 @@ def _served(experts: nn.Module, hidden: Tensor, expert: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings about packages that the exporter could use and does not need."""
+    """Without warnings about optional packages of the exporter."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -122,4 +130,4 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-ALL_EXPERTS_FUNCTIONS.register(DISPATCH, _rows)
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _rows)

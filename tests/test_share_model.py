@@ -1,17 +1,17 @@
-"""``moebert convert --task``: scored, distilled, judged and shipped; and what it refuses."""
+"""``moebert convert --task``: scored, distilled, evaluated and written; and what it refuses."""
 
 import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from conftest import make_home
-from shipping import made, saved_bert
+from sharing import converted, saved_bert
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,7 +19,7 @@ from moebert_lib.cli import main
 from moebert_lib.config.errors import UserError
 from moebert_lib.config.provenance import checksums
 from moebert_lib.config.settings import Settings
-from moebert_lib.experiments import dataset
+from moebert_lib.experiments import dataset, student
 from moebert_lib.experiments import teacher as teachers
 from moebert_lib.publish import share_model
 
@@ -48,17 +48,16 @@ def convert(*words):
     return main.main(["convert", *map(str, words)])
 
 
-def test_a_bert_becomes_a_folder_that_holds_all_and_says_what_it_is(teacher, tmp_path, capsys):
+def test_a_bert_becomes_a_folder_with_all_that_is_needed(teacher, tmp_path, capsys):
     assert convert(teacher.entry.folder, *SMOKE, "--out", "moe") == 0
     out = capsys.readouterr().out
-    assert "student: step" in out and "receipt: 11 of 11 checks hold" in out
+    assert "student: step" in out and "checks: 11 of 11 hold" in out
     names = {path.name for path in (tmp_path / "moe").iterdir()}
     assert names == {
         "README.md",
         "config.json",
         "importance.safetensors",
         "model.safetensors",
-        "receipt.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }
@@ -67,18 +66,18 @@ def test_a_bert_becomes_a_folder_that_holds_all_and_says_what_it_is(teacher, tmp
 
 def test_its_metrics_are_those_of_a_plain_loop(teacher):
     settings = Settings.at("smoke")
-    one = share_model.from_task(str(teacher.entry.folder), settings)
-    (row,), bundle = one.told["metrics"], dataset.dataset(settings)
-    for name, model in (("dense", one.dense), ("moebert", one.model)):
-        said = [
+    shared = share_model.from_task(str(teacher.entry.folder), settings)
+    (row,), bundle = shared.facts["metrics"], dataset.dataset(settings)
+    for name, model in (("dense", shared.dense), ("moebert", shared.model)):
+        answers = [
             int(model(torch.tensor([ids])).logits.argmax())
             for ids in bundle.validation["input_ids"]
         ]
-        assert row[name][0] == accuracy_score(bundle.truths(), said)
+        assert row[name][0] == accuracy_score(bundle.truths(), answers)
         assert row[name][1] <= row[name][0] <= row[name][2]
     assert row["difference"][0] == row["moebert"][0] - row["dense"][0]
-    assert one.told["n"] == len(bundle.validation) and one.told["steps"] == 4
-    assert one.dense_digest != "" and one.scores.meta["data"] == bundle.digest
+    assert shared.facts["n"] == len(bundle.validation) and shared.facts["steps"] == 4
+    assert shared.facts["dense_digest"] and shared.scores.meta["data"] == bundle.digest
 
 
 def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monkeypatch, capsys):
@@ -86,7 +85,7 @@ def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monke
     wrong = [(label + 1) % 6 for label in truths]
     few = [*truths[:12], *wrong[12:]]  # a quarter right
     monkeypatch.setattr(
-        share_model,
+        teachers,
         "judge",
         lambda settings, model: (
             {},
@@ -96,37 +95,19 @@ def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monke
     words = ("-p", "seed=5", "--untrained", "--out", "moe")
     assert convert(teacher.entry.folder, *SMOKE, *words) == 0
     assert "accuracy 25.0, dense 100.0, on 48 validation examples" in capsys.readouterr().out
-    (row,) = share_model.verify("moe")["metrics"]
-    assert [row[name][0] for name in ("dense", "moebert", "difference")] == [1.0, 0.25, -0.75]
-    assert row["difference"][1] < -0.75 < row["difference"][2] < 0
     text = (tmp_path / "moe" / "README.md").read_text()
     assert re.search(r"accuracy \| 100.0 \(.*\) \| 25.0 \(.*\) \| -75.0 \(", text)
-    assert "On 48 examples of `library` (first 48 of validation)" in text
-    assert "Its conversion was made again" in text
+    assert "on 48 examples of `library` (first 48 of validation)" in text
     assert "value: 0.25" in text and "split: first 48 of validation" in text
-
-
-def test_the_stages_key_holds_all_code_but_that_which_writes_the_folder(teacher, monkeypatch):
-    code = "import sys, moebert_lib.ship; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    loaded = {
-        name.partition(".")[2] for name in done.stdout.split() if name.startswith("moebert_lib.")
-    }
-    asked = []
-    monkeypatch.setattr(share_model, "code_digest", lambda *names: asked.append(names) or "x")
-    share_model.from_task(str(teacher.entry.folder), Settings.at("smoke"), train=False)
-    (names,) = asked
-    after = {"card", "receipt", "onnx_file", "checks", "checks_model"}
-    assert loaded - set(names) == after and after.isdisjoint(names) and "intervals" in loaded
 
 
 def test_two_experts_a_token_are_shipped_as_two(tmp_path, capsys):
     words = ("--routing", "gate-token", "-p", "gate_top_k=2", "--untrained", "--out", "moe")
     assert convert(*SMOKE, *words) == 0
-    assert "receipt: 10 of 10 checks hold" in capsys.readouterr().out
-    claims = [row["claim"] for row in share_model.verify("moe")["checks"]]
-    assert "a gate's 2 largest p add up to between 2/N and 1" in claims
-    assert "2 experts serve a token" in (tmp_path / "moe" / "README.md").read_text()
+    assert "checks: 9 of 9 hold" in capsys.readouterr().out
+    card = (tmp_path / "moe" / "README.md").read_text()
+    assert "| a gate's 2 largest p add up to between 2/N and 1 |" in card
+    assert "to 2 experts" in card
 
 
 def test_training_moves_the_experts_and_untrained_leaves_them(teacher):
@@ -138,7 +119,7 @@ def test_training_moves_the_experts_and_untrained_leaves_them(teacher):
         torch.equal(a, b)
         for a, b in zip(plain.model.parameters(), plain.untrained.parameters(), strict=True)
     ]
-    assert all(same) and plain.told["steps"] is None
+    assert all(same) and plain.facts["steps"] is None
     moved = zip(trained.model.parameters(), trained.untrained.parameters(), strict=True)
     assert not any(torch.equal(a, b) for a, b in moved if a.shape[0] == 2)
 
@@ -147,12 +128,12 @@ def test_the_scales_own_teacher_needs_no_name_and_what_is_stored_is_not_made_aga
     tmp_path, monkeypatch, capsys
 ):
     assert convert(*SMOKE, "--out", "one") == 0
-    monkeypatch.setattr(share_model, "distil", None)  # would be called
+    monkeypatch.setattr(student, "distil", None)  # would be called
     assert convert(*SMOKE, "--out", "two") == 0
     one, two = (checksums(tmp_path / name) for name in ("one", "two"))
     assert one.pop("README.md") != two.pop("README.md")  # its title
     assert one == two
-    assert "`tiny` fine-tuned on this task" in (tmp_path / "one" / "README.md").read_text()
+    assert "`tiny`, fine-tuned on this task" in (tmp_path / "one" / "README.md").read_text()
 
 
 def test_pipeline_finds_it_in_a_new_process_as_its_card_says(tmp_path):
@@ -173,7 +154,7 @@ def test_stopped_in_training_it_leaves_no_folder(teacher, tmp_path, monkeypatch,
     def stop(*_args, **_named):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(share_model, "distil", stop)
+    monkeypatch.setattr(student, "distil", stop)
     assert convert(teacher.entry.folder, *SMOKE, "-p", "seed=3", "--out", "moe") == 130
     assert "stopped" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
@@ -187,14 +168,13 @@ class Hub:
         assert exist_ok
         return SimpleNamespace(repo_id=repo)
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-        found = checksums(share_model.Path(folder_path))
-        Hub.sent[repo_id] = {name: found[name] for name in found if name in allow_patterns}
+    def upload_folder(self, *, repo_id, folder_path, commit_message):
+        Hub.sent[repo_id] = checksums(share_model.Path(folder_path))
         return f"hub/{repo_id}"
 
 
-def test_card_receipt_and_tokenizer_go_to_the_hub_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+def test_card_and_tokenizer_go_to_the_hub_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(share_model, "HfApi", Hub)
     assert convert(*SMOKE, "--out", "moe", "--push-to-hub", "me/moe") == 0
     assert Hub.sent.pop("me/moe") == checksums(tmp_path / "moe")
     assert "sent: hub/me/moe" in capsys.readouterr().out
@@ -209,44 +189,39 @@ def test_whatever_the_hubs_http_library_raises_is_one_line_that_says_how_to_go_o
     def no_network(*_args, **_named):
         raise ConnectError("no route to host\nand much more")
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(share_model, "HfApi", Hub)
     monkeypatch.setattr(Hub, "create_repo", no_network)
     share_model.write(
-        made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe"
+        converted(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe"
     )
     with pytest.raises(UserError) as error:
         share_model.push(tmp_path / "moe", "me/moe")
-    said = "could not be sent to me/moe: no route to host; try again with moebert_lib.ship.push"
-    assert said in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_folder_that_was_changed_is_not_sent(tmp_path, tiny_bert, tiny_batch, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    share_model.write(
-        made(saved_bert(tmp_path, tiny_bert), tiny_batch), tmp_path / "moe", name="moe"
-    )
-    (tmp_path / "moe" / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="config.json is not the file of its receipt"):
-        share_model.push(tmp_path / "moe", "me/moe")
-    assert Hub.sent == {}
+    reason = "could not be sent to me/moe: no route to host; try again with: hf upload me/moe "
+    assert reason in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_folder_stays(tmp_path, capsys):
     assert convert(*SMOKE, "--out", "moe", "--push-to-hub", "me/moe") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("moebert: moe is written and could not be sent to me/moe: ")
-    assert share_model.verify(tmp_path / "moe")
+    assert (tmp_path / "moe" / "model.safetensors").is_file()
 
 
-def test_a_check_that_fails_is_said_with_status_1(monkeypatch, capsys):
-    usual = share_model.checked
-    monkeypatch.setattr(
-        share_model,
-        "checked",
-        lambda *args: [{**row, "holds": row["claim"][:3] != "one"} for row in usual(*args)],
-    )
-    assert convert(*SMOKE, "--out", "moe") == 1
-    assert "10 of 11 checks hold; FAILS: one full-width expert" in capsys.readouterr().out
+def test_a_model_that_fails_a_check_is_written_with_status_1_and_not_sent(
+    tmp_path, monkeypatch, capsys
+):
+    usual = share_model.run_checks
+
+    def one_fails(*given):
+        first, *others = usual(*given)
+        return [replace(first, holds=False), *others]
+
+    monkeypatch.setattr(share_model, "run_checks", one_fails)
+    monkeypatch.setattr(share_model, "push", lambda *_: pytest.fail("it was sent"))
+    assert convert(*SMOKE, "--out", "moe", "--push-to-hub", "me/moe") == 1
+    out = capsys.readouterr().out
+    assert "checks: 10 of 11 hold; FAILS: one full-width expert" in out and "not sent" in out
+    assert "**FAILS**" in (tmp_path / "moe" / "README.md").read_text()
 
 
 def test_a_model_without_its_tokenizer_is_refused(tmp_path, tiny_bert, capsys):

@@ -1,4 +1,4 @@
-"""Tiny models made ready to ship: a BERT in a folder with its tokenizer, and its conversion."""
+"""Tiny models to share: a BERT in a folder with its tokenizer, and its conversion."""
 
 import torch
 from tiny_spans import span_batch, span_bert
@@ -20,7 +20,7 @@ def saved_bert(tmp_path, tiny_bert, *, spans=False):
     return tmp_path / "bert"
 
 
-def made(folder, tiny_batch, **sizes):
+def converted(folder, tiny_batch, **sizes):
     """The saved BERT converted by its own scores."""
     dense, batch = load_dense(str(folder)), tiny_batch()
     scores = ffn_importance(dense, [span_batch(batch) if hasattr(dense, "qa_outputs") else batch])
