@@ -168,10 +168,10 @@ def test_a_gpu_that_is_not_there_is_refused_in_one_line(monkeypatch, capsys):
     ("argv", "told"),
     [
         (["trainig"], "did you mean 'training'?"),
-        (["widgets", "--batch", "2"], "bench widgets has no use for --batch"),
+        (["widgets", "--batch", "2"], "bench widgets has no option --batch"),
         (["--device", "cud"], "did you mean 'cuda'?"),
-        (["--repeats", "0"], "--repeats 0: expected at least 1"),
-        (["--out", "no/such/folder/x.json"], "name a file in a folder that is there"),
+        (["--repeats", "0"], "expected at least 1"),
+        (["--out", "no/such/folder/x.json"], "expected a file in an existing folder"),
     ],
     ids=str,
 )

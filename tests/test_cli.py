@@ -50,7 +50,7 @@ def test_help_lists_all_commands(argv, capsys):
 def test_help_comes_at_once_because_torch_is_not_imported():
     code = (
         "import sys; sys.orig_argv[1:3] = ['-m', 'moebert_lib']\n"
-        "from moebert_lib import cli; status = cli.main(['run', '--help'])\n"
+        "from moebert_lib.cli import main; status = main.main(['run', '--help'])\n"
         "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
@@ -80,7 +80,8 @@ def test_plan_says_what_would_run_and_runs_nothing(home, capsys):
 def test_a_plan_at_scale_paper_is_there_at_once_and_offline(moebert_home):
     code = (
         "import sys; sys.orig_argv[1:3] = ['-m', 'moebert_lib']\n"
-        "from moebert_lib import cli; status = cli.main(['run', '--scale', 'paper', '--plan'])\n"
+        "from moebert_lib.cli import main\n"
+        "status = main.main(['run', '--scale', 'paper', '--plan'])\n"
         "sys.exit(status or any(name in sys.modules for name in ('torch', 'transformers')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -263,7 +264,7 @@ def test_site_and_widgets_are_given_what_was_asked_for(home, monkeypatch, capsys
         return home / "index.html"
 
     monkeypatch.setattr(site, "build", build)
-    monkeypatch.setattr(workflow, "main", lambda **how: asked.update(how))
+    monkeypatch.setattr(workflow, "main_bench_widgets", lambda **how: asked.update(how))
     assert main.main(["site", "--out", "public"]) == 0
     assert capsys.readouterr().out.split() == ["site", "index.html"]
     assert main.main(["bench", "widgets", "--repeats", "3"]) == 0

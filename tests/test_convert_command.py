@@ -1,6 +1,7 @@
 """``moebert convert``, ``bench`` and ``-p`` with nothing after the equals sign, as typed."""
 
 import os
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from moebert_lib.cli import main
+from moebert_lib.cli import main, model_commands
+from moebert_lib.config import settings
 from moebert_lib.method.importance import Importance, ffn_importance
 from moebert_lib.model.conversion import load_dense
 from moebert_lib.model.moe_layer import moe_layers
@@ -132,7 +134,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_loading(
     )
     monkeypatch.setattr(Importance, "load", None)
     assert convert("bert", out=out) == 2
-    assert f"{folder / out.split('/')[0]} is no folder that can be written to" in refusal(capsys)
+    assert f"{folder / out.split('/')[0]} is not a folder that can be written to" in refusal(capsys)
 
 
 def test_more_tokens_than_bert_takes_are_refused(capsys):
@@ -146,3 +148,7 @@ def test_nothing_after_the_equals_sign_is_an_empty_text(moebert_home, capsys):
     assert main.main(["run", "01", "--plan", "-p", "seed="]) == 2
     assert "seed=''" in refusal(capsys)
     assert main.main(["run", "01", "--plan", "-p", "n_shared=null"]) == 0
+
+
+def test_every_router_of_the_settings_can_be_asked_for():
+    assert set(model_commands.ROUTINGS) == set(get_args(settings.Routing))

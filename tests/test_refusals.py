@@ -24,8 +24,8 @@ REFUSED = {
     "abbreviated option": (["run", "--forc"], "did you mean '--force'?"),
     "option of another command": (["status", "--force"], "unknown option '--force'"),
     "option without value": (["run", "--scale"], "expected one argument"),
-    "unknown short option": (["run", "-x"], "no use for '-x'"),
-    "status takes no words": (["status", "all"], "no use for 'all'"),
+    "unknown short option": (["run", "-x"], "does not take '-x'"),
+    "status takes no words": (["status", "all"], "does not take 'all'"),
     # notebooks
     "misspelt notebook": (["run", "01_importence"], "did you mean '01_importance'?"),
     "notebook number too high": (["run", "42"], "no notebook '42'"),

@@ -1,28 +1,83 @@
-"""What the commands about models and this machine do: importance, convert, doctor."""
+"""Commands about models and this machine: importance, convert, bench and doctor."""
 
 import argparse
 import importlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from moebert_lib.cli.run_commands import given, say
-from moebert_lib.config.errors import UserError, nearest
-from moebert_lib.config.settings import Routing, Settings
-from moebert_lib.experiments import teacher
+from moebert_lib.cli.options import (
+    add_settings_options,
+    choice,
+    count,
+    given_settings,
+    refuse_useless,
+    say,
+)
+from moebert_lib.config.errors import UserError
+
+ROUTINGS = ("hash-random", "hash-cluster", "gate-token", "gate-sentence", "hash-balance")
+MAX_LENGTH = 512  # tokens that BERT takes
+
+#: What ``moebert bench`` measures: its options beside ``--out``, and the function that runs it.
+BENCHMARKS = {
+    "inference": (("batch", "length", "repeats", "device"), "inference.main"),
+    "training": (("repeats",), "training.main"),
+    "importance": (("repeats",), "importance.main"),
+    "scaling": (("repeats",), "inference.main_bench_scaling"),
+    "widgets": (("repeats",), "workflow.main_bench_widgets"),
+    "batch": (("runs",), "workflow.main"),
+}
+CUDA_BENCHMARK = "inference.main_bench_cuda"
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands and their options to the parser of ``moebert``."""
+    _add_importance(commands)
+    _add_convert(commands)
+    _add_bench(commands)
+    command = commands.add_parser(
+        "doctor",
+        help="check Python, versions, weights, kernel, memory and folders",
+        description="Check what a run needs. Each line is ok or says what to do.",
+        example="moebert doctor --data-dir DIR",
+    )
+    command.add_argument("--data-dir", default="", metavar="DIR", help="also check this folder")
+    command.set_defaults(run=doctor)
+
+
+def _add_importance(commands: Any) -> None:
+    command = commands.add_parser(
+        "importance",
+        help="score a fine-tuned model's neurons on a task (Eq. 4)",
+        description="Fine-tune the scale's model on a task, or reuse it, and score its neurons; "
+        "or import a file of the paper's release.",
+        example="moebert importance --task library --scale quick --out importance.safetensors\n"
+        "  moebert importance --import importance_rte.pkl --out rte.safetensors",
+    )
+    add_settings_options(command, task=True)
+    command.add_argument(
+        "--import",
+        dest="release",
+        type=Path,
+        metavar="FILE",
+        help="a .pkl file of the release; code in it is not run",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="FILE")
+    command.set_defaults(run=importance)
 
 
 def importance(args: argparse.Namespace) -> int:
-    """``moebert importance``: Eq. 4's scores of a task's teacher, or of the release, as a file."""
+    """Write the importance scores (Eq. 4) of a task's teacher, or of the release, to a file."""
     if args.release:
         return _import(args)
-    settings = _settings(args)
-    _check_out(args.out)
+    settings = given_settings(args)
+    _check_file(args.out)
     from moebert_lib.data import loading
+    from moebert_lib.experiments import teacher
 
     loading.check(settings)
-
     scores = teacher.importance(settings)
     scores.save(args.out)
     layers, neurons = scores.scores.shape
@@ -34,46 +89,103 @@ def importance(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    """``moebert importance --import``: a file of the release in this library's own format."""
-    given = {
+    """Write a file of the release in this library's format."""
+    options = {
         "--task": args.task,
         "--scale": args.scale,
         "-p": args.values,
         "--data-dir": args.data_dir,
     }
-    _leave_out("--import reads a file and scores nothing", given)
-    _check_out(args.out)
+    refuse_useless("--import reads a file and scores nothing", options)
+    _check_file(args.out)
     from moebert_lib.method import release_files
 
     scores = release_files.read(args.release)
     scores.save(args.out)
     layers, width = scores.scores.shape
     n_shared, n_kept = release_files.proportions(width)
-    held = release_files.shares(scores)
-    say(f"{layers} layers of {width:,} neurons, examples unknown; SHA-256 {scores.meta['sha256']}")
+    shares = release_files.shares(scores)
+    digest = scores.meta["sha256"]
+    say(f"{layers} layers of {width:,} neurons, number of examples unknown; SHA-256 {digest}")
     say(
-        f"importance held by the top {n_shared:,} {held.shared:.1%}, by the kept {n_kept:,} "
-        f"{held.kept:.1%}: {args.out}"
+        f"share of importance: top {n_shared:,} neurons {shares.shared:.1%}, "
+        f"kept {n_kept:,} neurons {shares.kept:.1%}: {args.out}"
     )
     return 0
 
 
-def _leave_out(why: str, given: dict[str, Any]) -> None:
-    """Refuse the first option that was given a value and would not count."""
-    for option, value in given.items():
-        if value:
-            raise UserError(f"{why}; leave {option} out")
-
-
-def _check_out(out: Path) -> None:
+def _check_file(out: Path) -> None:
     if not out.parent.is_dir():
         raise UserError(f"no folder {out.parent} to write {out.name} in; make it first")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file, such as {out}/scores.safetensors")
 
 
+def _add_convert(commands: Any) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="turn a fine-tuned BERT into a MoEBERT to share, with a model card",
+        description="Split a fine-tuned BERT's feed-forward layers into experts. With --task, "
+        "its neurons are scored on the task's training data, the MoEBERT is trained by "
+        "distillation, and both are evaluated. With --importance, it is converted with a file of "
+        "scores and not trained.",
+        example="moebert convert DIR/my-bert --task sst2 --data-dir DIR --scale small --out moe\n"
+        "  moebert convert --task library --out moe --onnx\n"
+        "  moebert convert DIR/my-bert --importance importance.safetensors --out moe",
+    )
+    command.add_argument(
+        "model",
+        nargs="?",
+        default="",
+        metavar="MODEL",
+        help="a folder with config.json, or a hub name; default with --task: the scale's teacher",
+    )
+    add_settings_options(command, task=True)
+    command.add_argument(
+        "--importance",
+        type=Path,
+        metavar="FILE",
+        help="scores of the same model from moebert importance",
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    command.add_argument("--n-experts", type=count, metavar="N", help="default: 4")
+    command.add_argument(
+        "--expert-size",
+        type=count,
+        metavar="K",
+        help="neurons of an expert; default: width of the layer / N",
+    )
+    command.add_argument(
+        "--n-shared",
+        type=int,
+        metavar="S",
+        help="neurons that all experts share; default: two thirds of K",
+    )
+    command.add_argument(
+        "--routing",
+        type=choice(ROUTINGS),
+        metavar="R",
+        help="hash-random (default), hash-cluster, gate-token or gate-sentence; with --task also "
+        "hash-balance",
+    )
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="seed of the hash tables and the training; default: 0"
+    )
+    command.add_argument("--untrained", action="store_true", help="with --task: do not train")
+    command.add_argument(
+        "--onnx", action="store_true", help="also write model.onnx (needs moebert[onnx])"
+    )
+    command.add_argument(
+        "--push-to-hub",
+        default="",
+        metavar="REPO",
+        help="then upload the folder to OWNER/NAME",
+    )
+    command.set_defaults(run=convert)
+
+
 def convert(args: argparse.Namespace) -> int:
-    """``moebert convert``: a fine-tuned BERT becomes a MoEBERT; status 1 where a check fails."""
+    """Turn a fine-tuned BERT into a MoEBERT; return 1 where a check of the result fails."""
     _check_convert(args)
     from moebert_lib.publish import share_model
 
@@ -113,46 +225,46 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def _check_convert(args: argparse.Namespace) -> None:
-    """Refuse what does not go together, before anything is loaded."""
+    """Refuse options that do not go together, before anything is loaded."""
     if args.routing == "hash-balance" and not args.task:
         raise UserError(
-            "routing 'hash-balance' needs a training set's token counts; give --task "
-            "in place of --importance"
+            "routing 'hash-balance' needs the token counts of a training set; give --task instead "
+            "of --importance"
         )
-    if args.routing and args.routing not in get_args(Routing):
-        raise UserError(f"no routing '{args.routing}'; {nearest(args.routing, get_args(Routing))}")
-    for name in ("n_experts", "expert_size"):
-        size = getattr(args, name)
-        if size is not None and size < 1:
-            raise UserError(f"--{name.replace('_', '-')} {size}: expected at least 1")
     if bool(args.task) == bool(args.importance):
-        raise UserError("give --task T, to score and distil, or --importance FILE, to convert only")
+        raise UserError("give --task T to score and train, or --importance FILE to convert only")
     if args.importance:
-        _check_scores(args)
+        options = {
+            "--scale": args.scale,
+            "-p": args.values,
+            "--data-dir": args.data_dir,
+            "--untrained": args.untrained,
+        }
+        refuse_useless("--importance converts and trains nothing", options)
+        _check_scores(args.importance)
+        if not args.model:
+            raise UserError("--importance FILE needs the MODEL that was scored")
     if args.onnx:
         from moebert_lib.publish import onnx_export
 
         onnx_export.check()
-    _check_new(args.out)
+    _check_new_folder(args.out)
 
 
-def _check_scores(args: argparse.Namespace) -> None:
-    given = {
-        "--scale": args.scale,
-        "-p": args.values,
-        "--data-dir": args.data_dir,
-        "--untrained": args.untrained,
-    }
-    _leave_out("--importance converts and trains nothing", given)
-    if not args.model:
-        raise UserError("--importance FILE needs the MODEL that was scored")
-    if not args.importance.is_file():
-        raise UserError(f"no file {args.importance}; make one with moebert importance")
-    if args.importance.suffix == ".pkl":
-        raise UserError(
-            f"{args.importance} is a pickle; read it with moebert importance --import "
-            f"{args.importance} --out FILE first"
-        )
+def _check_scores(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"no file {path}; make one with moebert importance")
+    if path.suffix == ".pkl":
+        command = f"moebert importance --import {path} --out FILE"
+        raise UserError(f"{path} is a pickle; read it with {command} first")
+
+
+def _check_new_folder(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} is there already; name a new folder")
+    parent = next(path for path in out.absolute().parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent} is not a folder that can be written to; name another --out")
 
 
 def _by_scores(args: argparse.Namespace) -> Any:
@@ -163,14 +275,13 @@ def _by_scores(args: argparse.Namespace) -> Any:
         scores = Importance.load(args.importance)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return share_model.from_scores(
-        args.model, scores, **{"n_experts": 4, "seed": 0, **_sizes(args)}
-    )
+    options = {"n_experts": 4, "seed": 0, **_conversion_options(args)}
+    return share_model.from_scores(args.model, scores, **options)
 
 
 def _by_task(args: argparse.Namespace) -> Any:
-    own = {"model": args.model} if args.model else {}
-    settings = _settings(args, **own, **_sizes(args))
+    model = {"model": args.model} if args.model else {}
+    settings = given_settings(args, **model, **_conversion_options(args))
     from moebert_lib.data import loading
     from moebert_lib.publish import share_model
 
@@ -178,96 +289,86 @@ def _by_task(args: argparse.Namespace) -> Any:
     return share_model.from_task(args.model, settings, train=not args.untrained)
 
 
-def _sizes(args: argparse.Namespace) -> dict[str, Any]:
+def _conversion_options(args: argparse.Namespace) -> dict[str, Any]:
     names = ("n_experts", "expert_size", "n_shared", "routing", "seed")
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _settings(args: argparse.Namespace, **chosen: Any) -> Settings:
-    """The settings that --scale, --task, --data-dir and -p name."""
-    scale, values = given(args)
-    chosen |= {"task": args.task} if args.task else {}
-    chosen |= {"data_dir": str(Path(args.data_dir).expanduser().resolve())} if args.data_dir else {}
-    for name in values.keys() & chosen.keys():
-        raise UserError(f"{name} is given twice, once as -p {name}; keep one")
-    return Settings.at(scale, **{**values, **chosen})
-
-
-def _check_new(out: Path) -> None:
-    """Refuse a folder that is there, or that cannot be made."""
-    if out.exists():
-        raise UserError(f"{out} is there already; name a new folder")
-    above = next(path for path in out.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{above} is no folder that can be written to; name another --out")
-
-
-def doctor(args: argparse.Namespace) -> int:
-    """``moebert doctor``: exit status 1 where something needs doing."""
-    from moebert_lib.cli.doctor import checks
-
-    failures = 0
-    for name, problem, fact in checks(args.data_dir):
-        failures += bool(problem)
-        say(f"{'PROBLEM' if problem else 'ok':8}{name:12}{problem or fact}")
-    return 1 if failures else 0
-
-
-# What ``moebert bench`` does: find the benchmark, check what was asked, run it.
-
-#: The options that each benchmark has a use for, beside ``--out``.
-TAKES = {
-    "inference": ("batch", "length", "repeats", "device"),
-    "training": ("repeats",),
-    "importance": ("repeats",),
-    "scaling": ("repeats",),
-    "widgets": ("repeats",),
-    "batch": ("runs",),
-}
-OPTIONS = ("batch", "length", "repeats", "runs", "device")
-#: The function that each benchmark runs.
-MAINS = {
-    "inference": ("inference", "main"),
-    "cuda": ("inference", "main_bench_cuda"),
-    "training": ("training", "main"),
-    "importance": ("importance", "main"),
-    "scaling": ("inference", "main_bench_scaling"),
-    "widgets": ("workflow", "main_bench_widgets"),
-    "batch": ("workflow", "main"),
-}
+def _add_bench(commands: Any) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="measure speed beside the equal-FLOP limit (Fig. 4)",
+        description="inference: a forward pass of dense BERT, MoEBERT and their limits. training: "
+        "a step of distillation. importance: scoring neurons. scaling: cost by experts, tokens "
+        "and layers. widgets: from a slider's move to the picture. batch: a sweep with one worker "
+        "and with two. OMP_NUM_THREADS sets the threads; the record goes to runs/.",
+        example="moebert bench inference\n  moebert bench inference --batch 8 --length 64",
+    )
+    command.add_argument(
+        "what",
+        nargs="?",
+        type=choice(list(BENCHMARKS)),
+        default="inference",
+        metavar="WHAT",
+        help="inference (default), training, importance, scaling, widgets or batch",
+    )
+    command.add_argument(
+        "--batch",
+        type=count,
+        metavar="N",
+        help="inference: sentences at once; default: full batches and batches of real sentences",
+    )
+    command.add_argument("--length", type=count, metavar="N", help="inference: tokens of each")
+    command.add_argument(
+        "--repeats", type=count, metavar="N", help="timed rounds; default: what a minute allows"
+    )
+    command.add_argument("--runs", type=count, metavar="N", help="batch: runs; default: 40")
+    command.add_argument(
+        "--device",
+        type=choice(("cpu", "cuda")),
+        metavar="D",
+        help="inference: cpu (default) or cuda",
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON file of the record; default: in runs/"
+    )
+    command.set_defaults(run=bench)
 
 
 def bench(args: argparse.Namespace) -> int:
-    """``moebert bench``: speed on this machine; 130 where Ctrl-C left some of it out."""
-    if args.what not in TAKES:
-        raise UserError(f"nothing to measure called '{args.what}'; {nearest(args.what, TAKES)}")
-    given = _given(args)
-    what = "cuda" if given.pop("device", "cpu") == "cuda" else args.what
-    module, main = MAINS[what]
+    """Measure speed on this machine; return 130 where Ctrl-C ended it early."""
+    accepted, function = BENCHMARKS[args.what]
+    options = {}
+    for name in ("batch", "length", "repeats", "runs", "device"):
+        value = getattr(args, name)
+        if value is not None and name not in accepted:
+            raise UserError(f"moebert bench {args.what} has no option --{name}")
+        if value is not None:
+            options[name] = value
+    if options.get("length", 1) > MAX_LENGTH:
+        raise UserError(f"--length {args.length}: BERT takes at most {MAX_LENGTH} tokens")
+    if args.out is not None:
+        if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+            raise UserError(f"--out {args.out}: expected a file in an existing folder")
+        options["out"] = args.out
+    if options.pop("device", "cpu") == "cuda":
+        function = CUDA_BENCHMARK
+    module, name = function.split(".")
+    measure = getattr(importlib.import_module(f"moebert_lib.bench.{module}"), name)
     try:
-        complete = getattr(importlib.import_module(f"moebert_lib.bench.{module}"), main)(**given)
+        complete = measure(**options)
     except KeyboardInterrupt:
         say("stopped; nothing was kept")
         return 130
     return 130 if complete is False else 0
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """Options as typed, those that were; refuses what this benchmark has no use for."""
-    given = {name: getattr(args, name) for name in OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if name != "device" and value < 1:
-            raise UserError(f"--{name} {value}: expected at least 1")
-    if given.get("length", 1) > 512:
-        raise UserError(f"--length {args.length}: BERT takes at most 512 tokens")
-    if "device" in given and args.device not in ("cpu", "cuda"):
-        raise UserError(f"no device '{args.device}'; {nearest(args.device, ('cpu', 'cuda'))}")
-    for name in given:
-        if name not in TAKES[args.what]:
-            raise UserError(f"bench {args.what} has no use for --{name}")
-    if args.out is not None:
-        if args.out.is_dir() or not args.out.absolute().parent.is_dir():
-            raise UserError(f"{args.out} cannot be written: name a file in a folder that is there")
-        given["out"] = args.out
-    return given
+def doctor(args: argparse.Namespace) -> int:
+    """Check this machine; return 1 where something needs doing."""
+    from moebert_lib.cli.doctor import checks
+
+    n_problems = 0
+    for name, problem, fact in checks(args.data_dir):
+        n_problems += bool(problem)
+        say(f"{'PROBLEM' if problem else 'ok':8}{name:12}{problem or fact}")
+    return 1 if n_problems else 0

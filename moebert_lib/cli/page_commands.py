@@ -1,34 +1,132 @@
-"""What the commands about pages do: explore and site."""
+"""Commands about pages: report, explore and site."""
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from moebert_lib.cli.run_commands import given, near, say
+from moebert_lib.cli.options import add_settings_options, given_settings, near, say
 from moebert_lib.config.errors import UserError
-from moebert_lib.config.settings import Settings
 
-PAGE = """\
+# The notebook cell that shows the explorer; messages about reused stages went to the terminal.
+EXPLORER_CELL = """\
 import contextlib, io
-from moebert_lib import explorer, sources
-from moebert_lib.settings import Settings
+from moebert_lib.config.settings import Settings
+from moebert_lib.explore import explorer, score_sources
 
-with contextlib.redirect_stdout(io.StringIO()):  # what is reused was said in the terminal
-    shown = {shown}
-explorer.explore(shown)
+with contextlib.redirect_stdout(io.StringIO()):
+    sources = {sources}
+explorer.explore(sources)
 """
 
 
+def add_commands(commands: Any) -> None:
+    """Add the commands and their options to the parser of ``moebert``."""
+    command = commands.add_parser(
+        "report",
+        help="gather figures, tables and runs in one HTML page",
+        description="Write runs/report.html, one file that needs no network. With --from, first "
+        "draw all figures and tables from committed results; no model is needed or trained.",
+        example="moebert report\n  moebert report --from figures/runs",
+    )
+    command.add_argument(
+        "--from",
+        dest="results",
+        type=Path,
+        metavar="DIR",
+        help="results of moebert export --results, with a workbook.yaml",
+    )
+    command.add_argument(
+        "--check", action="store_true", help="with --from: compare with figures/, write nothing"
+    )
+    command.set_defaults(run=report)
+
+    command = commands.add_parser(
+        "explore",
+        help="open the explorer of importance as a page, for a classroom",
+        description="Serve the explorer of notebook 01 as a page without code, until Ctrl-C. It "
+        "shows the files and the experiment that are named, otherwise all stored scores. Where "
+        "nothing is stored, the scale's model is trained and scored first.",
+        example="moebert explore\n  moebert explore importance_rte.pkl importance_cola.pkl\n"
+        "  moebert explore --task acceptability --ip 0.0.0.0 --no-browser",
+    )
+    command.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="scores from moebert importance, or a .pkl file of the paper's release",
+    )
+    add_settings_options(command, task=True)
+    command.add_argument(
+        "--port", type=int, default=8866, metavar="N", help="first port to try; default: 8866"
+    )
+    command.add_argument(
+        "--ip",
+        default="localhost",
+        metavar="A",
+        help="address to listen at: localhost (default, this machine only) or 0.0.0.0 (everybody "
+        "who can reach this machine)",
+    )
+    command.add_argument("--no-browser", action="store_true", help="only print the address")
+    command.set_defaults(run=explore)
+
+    command = commands.add_parser(
+        "site",
+        help="build the site: notebooks, figures, guide and reference",
+        description="Build a site that needs no network from the executed notebooks; run the "
+        "workbook first.",
+        example="moebert site --out public",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: runs/site; an earlier site there is replaced",
+    )
+    command.add_argument(
+        "--figures",
+        type=Path,
+        metavar="DIR",
+        help="folder of the figures and executed notebooks; default: figures/",
+    )
+    command.set_defaults(run=site)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the report page; with ``--from``, first draw or compare the committed figures."""
+    from moebert_lib.publish import report as reports
+
+    if args.check and not args.results:
+        raise UserError("--check compares what --from draws; give both")
+    if args.check:
+        differences = reports.check(args.results, echo=say)
+        for line in differences:
+            say(line)
+        n = len(differences)
+        say(f"{n} files differ" if n else "figures/ matches what the results draw")
+        return 1 if n else 0
+    if args.results:
+        say(f"figures   {near(reports.draw(args.results, echo=say))}")
+    say(f"page      {near(reports.write_report())}")
+    return 0
+
+
 def explore(args: argparse.Namespace) -> int:
-    """``moebert explore``: everything is checked and made first, then the page is served."""
+    """Check and compute what the page shows, then serve it until Ctrl-C."""
     from moebert_lib.explore import explorer_page
 
     if not 1 <= args.port <= 65535:
         raise UserError(f"--port {args.port}: expected 1 to 65535")
     files = [_readable(path) for path in args.files]
-    settings = _settings(args)
+    settings = None
+    if args.scale or args.task or args.values or args.data_dir:
+        from moebert_lib.data import loading
+
+        settings = given_settings(args)
+        loading.check(settings)
     explorer_page.check_voila()
     port = explorer_page.free_port(args.ip, args.port)
-    code = PAGE.format(shown=_made(files, settings))
+    code = EXPLORER_CELL.format(sources=_sources(files, settings))
     if port != args.port:
         say(f"port {args.port} is taken; using {port}")
     explorer_page.serve(
@@ -43,52 +141,38 @@ def explore(args: argparse.Namespace) -> int:
 
 
 def site(args: argparse.Namespace) -> int:
-    """``moebert site``: build it and say where it is."""
-    from moebert_lib.publish import site as module
+    """Build the site and print where it is."""
+    from moebert_lib.publish import site as sites
 
-    say(f"site      {near(module.build(args.out, figures=args.figures))}")
+    say(f"site      {near(sites.build(args.out, figures=args.figures))}")
     return 0
 
 
 def _readable(path: Path) -> Path:
     if not path.is_file():
-        why = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(
-            f"{path} {why}; expected a file from moebert importance, or a .pkl of the release"
-        )
+        problem = "is a folder" if path.is_dir() else "does not exist"
+        expected = "a file from moebert importance, or a .pkl of the release"
+        raise UserError(f"{path} {problem}; expected {expected}")
     return path.resolve()
 
 
-def _settings(args: argparse.Namespace) -> Settings | None:
-    """The experiment that was asked for; ``None`` where no option names one."""
-    if not (args.scale or args.task or args.values or args.data_dir):
-        return None
-    scale, values = given(args)
-    values |= {"task": args.task} if args.task else {}
-    values |= {"data_dir": str(Path(args.data_dir).expanduser().resolve())} if args.data_dir else {}
-    settings = Settings.at(scale, **values)
-    from moebert_lib.data import loading
-
-    loading.check(settings)
-    return settings
-
-
-def _made(files: list[Path], settings: Settings | None) -> str:
-    """Read or make everything that the page shows; returns the code that finds it again."""
+def _sources(files: list[Path], settings: Any) -> str:
+    """Read or compute everything that the page shows; return the code that loads it again."""
+    from moebert_lib.config.settings import Settings
     from moebert_lib.explore import score_sources
 
     for path in files:
         score_sources.from_file(path)
-    if settings is None and not files and not score_sources.from_store():
+    if settings is None and not files:
+        if score_sources.from_store():
+            return "score_sources.from_store()"
         settings = Settings.at()
         say(
-            f"nothing is scored here yet: training and scoring {settings.model} on "
-            f"{settings.task}, about two minutes on two cores"
+            f"no stored scores: training and scoring {settings.model} on {settings.task}, "
+            "about two minutes on two cores"
         )
-    if settings is None and not files:
-        return "sources.from_store()"
-    shown = [f"sources.from_file({str(path)!r})" for path in files]
+    sources = [f"score_sources.from_file({str(path)!r})" for path in files]
     if settings is not None:
         score_sources.from_settings(settings)
-        shown.append(f"sources.from_settings(Settings(**{settings.model_dump()!r}))")
-    return f"[{', '.join(shown)}]"
+        sources.append(f"score_sources.from_settings(Settings(**{settings.model_dump()!r}))")
+    return f"[{', '.join(sources)}]"

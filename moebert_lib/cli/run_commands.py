@@ -1,66 +1,182 @@
-"""What the commands about runs do: run, sweep, status, report and export."""
+"""Commands about runs: run, sweep, status and export."""
 
 import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moebert_lib.config import file_io
-from moebert_lib.config.errors import UserError, nearest
-from moebert_lib.runs import local_pool, plan
+from moebert_lib.cli.options import (
+    add_settings_options,
+    choice,
+    count,
+    fail,
+    given_values,
+    near,
+    say,
+)
+from moebert_lib.config.errors import UserError
+
+if TYPE_CHECKING:
+    from moebert_lib.runs.plan import Job
 
 ENGINES = ("local", "ray")
 
 
-def run(args: argparse.Namespace) -> int:
-    """``moebert run``: plan, execute, publish, and write the report."""
-    paths = plan.select(args.notebooks)
-    scale, values = given(args)
-    jobs = plan.plan(paths, scale=scale, parameters=values, data_dir=args.data_dir)
-    _check_engine(args)
-    if args.plan or args.why:
-        return _plan(jobs, why=args.why)
-    from moebert_lib.runs.local_pool import side_by_side
+def add_commands(commands: Any) -> None:
+    """Add the commands and their options to the parser of ``moebert``."""
+    command = commands.add_parser(
+        "run",
+        help="run notebooks, by default all, and write the report",
+        description="Run notebooks. Stored results are reused.",
+        example="moebert run 01 02 03 --scale small --data-dir DIR -p task=sst2",
+    )
+    command.add_argument(
+        "notebooks",
+        nargs="*",
+        metavar="NOTEBOOK",
+        help="number, name or path: 01, 01_importance, mine.ipynb",
+    )
+    add_settings_options(command)
+    command.add_argument(
+        "--plan", action="store_true", help="list what would run, with time and memory; run nothing"
+    )
+    command.add_argument(
+        "--why", action="store_true", help="list why each notebook would run or not; run nothing"
+    )
+    _add_execution_options(command, workers="default: 1")
+    command.set_defaults(run=run)
 
-    engine = side_by_side(jobs, args.workers) if args.engine == "local" else _engine(args)
-    local_pool.run(jobs, engine=engine, force=args.force, echo=say)
+    command = commands.add_parser(
+        "sweep",
+        help="run a notebook over a grid of settings, tasks and seeds",
+        description="Run 03_distillation, or another notebook, once for each point of a grid. The "
+        "grid is a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings "
+        "(each a list of values: all combinations are run) and points (a list of sets of values).",
+        example="moebert sweep grid.yaml --dry-run",
+    )
+    command.add_argument("grid", type=Path, nargs="?", metavar="GRID.yaml")
+    command.add_argument(
+        "--data-dir",
+        default="",
+        metavar="DIR",
+        help="folder with GLUE data, instead of the grid's data_dir",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="list what would run or be reused, and why"
+    )
+    command.add_argument("--why", action="store_true", help="the same, with all reasons")
+    command.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="run points that failed before again; without a grid, those of all sweeps",
+    )
+    _add_execution_options(command, workers="default: as many as cores and memory allow")
+    command.set_defaults(run=sweep)
+
+    command = commands.add_parser(
+        "status",
+        help="list stored and failed runs",
+        description="Count the stored runs by kind; list the newest and the failed runs.",
+        example="moebert status --all",
+    )
+    command.add_argument("--all", action="store_true", help="list all stored runs")
+    command.set_defaults(run=status)
+
+    command = commands.add_parser(
+        "export",
+        help="write one table of all runs",
+        description="Write one row per run with its settings, results and origin. A run stored in "
+        "several homes is one row. With --results, write all stages of experiments and the small "
+        "files from which figures are drawn into a folder for moebert report --from.",
+        example="moebert export runs.parquet\n"
+        "  moebert export --results figures/runs\n"
+        "  moebert export runs.csv runs/ other-machine/runs/ --kind student",
+    )
+    command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv or .json")
+    command.add_argument(
+        "stores", nargs="*", metavar="HOME", help="a home or its runs/; default: this one"
+    )
+    command.add_argument(
+        "--kind",
+        default="notebook",
+        metavar="K",
+        help="notebook (default), student, teacher and so on, or all",
+    )
+    command.add_argument(
+        "--results", action="store_true", help="add the results to the folder named first"
+    )
+    command.set_defaults(run=export)
+
+
+def _add_execution_options(command: argparse.ArgumentParser, *, workers: str) -> None:
+    command.add_argument("--force", action="store_true", help="run again what is stored")
+    command.add_argument(
+        "--workers", type=count, metavar="N", help=f"runs at the same time; {workers}"
+    )
+    command.add_argument(
+        "--engine",
+        type=choice(ENGINES),
+        default="local",
+        metavar="E",
+        help="local (default), or ray (needs moebert[cluster])",
+    )
+    command.add_argument("--address", metavar="A", help="of a Ray cluster: auto or HOST:PORT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run notebooks and write the report."""
+    from moebert_lib.runs import execution, local_pool, plan
+
+    _check_engine(args)
+    scale, values = given_values(args)
+    paths = plan.select(args.notebooks)
+    jobs = plan.plan(paths, scale=scale, parameters=values, data_dir=args.data_dir)
+    if args.plan or args.why:
+        return _print_plan(jobs, why=args.why)
+    local = args.engine == "local"
+    engine = local_pool.side_by_side(jobs, args.workers) if local else _engine(args)
+    try:
+        local_pool.run(jobs, engine=engine, force=args.force, echo=say)
+    except execution.NotebookFailed as failure:
+        return fail(f"{failure}; executed copy: {failure.copy}", 1)
     return _finish(jobs)
 
 
 def sweep(args: argparse.Namespace) -> int:
-    """``moebert sweep``: one notebook over the points of a grid; status 1 where some failed."""
+    """Run a notebook over the points of a grid; return 1 where some failed."""
+    from moebert_lib.publish.report import write_report
     from moebert_lib.runs import status as inventory
     from moebert_lib.runs import sweep as sweeps
+    from moebert_lib.store.store import Store
 
     if args.grid is None and not args.retry_failed:
         raise UserError("name a grid, such as grid.yaml (see moebert sweep --help)")
+    _check_engine(args)
     grid = args.grid and sweeps.read(args.grid, data_dir=args.data_dir)
     planned = [grid] if grid else sweeps.with_failures()
-    _check_engine(args)
     if args.dry_run or args.why:
-        for one in planned:
-            _preview(one, args)
+        for grid in planned:
+            _print_preview(grid, args)
         return 0
-    engine, failed = _engine(args), 0
-    for one in planned:
-        how = dict(engine=engine, force=args.force, retry_failed=args.retry_failed, echo=say)
-        results = sweeps.run(one, **how)
+    engine = _engine(args)
+    n_failed = 0
+    for grid in planned:
+        results = sweeps.run(
+            grid, engine=engine, force=args.force, retry_failed=args.retry_failed, echo=say
+        )
         failures = [result for result in results if isinstance(result, Exception)]
-        failed += len(failures)
-        where = f", {len(failures)} failed; moebert status says where" if failures else ""
-        say(f"{len(results) - len(failures)} of {len(results)} done{where}")
-        say(f"table     {near(one.folder / inventory.TABLE)}")
-    from moebert_lib.publish.report import write_report
-    from moebert_lib.store.store import Store
-
+        n_failed += len(failures)
+        hint = f", {len(failures)} failed; moebert status lists them" if failures else ""
+        say(f"{len(results) - len(failures)} of {len(results)} done{hint}")
+        say(f"table     {near(grid.folder / inventory.TABLE)}")
     if Store().entries("notebook"):
         say(f"page      {near(write_report())}")
-    return 1 if failed else 0
+    return 1 if n_failed else 0
 
 
 def status(args: argparse.Namespace) -> int:
-    """``moebert status``: sweeps, counts, the newest runs or all of them, the failed ones."""
+    """Print sweeps, counts of stored runs, the newest or all runs, and the failed ones."""
     from moebert_lib.runs import status as inventory
 
     for line in inventory.lines(whole=args.all):
@@ -68,119 +184,67 @@ def status(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(args: argparse.Namespace) -> int:
-    """``moebert report``: write the page and say where it is; first draw it from results."""
-    from moebert_lib.publish.report import write_report
-
-    if args.results:
-        return _redraw(args)
-    if args.check:
-        raise UserError("--check compares what --from draws; give both")
-    say(f"page      {near(write_report())}")
-    return 0
-
-
-def _redraw(args: argparse.Namespace) -> int:
-    """Figures and tables drawn from a folder of results, or compared with those that are here."""
-    from moebert_lib.publish import report as redraw
-    from moebert_lib.publish.report import write_report
-
-    if args.check:
-        apart = redraw.check(args.results, echo=say)
-        for line in apart:
-            say(line)
-        say(f"{len(apart)} files differ" if apart else "figures/ holds what the results draw")
-        return 1 if apart else 0
-    say(f"figures   {near(redraw.draw(args.results, echo=say))}")
-    say(f"page      {near(write_report())}")
-    return 0
-
-
 def export(args: argparse.Namespace) -> int:
-    """``moebert export``: one row per run, of one store or several, as a file; or results."""
-    from moebert_lib.runs import export as module
+    """Write one row per run of one home or several; with ``--results``, a folder of results."""
+    from moebert_lib.runs import export as exports
 
     if args.results:
-        from moebert_lib.runs import export as results
-
-        n_rows, n_files = results.write_results(args.out, args.stores)
+        n_rows, n_files = exports.write_results(args.out, args.stores)
         say(f"{n_rows} stages, {n_files} small files: {args.out}")
         return 0
-    frame = module.frame(args.stores, kind=args.kind)
-    module.write(frame, args.out)
+    frame = exports.frame(args.stores, kind=args.kind)
+    exports.write(frame, args.out)
     say(f"{len(frame)} runs, {len(frame.columns)} columns: {args.out}")
     return 0
 
 
-def given(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The scale, and the values of ``-p`` by name."""
-    values: dict[str, Any] = {}
-    for text in args.values:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UserError(f"-p {text}: expected NAME=VALUE, such as -p seed=1")
-        if name in values:
-            raise UserError(f"-p {name} is given twice; keep one")
-        values[name] = file_io.parse(value, f"-p {text}") if value else ""
-    if "scale" in values and args.scale not in (None, values["scale"]):
-        raise UserError(f"--scale {args.scale} and -p scale={values['scale']} differ; keep one")
-    scale = "quick" if args.scale is None else args.scale
-    return values.pop("scale", scale), values
-
-
-def _plan(jobs: Sequence[plan.Job], *, why: bool) -> int:
-    """What ``moebert run`` would do, and its cost or its reasons; nothing is executed."""
-    from moebert_lib.runs import cost
+def _print_plan(jobs: "Sequence[Job]", *, why: bool) -> int:
+    """Print what ``moebert run`` would do with its cost, or its reasons; run nothing."""
+    from moebert_lib.runs import cost, plan
     from moebert_lib.runs import sweep as sweeps
 
-    states = list(sweeps.preview(jobs, retry_failed=True))
+    preview = list(sweeps.preview(jobs, retry_failed=True))
     if why:
-        for job, _, reason in states:
+        for job, _, reason in preview:
             say(f"{job.name}{plan.describe(job)}: {reason}")
     else:
-        told = ["to run" if does == "run" else reason for _, does, reason in states]
-        for line in cost.lines(jobs, told):
+        states = ["to run" if action == "run" else reason for _, action, reason in preview]
+        for line in cost.lines(jobs, states):
             say(line)
     say(f"{len(jobs)} notebook runs planned, nothing was executed")
     return 0
 
 
-def _preview(one: Any, args: argparse.Namespace) -> None:
-    """What ``moebert sweep`` would do with each point, and why; then the cost of it all."""
-    from moebert_lib.runs import cost
+def _print_preview(grid: Any, args: argparse.Namespace) -> None:
+    """Print what ``moebert sweep`` would do with each point and why, then the cost in all."""
+    from moebert_lib.runs import cost, plan
     from moebert_lib.runs import sweep as sweeps
     from moebert_lib.runs.local_pool import fitting
 
     retry = args.retry_failed or args.force
-    states = list(sweeps.preview(one.jobs, retry_failed=retry, force=args.force, whole=args.why))
-    for number, (job, does, reason) in enumerate(states, start=1):
-        say(f"[{number}/{len(states)}] {does:6} {job.name}{plan.describe(job)}: {reason}")
-    todo = [job for job, does, _ in states if does == "run"]
-    for line in cost.summary(todo):
+    preview = list(sweeps.preview(grid.jobs, retry_failed=retry, force=args.force, whole=args.why))
+    for number, (job, action, reason) in enumerate(preview, start=1):
+        say(f"[{number}/{len(preview)}] {action:6} {job.name}{plan.describe(job)}: {reason}")
+    to_run = [job for job, action, _ in preview if action == "run"]
+    for line in cost.summary(to_run):
         say(line)
-    counts = Counter(does for _, does, _ in states)
-    where = f", {fitting(todo).workers} at a time here" if todo else ""
+    counts = Counter(action for _, action, _ in preview)
+    parallel = f", {fitting(to_run).workers} at a time here" if to_run else ""
     say(
-        f"{counts['run']} to run{where}, {counts['reuse']} reused, {counts['skip']} skipped; "
+        f"{counts['run']} to run{parallel}, {counts['reuse']} reused, {counts['skip']} skipped; "
         "nothing was executed"
     )
 
 
 def _check_engine(args: argparse.Namespace) -> None:
-    if args.engine not in ENGINES:
-        raise UserError(f"no engine '{args.engine}'; {nearest(args.engine, ENGINES)}")
-    if args.workers is not None and args.workers < 1:
-        raise UserError(f"--workers {args.workers}: expected at least 1")
     if args.engine == "ray" and args.workers is not None:
-        raise UserError(
-            "--workers is for the local engine; a Ray cluster says itself how many runs fit"
-        )
+        raise UserError("--workers is for --engine local; a Ray cluster decides how many runs fit")
     if args.engine != "ray" and args.address is not None:
         raise UserError("--address is for --engine ray; give both, or neither")
 
 
 def _engine(args: argparse.Namespace) -> Any:
-    """The engine that was asked for, None where none was."""
+    """Return the engine that the options choose; ``None`` for the default."""
     if args.engine == "ray":
         from moebert_lib.runs.ray_cluster import Ray
 
@@ -190,8 +254,9 @@ def _engine(args: argparse.Namespace) -> Any:
     return Local(args.workers, gpus=gpus()) if args.workers else None
 
 
-def _finish(jobs: Sequence[plan.Job]) -> int:
+def _finish(jobs: "Sequence[Job]") -> int:
     from moebert_lib.publish.report import write_report
+    from moebert_lib.runs import local_pool
 
     page = write_report()
     for folder in dict.fromkeys(local_pool.published(job) for job in jobs):
@@ -201,13 +266,3 @@ def _finish(jobs: Sequence[plan.Job]) -> int:
         say(f"figures   {near(folder)}  ({figures} figures, {tables} tables)")
     say(f"page      {near(page)}")
     return 0
-
-
-def near(path: Path) -> Path:
-    """The path as seen from here, where it lies below."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def say(line: str) -> None:
-    """A line on standard output, at once."""
-    print(line, flush=True)
