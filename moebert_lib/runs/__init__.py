@@ -1,0 +1,1 @@
+"""Run notebooks: plan, execute, sweep, status and tables of all runs."""
