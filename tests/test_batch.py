@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from moebert_lib.config.settings import Settings
 from moebert_lib.runs import execution, local_pool, plan
 from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.store import run_outputs
 from moebert_lib.store.store import StageKey, Store
 
 ATTACKS = [
@@ -262,7 +263,7 @@ def test_names_of_folders_are_short_and_plain_and_two_for_two_values(label, othe
 def test_the_kernel_is_offline_at_scales_that_promise_it(tmp_path, monkeypatch, scale, offline):
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
-    env = execution.kernel_environment(tmp_path, offline=Settings.at(scale).offline)
+    env = run_outputs.kernel_environment(tmp_path, offline=Settings.at(scale).offline)
     assert env.get("HF_HUB_OFFLINE") == env.get("HF_DATASETS_OFFLINE") == offline
     assert env["MOEBERT_FIGURES"] == str(tmp_path) and "MPLBACKEND" not in env
 

@@ -221,8 +221,8 @@ def test_what_is_not_there_is_refused(options, message):
 LATER = """\
 %matplotlib inline
 import matplotlib.pyplot as plt, numpy as np
-from moebert_lib import explorer
-from moebert_lib.sources import EQ4, Source
+from moebert_lib.explore import explorer
+from moebert_lib.explore.score_sources import EQ4, Source
 before = plt.get_backend()
 explorer.explore(Source("a", {EQ4: np.arange(1.0, 129).reshape(2, 64)}))
 assert plt.get_backend() == before, plt.get_backend()

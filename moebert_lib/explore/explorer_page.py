@@ -124,7 +124,7 @@ def _options(page: Path, ip: str, port: int, browser: bool) -> Sequence[str]:
 
 def _environment(scratch: Path) -> dict[str, str]:
     """What Voila and its kernels find: our template first, this library, this home."""
-    from moebert_lib.runs.execution import kernel_environment
+    from moebert_lib.store.run_outputs import kernel_environment
 
     paths = [str(scratch), os.environ.get("JUPYTER_PATH")]
     env = kernel_environment(scratch / "figures", offline=True)

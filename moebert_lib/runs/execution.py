@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from moebert_lib.store import committed_results, run_outputs
+from moebert_lib.store.run_outputs import kernel_environment
 from moebert_lib.config.file_io import Unwritable, read_json
 from moebert_lib.config.errors import UserError
 from moebert_lib.runs.plan import Job
@@ -63,25 +64,6 @@ class Tee:
     def flush(self) -> None:
         """Bring the log on disk up to date."""
         self.log.flush()
-
-
-def kernel_environment(figures: Path, *, offline: bool) -> dict[str, str]:
-    """Environment of a notebook's kernel that writes figures to ``figures``."""
-    library = str(CHECKOUT)  # the kernel runs the library that planned the run
-    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
-    env |= {
-        "MOEBERT_HOME": str(home()),
-        "MOEBERT_FIGURES": str(figures),
-        "PYTHONPATH": os.pathsep.join(filter(None, [library, env.get("PYTHONPATH")])),
-        "JUPYTER_PREFER_ENV_PATH": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",
-    }
-    if sys.platform == "linux":  # keep large buffers: 15 % faster on big CPU batches
-        env |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-    if offline:
-        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return env
 
 
 def execute(
