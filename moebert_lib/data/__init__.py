@@ -1,0 +1,1 @@
+"""Tasks and their examples: where they come from, how they become batches, SQuAD's answers."""

@@ -1,4 +1,9 @@
-"""Encoded examples in batches: by number or by tokens, in order or drawn anew every epoch."""
+"""Batches of tokenised examples, and taking the padding out of a batch.
+
+A batch holds a number of examples or of tokens. :class:`Packing` makes a padded batch one row of
+real tokens. Sentences follow one another, shortest first, so that those of one length are a plain
+``(n, T, ...)`` view, and attention reads and writes the row without moving anything.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -9,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-# datasets and torch take seconds to import; a refusal should not wait for them.
 
 TARGETS = ("labels", "start_positions", "end_positions")  # what a model's loss is computed from
 
@@ -37,7 +40,7 @@ def batches(
     """Batches padded to their longest example, each example once.
 
     Args:
-        encoded: From ``data.encode``.
+        encoded: From ``loading.encode``.
         tokenizer: Gives the padding token.
         batch_size: The last batch may be smaller.
         device: Where the tensors go.
@@ -49,9 +52,6 @@ def batches(
         ``start_positions`` and ``end_positions``, ``(B,)``, where the dataset has them; and
         ``index`` ``(B,)``, the positions in ``encoded``.
     """
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
     padding = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "token_type_ids": 0}
     order, tokens = list(range(len(encoded))), lengths(encoded)
     if sort:
@@ -100,9 +100,9 @@ def within(order: Sequence[int], lengths: Sequence[int], max_tokens: int) -> lis
 
 
 class TokenBatches:
-    """A sampler of batches for training: examples of like length up to a number of tokens.
+    """A sampler of batches for training: examples of similar length up to a number of tokens.
 
-    Every example is in one batch of an epoch. Examples of one length are dealt anew and batches
+    Every example is in one batch of an epoch. Examples of one length are mixed anew and batches
     are shuffled, from torch's random state; number and sizes of batches never change.
 
     Args:
@@ -114,17 +114,10 @@ class TokenBatches:
         self.lengths, self.max_tokens = lengths, max_tokens
 
     def __len__(self) -> int:
-        return len(
-            within(
-                sorted(range(len(self.lengths)), key=self.lengths.__getitem__),
-                self.lengths,
-                self.max_tokens,
-            )
-        )
+        order = sorted(range(len(self.lengths)), key=self.lengths.__getitem__)
+        return len(within(order, self.lengths, self.max_tokens))
 
     def __iter__(self) -> Iterator[list[int]]:
-        import torch
-
         # A generator, so that random numbers are drawn with the first batch: torch's DataLoader
         # draws one of its own before it, also where a resumed training skips batches.
         shuffled = torch.randperm(len(self.lengths)).tolist()
@@ -133,10 +126,6 @@ class TokenBatches:
         for place in torch.randperm(len(parts)).tolist():
             yield parts[place]
 
-
-# A padded batch as one row of real tokens, and attention within its sentences.
-# Sentences lie behind one another, shortest first, so that those of one length are a plain
-# ``(n, T, ...)`` view: attention reads and writes the row without moving anything.
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -1,16 +1,14 @@
 """English sentences from the docstrings of installed libraries: text that needs no download.
 
-Every pinned library carries thousands of sentences written by people. They are read with
-``ast`` (nothing is imported), freed of markup, and kept if they are plain English. Labels
-are made from the text itself, in ``tasks``.
+The pinned libraries contain thousands of sentences written by people. They are read with ``ast``
+(nothing is imported), cleaned of markup, and kept if they are plain English. ``tasks`` makes labels
+from the text itself.
 
-Three things keep the tasks honest:
-a docstring lies in one split as a whole, so neighbouring sentences never straddle them;
-near-duplicates are dropped over all libraries and both splits;
-a library's own name becomes "library" (with its aliases: np, pd, ...), so that "which library?"
-cannot be answered by reading it off. Names of types (DataFrame, tensor) stay: they are what
-the text is about, as "goal" is in a text about football.
-Left out on purpose: tests, private names and packages, and text of anything not installed.
+Three rules keep the tasks honest. All of a docstring is in one split, so neighbouring sentences
+are never in two. Near-duplicates are dropped over all libraries and both splits. The name of a
+library becomes "library" (with its aliases: np, pd, ...), so that it does not give the answer away;
+names of types (DataFrame, tensor) stay, since they are the subject of the text. Tests, private
+names and packages are left out.
 """
 
 import ast
@@ -18,7 +16,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,6 +25,7 @@ from typing import NamedTuple
 
 from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError, home
+from moebert_lib.config.file_io import write_bytes
 
 #: Package to the name it is installed under.
 PACKAGES = {
@@ -280,6 +278,4 @@ def _read(path: Path) -> list[Sentence] | None:
 def _write(path: Path, kept: Sequence[Sentence]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     body = "".join(json.dumps(sentence) + "\n" for sentence in kept)
-    scratch = path.with_suffix(f".{os.getpid()}.tmp")
-    scratch.write_text(f"{_hash(body)}\n{body}", "utf-8")
-    os.replace(scratch, path)
+    write_bytes(path, f"{_hash(body)}\n{body}".encode())

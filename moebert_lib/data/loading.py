@@ -1,7 +1,9 @@
-"""From a task's name to padded batches: built-in text, local files, or the hub.
+"""Load and check the examples of a task: built-in text, local files, or the hub.
 
-All three sources end in the same :class:`TaskData`; the validation split is never trained on.
-Left out on purpose: GLUE's test sets, whose labels are not public.
+Local files have the layout ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` with the hub's
+column names; MNLI has ``validation_matched`` and ``validation_mismatched``. Parquet works as well,
+also in the hub's shards, and for SQuAD the official nested ``train.json``. One parser reads them,
+both for the check and for the run. GLUE's test sets are left out: their labels are not public.
 """
 
 import functools
@@ -23,8 +25,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# datasets and torch take seconds to import; a refusal should not wait for them.
-
+# datasets takes seconds to import; a refusal should not wait for it.
 
 #: Dataset and revision on the hub, by a task's source and, for SQuAD, its name.
 HUB = {
@@ -55,8 +56,8 @@ def check(settings: Settings) -> None:
 
     Raises:
         UserError: an unknown task; a task without files at an offline scale; files for a built-in
-            task; a folder, file, column, example or label that is not as it should be; windows
-            of a span task that do not fit, or its teacher's states kept.
+            task; a folder, file, column, example or label that is wrong; windows of a
+            span task that do not fit, or ``cache_teacher`` with a span task.
     """
     if settings.task not in TASKS:
         raise UserError(f"unknown task '{settings.task}'; {nearest(settings.task, TASKS)}")
@@ -91,9 +92,9 @@ def load(settings: Settings) -> TaskData:
     check(settings)
     task = TASKS[settings.task]
     read = _built_in if task.source == "built-in" else _read
-    found = {use: read(task, settings, use) for use in splits(task)}
-    train, validation = found.pop("train"), found.pop("validation")
-    return TaskData(task, train, validation, found, digest(settings))
+    parts = {use: read(task, settings, use) for use in splits(task)}
+    train, validation = parts.pop("train"), parts.pop("validation")
+    return TaskData(task, train, validation, parts, digest(settings))
 
 
 def digest(settings: Settings) -> str:
@@ -108,7 +109,7 @@ def digest(settings: Settings) -> str:
     else:
         source = _hub(task)
     caps = [settings.max_train_examples, settings.max_eval_examples]
-    code = provenance.code_digest("data.loading", "data.loading", "data.tasks")
+    code = provenance.code_digest("data.loading", "data.tasks")
     return provenance.digest({"task": task.name, "caps": caps, "source": source, "code": code})
 
 
@@ -125,7 +126,7 @@ def encode(
     Returns:
         Columns ``input_ids``, ``attention_mask``, ``token_type_ids`` (lists of at most
         ``max_length`` tokens), ``length`` in tokens, and ``labels`` where there is a ``label``;
-        for a span task those of :func:`spans.encode`.
+        for a span task those of :func:`squad.encode`.
     """
     if task.kind == "span":
         with _no_progress_bars():
@@ -170,25 +171,22 @@ def _read(task: Task, settings: Settings, use: str) -> "Dataset":
     """One split of a GLUE or SQuAD task from local files or the hub, capped."""
     split = splits(task)[use]
     with _no_progress_bars():
-        dataset = (
-            _local(task, settings.data_dir, split)
-            if settings.data_dir
-            else (_downloaded(task, split))
-        )
-    dataset = dataset.select_columns([*task.columns])
+        if settings.data_dir:
+            dataset = _local(task, settings.data_dir, split)
+        else:
+            dataset = _downloaded(task, split).select_columns([*task.columns])
     dataset = dataset.add_column("idx", list(range(len(dataset))))
     return _subsample(dataset, _cap(settings, use))
 
 
 def _local(task: Task, data_dir: str, split: str) -> "Dataset":
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset
 
-    paths = files(task, data_dir, split)
-    if paths[0].suffix == ".json":
-        return Dataset.from_list([row for path in paths for _, row in rows(path)])
-    kind = "json" if paths[0].suffix == ".jsonl" else "parquet"
-    names = [str(path) for path in paths]
-    return load_dataset(kind, data_files=names, split="train", keep_in_memory=True)
+    examples = []
+    for path in files(task, data_dir, split):
+        for _, row in rows(path):
+            examples.append({name: row[name] for name in task.columns})
+    return Dataset.from_list(examples)
 
 
 def _hub(task: Task) -> dict[str, str]:
@@ -232,12 +230,7 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-# GLUE- and SQuAD-format files on disk: found, and checked line by line before any compute.
-# The layout is ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` with the hub's field names;
-# MNLI has ``validation_matched`` and ``validation_mismatched``. Parquet will do as well, also in
-# the hub's shards, and for SQuAD the official nested ``train.json``.
-
-EXPECTED = "sst2/train.jsonl or the like"
+EXPECTED = "sst2/train.jsonl or similar"
 
 
 def splits(task: Task) -> dict[str, str]:

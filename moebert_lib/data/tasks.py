@@ -1,11 +1,10 @@
-"""The tasks: fields, labels and metrics of each, and how the built-in ones are made.
+"""The tasks: text columns, labels and metrics, and the examples of the built-in tasks.
 
-GLUE's eight tasks and SQuAD 1.1 and 2.0 have the hub's field names. The four built-in ones have
-their shapes, and labels by construction, from the sentences of ``corpus``:
-``library`` asks for the topic (as SST-2 for the sentiment: one sentence, one class),
-``acceptability`` whether a sentence is intact (CoLA), ``follows`` whether two belong together
-(MRPC), ``passage`` for the sentence that mentions two words (SQuAD: the answer is a span).
-Left out on purpose: WNLI, as in the paper.
+GLUE's eight tasks and SQuAD 1.1 and 2.0 have the hub's field names. The four built-in tasks are
+made from the sentences of ``builtin_corpus``, and each has the form of a known task: ``library``
+asks for the topic (like SST-2: one sentence, one class), ``acceptability`` whether a sentence is
+intact (CoLA), ``follows`` whether two sentences belong together (MRPC), and ``passage`` for the
+sentence that mentions two words (SQuAD: the answer is a span). WNLI is left out, as in the paper.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ class Task:
         name: As on the command line and the hub.
         fields: One or two text columns.
         labels: Class names in the order of their indices; empty for regression and spans.
-        metrics: Names known to ``evaluate`` or ``spans``, the headline metric first.
+        metrics: Names known to ``evaluation`` or ``squad``, the headline metric first.
         question: The task in one sentence.
         source: ``built-in``, ``glue`` or ``squad``.
         also: Further validation sets: the suffix of their metrics, and the name of their file.
@@ -65,115 +64,55 @@ class Task:
 
 
 _SPAN = ("question", "context")
-_PAIR = ("sentence1", "sentence2")
-_ALL = (
-    Task(
-        "library",
-        ("sentence",),
-        TOPICS,
-        ("accuracy",),
-        "Which of six libraries is this sentence about?",
-        "built-in",
-    ),
-    Task(
-        "acceptability",
-        ("sentence",),
-        ("swapped", "intact"),
-        ("matthews", "accuracy"),
-        "Is the sentence intact, or were two of its words swapped?",
-        "built-in",
-    ),
-    Task(
-        "follows",
-        _PAIR,
-        ("elsewhere", "follows"),
-        ("f1", "accuracy"),
-        "Does the second sentence follow the first, or is it from elsewhere?",
-        "built-in",
-    ),
-    Task(
-        "passage",
-        _SPAN,
-        (),
-        ("f1", "exact_match"),
-        "Which sentence of the passage mentions these two words?",
-        "built-in",
-    ),
-    Task(
-        "cola",
-        ("sentence",),
-        ("unacceptable", "acceptable"),
-        ("matthews", "accuracy"),
-        "Is the sentence acceptable English?",
-    ),
-    Task(
-        "sst2",
-        ("sentence",),
-        ("negative", "positive"),
-        ("accuracy",),
-        "Is the film review positive?",
-    ),
-    Task(
-        "mrpc",
-        _PAIR,
-        ("not_equivalent", "equivalent"),
-        ("f1", "accuracy"),
-        "Do the two sentences say the same?",
-    ),
-    Task(
-        "stsb",
-        _PAIR,
-        (),
-        ("pearson", "spearman"),
-        "How similar are the two sentences, from 0 to 5?",
-    ),
-    Task(
-        "qqp",
-        ("question1", "question2"),
-        ("not_duplicate", "duplicate"),
-        ("f1", "accuracy"),
-        "Do the two questions ask the same?",
-    ),
-    Task(
-        "mnli",
-        ("premise", "hypothesis"),
-        ("entailment", "neutral", "contradiction"),
-        ("accuracy",),
-        "Does the premise entail or contradict the hypothesis, or neither?",
-        also=(("mismatched", "validation_mismatched"),),
-    ),
-    Task(
-        "qnli",
-        ("question", "sentence"),
-        ("entailment", "not_entailment"),
-        ("accuracy",),
-        "Does the sentence answer the question?",
-    ),
-    Task(
-        "rte",
-        _PAIR,
-        ("entailment", "not_entailment"),
-        ("accuracy",),
-        "Does the first sentence entail the second?",
-    ),
-    Task(
-        "squad",
-        _SPAN,
-        (),
-        ("f1", "exact_match"),
-        "Which words of the text answer the question?",
-        "squad",
-    ),
-    Task(
-        "squad_v2",
-        _SPAN,
-        (),
-        ("f1", "exact_match"),
-        "Which words of the text answer the question, if any?",
-        "squad",
-    ),
-)
-TASKS = {task.name: task for task in _ALL}
+
+#: One task a line: name, source, text columns, class names, metrics, question.
+_TABLE = """
+library       | built-in | sentence              |                               | accuracy
+              | Which of six libraries is this sentence about?
+acceptability | built-in | sentence              | swapped intact                | matthews accuracy
+              | Is the sentence intact, or were two of its words swapped?
+follows       | built-in | sentence1 sentence2   | elsewhere follows             | f1 accuracy
+              | Does the second sentence follow the first, or is it from elsewhere?
+passage       | built-in | question context      |                               | f1 exact_match
+              | Which sentence of the passage mentions these two words?
+cola          | glue     | sentence              | unacceptable acceptable       | matthews accuracy
+              | Is the sentence acceptable English?
+sst2          | glue     | sentence              | negative positive             | accuracy
+              | Is the film review positive?
+mrpc          | glue     | sentence1 sentence2   | not_equivalent equivalent     | f1 accuracy
+              | Do the two sentences say the same?
+stsb          | glue     | sentence1 sentence2   |                               | pearson spearman
+              | How similar are the two sentences, from 0 to 5?
+qqp           | glue     | question1 question2   | not_duplicate duplicate       | f1 accuracy
+              | Do the two questions ask the same?
+mnli          | glue     | premise hypothesis    | entailment neutral contradiction  | accuracy
+              | Does the premise entail or contradict the hypothesis, or neither?
+qnli          | glue     | question sentence     | entailment not_entailment     | accuracy
+              | Does the sentence answer the question?
+rte           | glue     | sentence1 sentence2   | entailment not_entailment     | accuracy
+              | Does the first sentence entail the second?
+squad         | squad    | question context      |                               | f1 exact_match
+              | Which words of the text answer the question?
+squad_v2      | squad    | question context      |                               | f1 exact_match
+              | Which words of the text answer the question, if any?
+"""
+
+
+def _tasks() -> dict[str, Task]:
+    lines = _TABLE.strip().splitlines()
+    tasks = {}
+    for head, tail in zip(lines[::2], lines[1::2], strict=True):
+        name, source, *lists = (cell.strip() for cell in head.split("|"))
+        fields, labels, metrics = (tuple(cell.split()) for cell in lists)
+        if name == "library":
+            labels = TOPICS
+        also = (("mismatched", "validation_mismatched"),) if name == "mnli" else ()
+        question = tail.partition("|")[2].strip()
+        tasks[name] = Task(name, fields, labels, metrics, question, source, also)
+    return tasks
+
+
+TASKS = _tasks()
 
 
 def build(name: str, sentences: Sequence[Sentence]) -> list[Example]:
@@ -197,10 +136,9 @@ def build(name: str, sentences: Sequence[Sentence]) -> list[Example]:
 
 
 def swap_words(text: str, seed: str) -> str:
-    """The sentence with two different words exchanged, never the first, whose capital tells.
+    """Exchange two different words of a sentence, never the first, whose capital would show it.
 
-    Now and then the result is as good as the original ("rows and columns"): noise that no
-    teacher can remove.
+    Sometimes the result is as correct as the original ("rows and columns").
 
     Example:
         >>> swap_words("Return the sorted copy.", "any seed")
@@ -223,7 +161,7 @@ def _n_words(sentence: Sentence) -> int:
 
 
 def _library(shuffled: list[Sentence]) -> list[Example]:
-    """Sentences of at least eight words: shorter ones say too little of their topic."""
+    """Sentences of at least eight words; shorter ones do not show their topic."""
     longer = [s for s in shuffled if _n_words(s) >= 8]
     classes = [[s.text for s in longer if s.library == name] for name in TOPICS]
     rounds = zip(*classes, strict=False)  # ends with the rarest class
@@ -240,9 +178,9 @@ def _acceptability(shuffled: list[Sentence]) -> list[Example]:
 
 
 def _follows(shuffled: list[Sentence]) -> list[Example]:
-    """Half the neighbours stay together; the others swap second sentences within a library.
+    """Half of the neighbours stay together; the others swap second sentences within a library.
 
-    So each kind of sentence is as frequent in either class, and only the pair tells.
+    So each kind of sentence is equally frequent in both classes, and only the pair decides.
     """
     at = {(s.docstring, s.position): s for s in shuffled if _n_words(s) <= 18}
     after = [(s, at.get((s.docstring, s.position + 1))) for s in at.values()]
