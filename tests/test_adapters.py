@@ -22,13 +22,12 @@ from moebert_lib.method.importance import ffn_importance
 from moebert_lib.method.other_scores import ffn_scores
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.method.routing import ROUTINGS
-from moebert_lib.model.accelerate import accelerate
+from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
 from moebert_lib.model.conversion import load_dense, to_moebert
 from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import moe_layers
 from moebert_lib.teaching import checks, model_checks
 from moebert_lib.teaching.model_checks import batch, table, tiny
-from moebert_lib.training.evaluation import faster
 
 KINDS = list(HEADS)
 CLASSIFIERS = [kind for kind in KINDS if kind.__name__.endswith("SequenceClassification")]
@@ -198,7 +197,7 @@ def test_removed_neurons_are_zeros_in_their_rows(kind):
 def test_what_packs_berts_refuses_others_and_faster_leaves_them(kind):
     dense = tiny(kind)
     for model in (dense, converted(dense)):
-        assert faster(model) is model
+        assert accelerate_if_exact(model) is model
         with pytest.raises(ValueError, match="accelerate takes a BERT or MoEBERT"):
             accelerate(model)
 

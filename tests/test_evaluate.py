@@ -7,8 +7,9 @@ from tiny_spans import span_bert
 
 from moebert_lib.method.distillation_loss import layer_distances
 from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.model.conversion import to_moebert
-from moebert_lib.training.evaluation import METRICS, faster, predict, score, state_distances
+from moebert_lib.training.evaluation import METRICS, predict, score, state_distances
 
 
 def test_metrics_by_hand():
@@ -53,7 +54,7 @@ def test_a_faster_model_predicts_the_same_and_stays_in_its_mode(tiny_bert, tiny_
     moebert, batch = to_moebert(tiny_bert(), random_ranking(2, 64, seed=0)), tiny_batch(n=6)
     batches = [{**batch, "index": torch.arange(6).flip(0)}]
     for model in (tiny_bert(), moebert):
-        quick = faster(model)
+        quick = accelerate_if_exact(model)
         assert quick is not model
         assert np.allclose(predict(quick, batches), predict(model, batches), rtol=0, atol=1e-6)
         assert not model.training and not quick.training
@@ -63,7 +64,7 @@ def test_a_model_whose_padding_counts_stays_as_it_is(tiny_bert):
     ranking = random_ranking(2, 64, seed=0)
     balanced = to_moebert(tiny_bert(), ranking, routing="gate-token", padding_in_balance=True)
     spans = span_bert(tiny_bert())
-    assert faster(balanced) is balanced and faster(spans) is spans
+    assert accelerate_if_exact(balanced) is balanced and accelerate_if_exact(spans) is spans
 
 
 def test_distances_weigh_every_real_token_the_same(tiny_bert, tiny_batch):
@@ -73,5 +74,6 @@ def test_distances_weigh_every_real_token_the_same(tiny_bert, tiny_batch):
         *(m(**batch, output_hidden_states=True).hidden_states for m in (one, two)),
         batch["attention_mask"],
     )
-    for pair in ((one, two), (faster(one), faster(two)), (one, faster(two))):
+    fast_one, fast_two = accelerate_if_exact(one), accelerate_if_exact(two)
+    for pair in ((one, two), (fast_one, fast_two), (one, fast_two)):
         assert torch.allclose(state_distances(*pair, parts).double(), whole, rtol=1e-6)

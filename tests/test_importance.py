@@ -10,7 +10,12 @@ from torch import nn
 from moebert_lib import accelerate
 from moebert_lib.experiments.neuron_measurements import without
 from moebert_lib.method.encoder_layouts import ffns
-from moebert_lib.method.importance import Importance, ffn_digest, ffn_importance
+from moebert_lib.method.importance import (
+    Importance,
+    example_importance,
+    ffn_digest,
+    ffn_importance,
+)
 from moebert_lib.teaching import checks
 
 
@@ -19,6 +24,16 @@ def test_scores_equal_the_per_example_loop_in_float64(tiny_bert, tiny_batch):
         ffn_importance, tiny_bert(num_labels=3), tiny_batch(n=6, num_labels=3)
     )
     assert check.difference < 1e-10
+
+
+def test_a_hand_worked_importance_of_one_example():
+    a = torch.tensor([[[1.0, 3.0], [2.0, 0.0]]])  # (B, T, F) = (1, 2, 2)
+    h = torch.tensor([[[1.0, 2.0], [1.0, 0.0]]])
+    b1 = torch.tensor([1.0, 2.0])
+    grad_a = torch.tensor([[[5.0, 1.0], [2.0, 1.0]]])
+    grad_h = torch.tensor([[[3.0, -4.0], [-9.0, 7.0]]])
+    # neuron 1: (0 * 5 + 1 * 2) + (1 * 3 + 1 * -9) = 2 - 6; neuron 2: (1 * 1 - 2 * 1) + (2 * -4)
+    assert example_importance(a, h, b1, grad_a, grad_h).tolist() == [[4.0, 9.0]]
 
 
 KINDS = (
@@ -95,11 +110,28 @@ def test_a_model_that_cannot_be_accelerated_is_scored_alike(tiny_bert, tiny_batc
     assert torch.allclose(fast.scores, by_weights(model, batch), rtol=0, atol=1e-12)
 
 
+def test_feed_forward_layers_in_chunks_of_tokens_are_scored_whole(tiny_bert, tiny_batch):
+    model, batch = tiny_bert(), tiny_batch(n=6)
+    whole = ffn_importance(model, [batch]).scores
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 4
+    assert torch.allclose(ffn_importance(model, [batch]).scores, whole, rtol=0, atol=1e-12)
+    assert all(layer.chunk_size_feed_forward == 4 for layer in model.bert.encoder.layer)
+
+
+def test_a_layer_that_is_called_twice_is_refused(tiny_bert, tiny_batch):
+    model = tiny_bert()
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    with pytest.raises(ValueError, match="called twice in one forward pass"):
+        ffn_importance(model, [tiny_batch()])
+    assert not model.bert.encoder.layer[0].intermediate._forward_hooks
+
+
 def test_padding_is_not_computed_and_the_last_layer_sees_first_tokens_alone(tiny_bert, tiny_batch):
     model, batch, seen = tiny_bert(), tiny_batch(n=6), []
     for layer in ffns(model):
         layer.up.register_forward_hook(lambda _m, _i, a: seen.append(a.shape))
-    ffn_importance(model, [batch])
+    ffn_importance(accelerate(model), [batch])
     real = int(batch["attention_mask"].sum())
     assert real < 6 * 12 and seen == [(1, real, 64), (1, 6, 64)]
 

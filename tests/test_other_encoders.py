@@ -21,10 +21,11 @@ from moebert_lib.experiments import dataset
 from moebert_lib.experiments import student as experiment
 from moebert_lib.experiments import teacher as teachers
 from moebert_lib.experiments.dataset import new_model
+from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.model.modeling import MoEHead
 from moebert_lib.publish import share_model
 from moebert_lib.runs.plan import _check_model
-from moebert_lib.training.evaluation import faster, predict
+from moebert_lib.training.evaluation import predict
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
 
@@ -121,7 +122,7 @@ def test_dropout_is_set_everywhere_and_training_falls_back(folder):
     settings = Settings.at("smoke", model=str(folder), dropout=0.25)
     model = new_model(settings, tasks.TASKS["library"])
     rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
-    assert rates == {0.25} and faster(model) is model
+    assert rates == {0.25} and accelerate_if_exact(model) is model
 
 
 def test_a_model_that_cannot_be_converted_is_refused_before_anything_runs(folder, tmp_path):

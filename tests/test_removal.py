@@ -6,7 +6,7 @@ import torch
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import dataset, neuron_measurements, teacher
 from moebert_lib.method.other_scores import SCORES
-from moebert_lib.training.evaluation import faster
+from moebert_lib.model.accelerate import accelerate_if_exact
 
 
 def test_the_orders_are_the_ranking_its_reverse_and_distinct_random_ones():
@@ -37,7 +37,7 @@ def test_an_accelerated_model_made_inside_the_block_misses_the_same_neurons(tiny
         before = model(**inputs).logits
         for gone in (whole[:, :20], whole[:, 40:], whole):
             with neuron_measurements.without(model, gone):
-                found, slow = faster(model)(**inputs).logits, model(**inputs).logits
+                found, slow = accelerate_if_exact(model)(**inputs).logits, model(**inputs).logits
             assert torch.allclose(found, slow, atol=1e-5) and not torch.allclose(found, before)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_spans import span_batch, span_bert
 
+from moebert_lib import accelerate
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import teacher
 from moebert_lib.method import other_scores
@@ -73,9 +74,10 @@ def test_a_score_equals_its_slow_loop_however_the_examples_are_batched(kind, tin
     model, batch = tiny_bert(num_labels=3), tiny_batch(n=7, num_labels=3)
     expected = slow(model, batch, kind)
     assert expected.min() > 0 and expected.std() > 1e-3 * expected.mean()
-    for sizes in ((7,), (1, 3, 3), (1,) * 7):
-        found = ffn_scores(model, split(batch, *sizes), kind).scores
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for scored in (model, accelerate(model)):
+        for sizes in ((7,), (1, 3, 3), (1,) * 7):
+            scores = ffn_scores(scored, split(batch, *sizes), kind).scores
+            torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["activation", "wanda"])
@@ -85,8 +87,9 @@ def test_activations_need_no_labels_and_count_every_token_of_any_mask(kind, tiny
     for inputs in (batch, batch | flipped):
         expected = slow(tiny_bert(), inputs, kind)
         bare = {name: inputs[name] for name in flipped} | {"index": torch.arange(6)}
-        found = ffn_scores(tiny_bert(), [bare], kind).scores
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        for model in (tiny_bert(), accelerate(tiny_bert())):
+            scores = ffn_scores(model, [bare], kind).scores
+            torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
     bare.pop("attention_mask")
     full = {**bare, "attention_mask": torch.ones_like(bare["input_ids"])}
     assert torch.equal(
@@ -96,12 +99,13 @@ def test_activations_need_no_labels_and_count_every_token_of_any_mask(kind, tiny
 
 def test_a_span_heads_padding_excites_nobody(tiny_bert, tiny_batch):
     model, batch = span_bert(tiny_bert()), span_batch(tiny_batch(n=6))
-    whole = every_score(model, [batch])
     pairs = every_score(model, split(batch, 2, 4))
-    for kind in ("activation", "wanda"):
-        torch.testing.assert_close(whole[kind].scores, pairs[kind].scores)
-        expected = slow(model, batch, kind)
-        torch.testing.assert_close(whole[kind].scores, expected, rtol=1e-9, atol=1e-12)
+    for scored in (model, accelerate(model)):
+        whole = every_score(scored, [batch])
+        for kind in ("activation", "wanda"):
+            torch.testing.assert_close(whole[kind].scores, pairs[kind].scores)
+            expected = slow(model, batch, kind)
+            torch.testing.assert_close(whole[kind].scores, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_model_that_cannot_be_accelerated_is_scored_alike(tiny_bert, tiny_batch):

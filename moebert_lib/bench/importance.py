@@ -25,8 +25,8 @@ from moebert_lib.config.settings import Settings
 from moebert_lib.experiments.dataset import dataset
 from moebert_lib.experiments.teacher import teacher
 from moebert_lib.method.encoder_layouts import ffns
-from moebert_lib.method.importance import batch_flows, ffn_importance, frozen
-from moebert_lib.model.accelerate import accelerate
+from moebert_lib.method.importance import ffn_importance, frozen, of_eq4, score_batch
+from moebert_lib.model.accelerate import accelerate, accelerate_if_possible
 
 Inputs = dict[str, Tensor]
 
@@ -129,7 +129,7 @@ def calls(model: nn.Module, batch: Inputs) -> dict[str, Callable[[], Tensor]]:
 
     def scored(model: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
         with frozen(model):
-            return sum(batch_flows(model, batch, dtype=dtype)).abs()
+            return score_batch(model, batch, {"scores": of_eq4}, dtype=dtype)["scores"]
 
     @torch.inference_mode()
     def forward(model: nn.Module) -> Tensor:
@@ -200,7 +200,7 @@ def rank_error(model: nn.Module, batches: Iterable[Inputs]) -> pd.DataFrame:
         same of the half of all neurons that any of 4 experts holds; ``spearman``, the ranks'
         correlation; ``error``, the median relative error of a score.
     """
-    batches = list(batches)
+    batches, model = list(batches), accelerate_if_possible(model)
     exact = ffn_importance(model, batches)
     half = ffn_importance(model, batches, dtype=torch.bfloat16)
     F, rows = exact.scores.shape[1], []

@@ -34,9 +34,10 @@ from moebert_lib.experiments.teacher import (
 from moebert_lib.method.encoder_layouts import ffns, watching
 from moebert_lib.method.other_scores import SCORES, magnitudes
 from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.store import committed_results
 from moebert_lib.store.store import Entry, StageKey
-from moebert_lib.training.evaluation import faster, predict
+from moebert_lib.training.evaluation import predict
 
 FRACTIONS = (0.25, 0.5, 0.75, 0.875)  # of every layer's neurons
 LEAST = "least important first"
@@ -173,7 +174,8 @@ def _measure(
             "validation", batch_size=settings.eval_batch_size, limit=n_examples
         )
         with without(model, neurons):
-            logits = predict(faster(model), batches)  # made here: it rearranges these weights
+            fast = accelerate_if_exact(model)  # made anew: it rearranges these weights
+            logits = predict(fast, batches)
         metrics = bundle.score(logits, limit=n_examples)
         loss = _loss(logits, bundle.rows("validation", n_examples))
         about = {"order": name, "draw": draw, "fraction": fraction}

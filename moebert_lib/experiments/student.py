@@ -38,12 +38,13 @@ from moebert_lib.experiments.teacher import (
     teacher_key,
 )
 from moebert_lib.method import encoder_layouts
+from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.model.conversion import to_moebert
 from moebert_lib.model.moe_layer import parameter_counts
 from moebert_lib.store import committed_results
 from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.training import checkpoints
-from moebert_lib.training.evaluation import faster, sentence_states, state_distances
+from moebert_lib.training.evaluation import sentence_states, state_distances
 from moebert_lib.training.trainer import distil
 
 QUIET = 15  # seconds between two lines of a grid's progress
@@ -154,7 +155,7 @@ def _conversion(settings: Settings) -> Entry:
 
 def distances(settings: Settings, model: PreTrainedModel) -> torch.Tensor:
     """Eq. 5's term at each layer, ``(L + 1,)``: a model to its teacher, validation examples."""
-    models = (faster(model), faster(teacher(settings).model))
+    models = (accelerate_if_exact(model), accelerate_if_exact(teacher(settings).model))
     return state_distances(*models, _near(settings))
 
 
@@ -165,8 +166,8 @@ def states(settings: Settings) -> dict[str, np.ndarray]:
         Of each ``(L + 1, n, D)``: the mean state of each example's tokens, embeddings first.
     """
     return {
-        "teacher": sentence_states(faster(teacher(settings).model), _near(settings)),
-        "converted": sentence_states(faster(converted(settings)), _near(settings)),
+        "teacher": sentence_states(accelerate_if_exact(teacher(settings).model), _near(settings)),
+        "converted": sentence_states(accelerate_if_exact(converted(settings)), _near(settings)),
         "distilled": np.load(student(settings).entry.folder / "states.npy").astype(np.float32),
     }
 
@@ -201,7 +202,7 @@ def student(settings: Settings, *, keep_model: bool = False) -> Student:
         curve.to_csv(folder / "curve.csv", index=False)
         apart = pd.Series(distances(settings, model), name="distance").rename_axis("layer")
         apart.to_csv(folder / "distances.csv")
-        states = sentence_states(faster(model), _near(settings))
+        states = sentence_states(accelerate_if_exact(model), _near(settings))
         np.save(folder / "states.npy", states.astype(np.float16))
         if keep_model:
             model.save_pretrained(folder)

@@ -30,10 +30,11 @@ from moebert_lib.experiments.dataset import (
 from moebert_lib.experiments.stage_keys import DATA, IMPORTANCE, TEACHER
 from moebert_lib.method.importance import Importance, ffn_importance
 from moebert_lib.method.other_scores import SCORES, every_score
+from moebert_lib.model.accelerate import accelerate_if_exact, accelerate_if_possible
 from moebert_lib.store import committed_results
 from moebert_lib.store.store import Entry, StageKey, Store
 from moebert_lib.training import checkpoints
-from moebert_lib.training.evaluation import faster, predict
+from moebert_lib.training.evaluation import predict
 from moebert_lib.training.trainer import fine_tune
 
 ANSWERS = "answers.csv"
@@ -165,7 +166,7 @@ def _importance(settings: Settings, _root: Path) -> Importance:
             "teacher": dense.entry.digest,
             "data": bundle.digest,
         }
-        scores = ffn_importance(dense.model, batches, meta=meta)
+        scores = ffn_importance(accelerate_if_possible(dense.model), batches, meta=meta)
         scores.save(folder / "importance.safetensors")
         return {"n_examples": scores.n_examples}
 
@@ -191,7 +192,7 @@ def judge(settings: Settings, model: PreTrainedModel) -> tuple[dict[str, float],
 
     An answer is a class index, a value, or a text.
     """
-    bundle, found, said, model = dataset(settings), {}, {}, faster(model)
+    bundle, found, said, model = dataset(settings), {}, {}, accelerate_if_exact(model)
     for split in [split for split in bundle.splits if split != "train"]:
         logits = predict(model, bundle.batches(split, batch_size=settings.eval_batch_size))
         suffix = "" if split == "validation" else f"_{split}"
@@ -254,7 +255,7 @@ def scorings(settings: Settings) -> dict[str, Tensor]:
             limit=settings.importance_examples,
             shuffle=True,
         )
-        found = every_score(model, batches)
+        found = every_score(accelerate_if_possible(model), batches)
         save_file({kind: one.scores for kind, one in found.items()}, folder / "scores.safetensors")
         return {"n_examples": found["importance"].n_examples}
 

@@ -1,14 +1,14 @@
-"""How much the loss would change without a neuron (Eq. 4), for all neurons in one backward.
+"""Importance of every feed-forward neuron (Eq. 4), exact per example, from one backward a batch.
 
 Eq. 4 sums ``|w1_j . dL/dw1_j + w2_j . dL/dw2_j|`` over examples, where ``w1_j`` is column ``j``
-of W1 and ``w2_j`` row ``j`` of W2. Both products are sums over tokens of what flows through the
-neuron: with pre-activation ``a`` and activation ``h``,
+of W1 and ``w2_j`` is row ``j`` of W2. Gradients of weights are sums over a whole batch, so they
+do not give single examples. But both products can be written with the pre-activation ``a``, the
+activation ``h`` and their gradients, which keep examples apart: :func:`example_importance`.
 
-    w1_j . dL/dw1_j = sum_t (a_tj - b1_j) dL/da_tj        w2_j . dL/dw2_j = sum_t h_tj dL/dh_tj
-
-so one backward through activations gives exact per-example scores, with frozen parameters.
-Biases are not scored (Sec. 3.1, footnotes), nothing below the first layer's ``a`` is
-differentiated, and padding is not computed, except a span head's, whose loss counts it.
+All parameters are frozen, so nothing below the first layer's ``a`` is differentiated. As in the
+paper (Sec. 3.1, footnotes), biases are not scored. Works with any model of a family in
+``encoder_layouts``. A model made by ``accelerate`` computes no padding, and is asked how to sum
+over the tokens of an example.
 """
 
 import hashlib
@@ -16,29 +16,63 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moebert_lib.data.batching import Packing
 from moebert_lib.method.encoder_layouts import FFN, ffns, supported
-from moebert_lib.model.accelerate import PackedBert, accelerate
 
 N_BLOCKS = 20  # examples are spread over this many block sums, for intervals
 
 
+def over_tokens(values: Tensor) -> Tensor:
+    """Sum over each example's tokens: ``(B, T, F)`` to ``(B, F)``."""
+    return values.sum(1)
+
+
+def example_importance(
+    a: Tensor,
+    h: Tensor,
+    b1: Tensor,
+    grad_a: Tensor,
+    grad_h: Tensor,
+    sum_tokens: Callable[[Tensor], Tensor] = over_tokens,
+) -> Tensor:
+    """How much each example's loss would change without each neuron: a term of Eq. 4's sum.
+
+    ``w1_j . dL/dw1_j = sum_t (a_tj - b1_j) dL/da_tj``, since ``a_tj - b1_j = a_t . w1_j``, and
+    ``w2_j . dL/dw2_j = sum_t h_tj dL/dh_tj``.
+
+    Args:
+        a: Pre-activations ``A W1 + b1`` of Eq. 1, ``(B, T, F)``.
+        h: Activations ``H = act(a)``, ``(B, T, F)``.
+        b1: Bias of W1, ``(F,)``.
+        grad_a: ``dL/da``, ``(B, T, F)``, of the loss summed over examples.
+        grad_h: ``dL/dh``, ``(B, T, F)``.
+        sum_tokens: From ``(B, T, F)`` to ``(B, F)``; another one where tokens lie otherwise.
+
+    Returns:
+        ``|w1 . dL/dw1 + w2 . dL/dw2|`` of each example and neuron, ``(B, F)``.
+
+    Source: Eq. 4.
+    """
+    w1_term = sum_tokens((a - b1) * grad_a)  # (B, F), w1 . dL/dw1
+    w2_term = sum_tokens(h * grad_h)  # (B, F), w2 . dL/dw2
+    return (w1_term + w2_term).abs()
+
+
 @dataclass(frozen=True, repr=False)
 class Importance:
-    """Scores of every feed-forward neuron, with what is needed to doubt them.
+    """Scores of every feed-forward neuron, and what is needed to judge their sampling error.
 
     Attributes:
-        scores: Eq. 4, or another of :mod:`scores`, over all examples. Shape ``(L, F)``, float64.
-        blocks: The same over disjoint sets of examples, ``(M, L, F)``, adding up to ``scores``:
-            the sampling error. None (``M = 0``) where unknown, as in the release's files.
+        scores: Eq. 4, or a score of ``other_scores``, over all examples: ``(L, F)``, float64.
+        blocks: The same over ``M`` disjoint sets of examples, ``(M, L, F)``; they add up to
+            ``scores``. ``M = 0`` where they are unknown, as in the release's files.
         counts: Examples in each block, ``(M,)``, int64.
         meta: Where it came from, as JSON values: task, split, model, digests; ``ffn`` is
             :func:`ffn_digest` of the model that was scored.
@@ -51,9 +85,9 @@ class Importance:
 
     def __repr__(self) -> str:
         layers, width = self.scores.shape
-        known = "examples unknown" if self.n_examples is None else f"{self.n_examples} examples"
+        examples = "examples unknown" if self.n_examples is None else f"{self.n_examples} examples"
         task = f", task {self.meta['task']!r}" if "task" in self.meta else ""
-        return f"Importance({layers} layers of {width} neurons, {known}{task})"
+        return f"Importance({layers} layers of {width} neurons, {examples}{task})"
 
     @property
     def n_examples(self) -> int | None:
@@ -137,11 +171,13 @@ def ffn_importance(
 ) -> Importance:
     """Score every feed-forward neuron of a fine-tuned encoder by Eq. 4: ``(L, F)``, on the CPU.
 
-    Exact per example, though batches are processed whole; memory does not grow with their number.
-    The model is used in eval mode (no dropout) and given back as it was, without gradients.
+    Exact for each example, although batches are processed whole; memory does not grow with the
+    number of batches. The model is used in eval mode (no dropout) and given back as it was,
+    without gradients.
 
     Args:
-        model: Of a family in ``adapters``, with a head whose forward returns the mean ``loss``.
+        model: Of a family in ``encoder_layouts``, with a head whose forward returns the mean
+            ``loss``. ``accelerate(model)`` is scored without its padding, which is faster.
         batches: Dictionaries of model inputs with ``labels``, or with ``start_positions`` and
             ``end_positions`` inside the input; on the model's device. ``index`` is ignored.
         meta: Stored with the result, beside the digest of the scored weights.
@@ -149,27 +185,25 @@ def ffn_importance(
             importance`` says how much. By default the model's own, which is exact.
 
     Raises:
-        TypeError: one batch in place of a list of batches.
+        TypeError: a single batch instead of a list of batches.
         ValueError: no batch, a batch without targets, an unknown family, another ``dtype``.
 
     Source: Eq. 4; derivation in this module's header.
     """
     if dtype not in (None, torch.bfloat16):
         raise ValueError(f"dtype={dtype}: expected None, the model's own, or torch.bfloat16")
+
+    def scores(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return score_batch(model, batch, {"importance": of_eq4}, dtype=dtype)
+
     with frozen(model):
-        fast = fast_eval(model)
-        return summed(
-            model,
-            batches,
-            lambda batch: {"importance": sum(batch_flows(fast, batch, dtype=dtype)).abs()},
-            meta=meta,
-        )["importance"]
+        return sum_over_examples(model, batches, scores, meta=meta)["importance"]
 
 
-def summed(
+def sum_over_examples(
     model: nn.Module,
     batches: Iterable[dict[str, Tensor]],
-    terms: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    scores: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     *,
     meta: dict | None = None,
 ) -> dict[str, Importance]:
@@ -177,19 +211,20 @@ def summed(
 
     Args:
         model: As for :func:`ffn_importance`, and :func:`frozen`.
-        batches, meta: As there.
-        terms: From a batch to what its examples add to each score, ``(L, B, F)``.
+        batches: As there.
+        scores: From a batch to the scores of its examples, ``(L, B, F)`` each.
+        meta: As there.
     """
     if isinstance(batches, Mapping):
         raise TypeError("scores take a list of batches, and this is one: pass [batch]")
     scored_ffns(model)
     blocks, counts = {}, torch.zeros(N_BLOCKS).long()
     for batch in batches:
-        for name, each in terms(batch).items():
-            block = (torch.arange(each.shape[1]) + counts.sum()) % N_BLOCKS
-            each = each.transpose(0, 1).double().cpu()  # (B, L, F)
-            blocks.setdefault(name, each.new_zeros(N_BLOCKS, *each.shape[1:]))
-            blocks[name].index_add_(0, block, each)
+        for name, of_batch in scores(batch).items():
+            block = (torch.arange(of_batch.shape[1]) + counts.sum()) % N_BLOCKS
+            by_example = of_batch.transpose(0, 1).double().cpu()  # (B, L, F)
+            blocks.setdefault(name, by_example.new_zeros(N_BLOCKS, *by_example.shape[1:]))
+            blocks[name].index_add_(0, block, by_example)
         counts += torch.bincount(block, minlength=N_BLOCKS)
     if not counts.sum():
         raise ValueError("no batches: importance needs at least one example")
@@ -214,80 +249,117 @@ def ffn_digest(model: nn.Module) -> str:
     return total.hexdigest()
 
 
-def batch_flows(
-    model: nn.Module, batch: dict[str, Tensor], *, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """The two terms of Eq. 4 for each example, of ``w1`` and of ``w2``: ``(L, B, F)`` each.
+class Flow(NamedTuple):
+    """What passes through one layer's neurons: the arguments of :func:`example_importance`."""
+
+    a: Tensor
+    h: Tensor
+    b1: Tensor
+    grad_a: Tensor
+    grad_h: Tensor
+    sum_tokens: Callable[[Tensor], Tensor]
+
+
+def of_eq4(flow: Flow) -> Tensor:
+    """:func:`example_importance` of one layer, ``(B, F)``."""
+    return example_importance(*flow)
+
+
+def score_batch(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    scores: Mapping[str, Callable[[Flow], Tensor]],
+    *,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Scores of each example of a batch from one backward, ``(L, B, F)`` by name.
 
     Args:
         model: An encoder with a head and :func:`frozen` parameters, accelerated or not.
         batch: Inputs with targets.
+        scores: By name; from what passes through a layer's neurons to ``(B, F)``.
         dtype: As :func:`ffn_importance`.
 
     Raises:
-        ValueError: a batch without targets.
+        ValueError: a batch without targets, or a layer that one forward pass calls twice.
     """
     if "labels" not in batch and not {"start_positions", "end_positions"} <= {*batch}:
         raise ValueError(
             "importance needs labels, or start_positions and end_positions: "
             "Eq. 4 scores the task loss"
         )
-    layers, start, hooks = [*ffns(model)], [], []
-    sums: tuple = [0] * len(layers), [0] * len(layers)  # through a, through h
     inputs = {name: value for name, value in batch.items() if name != "index"}
-    B = len(inputs["labels" if "labels" in inputs else "start_positions"])
-    packing = packing_of(model, inputs)
-
-    def watch(row: list, index: int, module: nn.Module, _inputs: tuple, x: Tensor) -> None:
-        """Once the gradient of ``a`` or ``h`` is there, sum their product."""
-        if not x.requires_grad:
-            start.append(x.requires_grad_())  # the first layer's a: nothing before it is kept
-        value, bias = x.detach(), getattr(module, "bias", None)  # b1, where x is a
-
-        def add(gradient: Tensor) -> None:
-            wide = value.to(torch.promote_types(value.dtype, torch.float32))
-            flow = (wide if bias is None else wide - bias) * gradient
-            row[index] = row[index] + by_example(flow, B, packing)
-
-        x.register_hook(add)
-
-    for index, layer in enumerate(layers):
-        for row, module in zip(sums, (layer.up, layer.act), strict=True):
-            hooks.append(module.register_forward_hook(partial(watch, row, index)))
+    n_examples = len(inputs["labels" if "labels" in inputs else "start_positions"])
+    sum_tokens = token_sum(model, inputs)
+    layers = [_LayerFlow(layer, scores, sum_tokens) for layer in ffns(model)]
     try:
         with torch.enable_grad():
-            device = layers[0].down.weight.device.type
+            device = layers[0].ffn.down.weight.device.type
             with torch.autocast(device, dtype, enabled=dtype is not None):
-                loss = model(**inputs).loss * B  # the sum over examples
-            torch.autograd.grad(loss, start)
+                loss = model(**inputs).loss * n_examples  # the sum over examples
+            torch.autograd.grad(loss, layers[0].a)  # fills every layer's scores on its way
     finally:
-        for hook in hooks:
+        for layer in layers:
+            layer.remove_hooks()
+    return {name: torch.stack([layer.scores[name] for layer in layers]) for name in scores}
+
+
+def token_sum(model: nn.Module, inputs: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """How to sum over each example's tokens what passes through a layer of this model.
+
+    Args:
+        model: An accelerated model has a ``token_sum`` of its own, since it packs tokens.
+        inputs: Of the forward pass.
+    """
+    encoder = getattr(model, "base_model", model)
+    return encoder.token_sum(**inputs) if hasattr(encoder, "token_sum") else over_tokens
+
+
+class _LayerFlow:
+    """Computes one layer's scores while the gradient passes through it, and then forgets it."""
+
+    def __init__(
+        self,
+        ffn: FFN,
+        scores: Mapping[str, Callable[[Flow], Tensor]],
+        sum_tokens: Callable[[Tensor], Tensor],
+    ):
+        self.ffn, self.score, self.sum_tokens = ffn, scores, sum_tokens
+        self.a = self.h = self.grad_h = None
+        self.scores: dict[str, Tensor] = {}
+        self.hooks = [
+            ffn.up.register_forward_hook(self._see_a),
+            ffn.act.register_forward_hook(self._see_h),
+        ]
+
+    def _see_a(self, _module: nn.Module, _inputs: tuple, a: Tensor) -> None:
+        if self.a is not None:
+            raise ValueError("a feed-forward layer is called twice in one forward pass")
+        self.a = a if a.requires_grad else a.requires_grad_()  # the first layer's starts the graph
+        a.register_hook(self._score)
+
+    def _see_h(self, _module: nn.Module, _inputs: tuple, h: Tensor) -> None:
+        self.h = h.detach()
+        h.register_hook(self._see_grad_h)
+
+    def _see_grad_h(self, grad_h: Tensor) -> None:
+        self.grad_h = grad_h
+
+    def _score(self, grad_a: Tensor) -> None:
+        """Called with the gradient of ``a``, which comes last."""
+        a, h = (_at_least_float32(x.detach()) for x in (self.a, self.h))
+        flow = Flow(a, h, self.ffn.up.bias, grad_a, self.grad_h, self.sum_tokens)
+        self.scores = {name: score(flow) for name, score in self.score.items()}
+        self.h = self.grad_h = None
+
+    def remove_hooks(self) -> None:
+        self.a = None  # it refers to this object by its hook
+        for hook in self.hooks:
             hook.remove()
-    return torch.stack(sums[0]), torch.stack(sums[1])
 
 
-def packing_of(model: nn.Module, inputs: dict[str, Tensor]) -> Packing | None:
-    """How an accelerated model packs these inputs."""
-    if not isinstance(getattr(model, "base_model", None), PackedBert) or "input_ids" not in inputs:
-        return None
-    mask = inputs.get("attention_mask")
-    return Packing.of(torch.ones_like(inputs["input_ids"]) if mask is None else mask)
-
-
-def by_example(flow: Tensor, B: int, packing: Packing | None) -> Tensor:
-    """Sums over each example's tokens, ``(B, F)``."""
-    if len(flow) == B:  # (B, T, F)
-        return flow.sum(1)
-    rows = flow[0]  # of the last layer only first tokens, if the loss sees no other
-    return packing.sums(rows) if len(rows) == len(packing) else packing.to_batch_order(rows)
-
-
-def fast_eval(model: nn.Module) -> nn.Module:
-    """The model accelerated, in eval mode; as it is where ``accelerate`` knows no way."""
-    try:
-        return accelerate(model).eval()
-    except ValueError:
-        return model
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def scored_ffns(model: nn.Module) -> list[FFN]:
@@ -301,10 +373,14 @@ def scored_ffns(model: nn.Module) -> list[FFN]:
 
 @contextmanager
 def frozen(model: nn.Module):
-    """Eval mode and no parameter gradients inside the block; both restored after it."""
+    """Eval mode, no parameter gradients, all tokens in one chunk; after the block as before."""
     modes = [(module, module.training) for module in model.modules()]
+    chunked = [m for m in model.modules() if getattr(m, "chunk_size_feed_forward", 0)]
+    chunks = [module.chunk_size_feed_forward for module in chunked]
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
+    for module in chunked:
+        module.chunk_size_feed_forward = 0
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
@@ -312,5 +388,7 @@ def frozen(model: nn.Module):
     finally:
         for module, training in modes:
             module.training = training
+        for module, size in zip(chunked, chunks, strict=True):
+            module.chunk_size_feed_forward = size
         for parameter in trainable:
             parameter.requires_grad_(True)

@@ -6,7 +6,7 @@ backward; two only look at activations and share one forward pass; two need no e
 counts in none, except where a span head's loss counts it (``importance``).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,15 +16,15 @@ from moebert_lib.config.errors import nearest
 from moebert_lib.data.batching import without_targets
 from moebert_lib.method.encoder_layouts import FFN, watching
 from moebert_lib.method.importance import (
+    Flow,
     Importance,
-    batch_flows,
-    by_example,
-    fast_eval,
     ffn_digest,
     frozen,
-    packing_of,
+    of_eq4,
+    score_batch,
     scored_ffns,
-    summed,
+    sum_over_examples,
+    token_sum,
 )
 from moebert_lib.method.partition import random_ranking
 
@@ -41,10 +41,10 @@ SCORES = {
     "weight": "|w1|_2 |w2|_2, no example needed",
     "random": "drawn with a seed, the control",
 }
-_BY_LOSS = {
-    "importance": lambda through_a, through_h: (through_a + through_h).abs(),
-    "taylor": lambda _, through_h: through_h.abs(),
-    "fisher": lambda _, through_h: through_h.double().square(),
+_BY_LOSS: dict[str, Callable[[Flow], Tensor]] = {
+    "importance": of_eq4,
+    "taylor": lambda flow: flow.sum_tokens(flow.h * flow.grad_h).abs(),
+    "fisher": lambda flow: flow.sum_tokens(flow.h * flow.grad_h).double().square(),
 }
 _BY_ACTIVATION = {"activation": torch.abs, "wanda": torch.square}
 
@@ -102,63 +102,65 @@ def every_score(
 
 def magnitudes(layers: list[FFN]) -> Tensor:
     """``|w1_j| |w2_j|`` of every neuron, ``(L, F)``, float64."""
-    found = []
+    rows = []
     for layer in layers:
-        up, down = layer.up.weight, layer.down.weight  # (F, D), (D, F)
-        found.append((up.detach().double().norm(dim=1) * down.detach().double().norm(dim=0)).cpu())
-    return torch.stack(found)
+        up = layer.up.weight.detach().double()  # (F, D)
+        down = layer.down.weight.detach().double()  # (D, F)
+        rows.append((up.norm(dim=1) * down.norm(dim=0)).cpu())
+    return torch.stack(rows)
 
 
 def _scored(
     model: nn.Module, batches: Iterable, kinds: list[str], seed: int, meta: dict | None
 ) -> dict[str, Importance]:
     layers = scored_ffns(model)
-    by_loss, by_activation = (
-        {kind: term for kind, term in terms.items() if kind in kinds}
-        for terms in (_BY_LOSS, _BY_ACTIVATION)
-    )
-    found = {}
+    by_loss = {kind: score for kind, score in _BY_LOSS.items() if kind in kinds}
+    by_activation = {kind: term for kind, term in _BY_ACTIVATION.items() if kind in kinds}
+
+    def of_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        from_loss = score_batch(model, batch, by_loss) if by_loss else {}
+        from_h = _score_activations(model, batch, by_activation) if by_activation else {}
+        return from_loss | from_h
+
+    scores = {}
     if by_loss or by_activation:
         with frozen(model):
-            fast = fast_eval(model)
-            encoder = fast_eval(getattr(model, "base_model", model))
-
-            def terms(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-                flows = batch_flows(fast, batch) if by_loss else ()
-                seen = _over_tokens(encoder, batch, by_activation) if by_activation else {}
-                return {kind: term(*flows) for kind, term in by_loss.items()} | seen
-
-            found = summed(model, batches, terms)
-    meta = {**(meta or {}), "ffn": ffn_digest(model)}
+            scores = sum_over_examples(model, batches, of_batch)
     if "wanda" in kinds:
         leaving = [layer.down.weight.detach().double().norm(1, dim=0) for layer in layers]
-        found["wanda"] = _sums(torch.stack(leaving).cpu() * found["wanda"].scores.sqrt())
+        scores["wanda"] = _no_sum(torch.stack(leaving).cpu() * scores["wanda"].scores.sqrt())
     if "weight" in kinds:
-        found["weight"] = _sums(magnitudes(layers))
+        scores["weight"] = _no_sum(magnitudes(layers))
     if "random" in kinds:
         width = layers[0].up.out_features
-        found["random"] = _sums(random_ranking(len(layers), width, seed=seed).double())
-    return {kind: replace(found[kind], meta={**meta, "score": kind}) for kind in kinds}
+        scores["random"] = _no_sum(random_ranking(len(layers), width, seed=seed).double())
+    meta = {**(meta or {}), "ffn": ffn_digest(model)}
+    return {kind: replace(scores[kind], meta={**meta, "score": kind}) for kind in kinds}
 
 
-def _sums(scores: Tensor) -> Importance:
-    """Scores that are no sum over examples."""
+def _no_sum(scores: Tensor) -> Importance:
+    """Scores that are not sums over examples: without blocks."""
     return Importance(scores, scores.new_zeros(0, *scores.shape), torch.zeros(0).long())
 
 
-def _over_tokens(encoder: nn.Module, batch: dict[str, Tensor], terms: Mapping) -> dict[str, Tensor]:
+def _score_activations(
+    model: nn.Module, batch: dict[str, Tensor], terms: Mapping[str, Callable[[Tensor], Tensor]]
+) -> dict[str, Tensor]:
     """For each example the sums over its real tokens of ``terms`` of ``h``, ``(L, B, F)`` each."""
-    inputs = without_targets(batch)
+    encoder, inputs = getattr(model, "base_model", model), without_targets(batch)
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-    packing, found = packing_of(encoder, inputs), {kind: [] for kind in terms}
+    sum_tokens = token_sum(model, inputs)
+    rows = {kind: [] for kind in terms}
 
     def add(_layer: int, h: Tensor) -> None:
-        padded = h.shape[:2] == mask.shape  # else packed: (1, N, F)
+        padded = h.shape[:2] == mask.shape  # not so in an accelerated model
         for kind, term in terms.items():
-            each = term(h) * mask[..., None] if padded else term(h)
-            found[kind].append(by_example(each, len(mask), packing))
+            values = term(h) * mask[..., None] if padded else term(h)
+            rows[kind].append(sum_tokens(values))
 
+    # an accelerated model computes all tokens of its last layer only if it is asked for states
+    all_tokens = {"output_hidden_states": True} if hasattr(encoder, "token_sum") else {}
     with watching(encoder, add), torch.inference_mode():
-        encoder(**inputs)
-    return {kind: torch.stack(each) for kind, each in found.items()}
+        encoder(**inputs, **all_tokens)
+    return {kind: torch.stack(of_layers) for kind, of_layers in rows.items()}

@@ -8,7 +8,7 @@ gradient on a CPU, linear layers run through ``kernels``.
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.data.batching import Packing, attention
+from moebert_lib.method.importance import over_tokens
 from moebert_lib.model.cpu_kernels import Kernels, PreparedLayer, Rerouted, heard, hooks_of
 
 
@@ -96,6 +97,27 @@ def accelerate(
     return faster
 
 
+def accelerate_if_possible(model: nn.Module) -> nn.Module:
+    """:func:`accelerate`'s model, or the model itself where ``accelerate`` does not take it."""
+    try:
+        return accelerate(model)
+    except ValueError:
+        return model
+
+
+def accelerate_if_exact(model: PreTrainedModel) -> PreTrainedModel:
+    """:func:`accelerate`'s model where padding changes no result, else the model itself.
+
+    Padding counts where gates balance it too, and in the logits of spans, which are one
+    distribution over all places of a padded batch. Families that ``accelerate`` does not know
+    come back as they are, too.
+    """
+    has_spans = hasattr(model, "qa_outputs")
+    padding_counts = has_spans or getattr(model.config, "padding_in_balance", False)
+    other_family = not isinstance(model.base_model, BertModel)
+    return model if padding_counts or other_family else accelerate(model)
+
+
 class PackedBert:
     """``BertModel.forward`` over packed tokens; mixed in before the model's own class.
 
@@ -162,6 +184,35 @@ class PackedBert:
             pooler_output=None if self.pooler is None else self.pooler(last),
             hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def token_sum(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_others: Any,
+    ) -> Callable[[Tensor], Tensor]:
+        """A function that sums over each example's tokens what passes through a layer.
+
+        Args:
+            input_ids, attention_mask: As the forward pass is given.
+
+        Returns:
+            From ``(1, N, F)``, or ``(1, B, F)`` where only first tokens are computed, or
+            ``(B, T, F)`` where the ordinary forward pass runs, to ``(B, F)``.
+        """
+        if input_ids is None:
+            return over_tokens
+        packing = Packing.of(_mask(input_ids, attention_mask))
+
+        def summed(values: Tensor) -> Tensor:
+            if len(values) == packing.shape[0]:
+                return over_tokens(values)
+            rows = values[0]
+            if len(rows) == len(packing):
+                return packing.sums(rows)
+            return packing.to_batch_order(rows)
+
+        return summed
 
     def _beyond(self, input_ids: Tensor | None, mask: Tensor | None, others: dict) -> bool:
         """Whether the ordinary forward has to do it."""

@@ -11,11 +11,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.decomposition import PCA
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
-from transformers import BertModel, PreTrainedModel
 
 from moebert_lib.data.batching import without_targets
 from moebert_lib.method.distillation_loss import layer_distances
-from moebert_lib.model.accelerate import accelerate
 
 #: Metric name to a function of (labels, predictions). GLUE's F1 is of class 1.
 METRICS = {
@@ -30,19 +28,6 @@ METRICS = {
 PADDING = -1e4  #: logit of a position that a shorter batch did not have
 
 
-def faster(model: PreTrainedModel) -> PreTrainedModel:
-    """The model accelerated, where it can be and padding changes no result.
-
-    It does where gates balance padding too, and in a span's logits, which are one distribution
-    over all places of a batch; such models come back as they are, and so do those of families
-    that ``accelerate`` does not know.
-    """
-    spans = hasattr(model, "qa_outputs")
-    padding_counts = spans or getattr(model.config, "padding_in_balance", False)
-    other = not isinstance(model.base_model, BertModel)
-    return model if padding_counts or other else accelerate(model)
-
-
 @torch.inference_mode()
 def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarray:
     """Logits of every row in the dataset's order, float32.
@@ -50,7 +35,7 @@ def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarra
     The model is put into eval mode and returned to its former one. Targets may be absent.
 
     Args:
-        model: Dense or MoEBERT, with a head for classification or spans; :func:`faster` or not.
+        model: Dense or MoEBERT, with a head for classification or spans; accelerated or not.
         batches: From ``data.batches``; ``index`` says where each row belongs.
 
     Returns:

@@ -25,9 +25,8 @@ from transformers import (
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.batching import TokenBatches, batches, lengths, without_targets
 from moebert_lib.method.distillation_loss import distillation_terms
-from moebert_lib.model.accelerate import accelerate
+from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
 from moebert_lib.training.checkpoints import keep
-from moebert_lib.training.evaluation import faster
 from moebert_lib.training.teacher_states import TeacherStates, known, remember
 
 FILL = 4096  # tokens that a teacher whose states are kept is asked about at once
@@ -97,7 +96,7 @@ class DistillationTrainer(Trainer):
         **kwargs,
     ):
         ordinary = padding_in_loss or (args is not None and args.gradient_checkpointing)
-        student = model if ordinary else faster(model)
+        student = model if ordinary else accelerate_if_exact(model)
         super().__init__(student, args, *others, **kwargs)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
         self.label_names += ["index"] if told else []  # else Trainer drops the column
@@ -193,7 +192,7 @@ def fine_tune(
         settings=settings,
     )
     trainer = Trainer(
-        faster(model),
+        accelerate_if_exact(model),
         arguments,
         train_dataset=encoded,
         callbacks=[Progress("teacher")],
