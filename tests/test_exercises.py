@@ -7,7 +7,11 @@ import nbformat
 import pytest
 import torch
 from checkout import NOTEBOOKS
+from test_exercises_learning import WRONG
+from test_exercises_method import MISTAKES
+from test_exercises_results import TEMPTING
 
+from moebert_lib.teaching import exercises as module
 from moebert_lib.teaching.exercises import Case, attempt
 
 TWICE = [Case((torch.tensor([1.0, 2.0]),), torch.tensor([2.0, 4.0]))]
@@ -79,3 +83,8 @@ def test_each_notebook_has_three_exercises_open_as_given_and_right_as_solved(pat
         assert eval(judge, space).said.startswith("to do: ")
         exec(solution, space)
         assert eval(judge, space).right, eval(judge, space)
+
+
+def test_every_exercise_has_a_tempting_answer():
+    public = {name for name, f in vars(module).items() if str(f.__doc__).startswith("Notebook")}
+    assert public == {*WRONG, *(name for name, *_ in (*MISTAKES, *TEMPTING))}

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moebert_lib.teaching import exercises_later as exercises
+from moebert_lib.teaching import exercises
 
 
 def f1(truth, said):

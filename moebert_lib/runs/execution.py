@@ -1,32 +1,29 @@
 """Run one notebook in a kernel of its own, keep its log, and say where it failed."""
 
+import json
 import logging
 import os
 import re
+import shutil
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
-from moebert_lib.config import file_io
-from moebert_lib.config.file_io import Unwritable
-from moebert_lib.config.errors import CHECKOUT, home
-import json
-import shutil
-import threading
-import time
-from collections.abc import Callable
 from queue import SimpleQueue
+from typing import Any, TextIO
+
+from moebert_lib.config import file_io
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.file_io import Unwritable, read_json, write_json
+from moebert_lib.config.provenance import digest
+from moebert_lib.config.settings import Settings
+from moebert_lib.runs.plan import Job
 from moebert_lib.store import committed_results, run_outputs
 from moebert_lib.store.run_outputs import kernel_environment
-from moebert_lib.config.file_io import Unwritable, read_json
-from moebert_lib.config.errors import UserError
-from moebert_lib.runs.plan import Job
-from moebert_lib.config.settings import Settings
 from moebert_lib.store.store import Entry, Store
-from moebert_lib.config.provenance import digest
-from moebert_lib.config.file_io import write_json
 
 WARNING = "moebert: "  # of the library, such as a damaged file that is made again
 SHOWN = ("· ", WARNING)  # lines of a notebook's output that start so are shown while it runs
@@ -220,8 +217,6 @@ def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
 
 
 # A process that makes notebook runs for an engine: requests in, events out, a line each.

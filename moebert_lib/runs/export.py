@@ -4,33 +4,25 @@ Of a run only its record is read. Nothing in a store is executed or unpickled, a
 the same in whatever order its stores are named.
 """
 
+import io
 import json
+import math
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
 from moebert_lib.config.errors import UserError, home, nearest
-from moebert_lib.config.provenance import digest
-from moebert_lib.store.store import RECORD, parse
 from moebert_lib.config.file_io import write_bytes
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
-from moebert_lib.store.store import flat
-from moebert_lib.runs.status import UNSEEN
-from moebert_lib.config.provenance import to_json
+from moebert_lib.config.provenance import digest, to_json
 from moebert_lib.config.settings import Settings
-import io
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from moebert_lib.runs.status import UNSEEN
 from moebert_lib.store.committed_results import FILES, ROWS, CommittedResults, key_of
-from moebert_lib.config.errors import UserError, home
-from moebert_lib.store.store import Store
+from moebert_lib.store.store import RECORD, Store, flat, parse
 
 if TYPE_CHECKING:
-    from pandas import DataFrame
     from pandas import DataFrame, Series
 
 A_STORE = "a MOEBERT_HOME or its runs/ folder"
@@ -180,8 +172,6 @@ WRITERS = {
 }
 
 
-
-
 # A stored run's record as the row of a table, and the types of the table's columns.
 
 #: The first columns and the last; settings, parameters and metrics lie between, in that order.
@@ -323,8 +313,6 @@ def _usual_type(group: str, name: str) -> str:
         if type_ in (annotation, *get_args(annotation)):
             return dtype
     return "string"
-
-
 
 
 # Write a folder of results (``archive``): the stages of many runs, all but their models.

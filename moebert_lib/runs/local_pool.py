@@ -8,35 +8,28 @@ notebook; what failed in a cell would fail again and is left.
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
-from moebert_lib.runs import cost
-from moebert_lib.config.errors import CHECKOUT, UserError
-from moebert_lib.runs.plan import Job
-from moebert_lib.config.provenance import cores, versions
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+
 from filelock import FileLock
-from moebert_lib.runs import execution
-from moebert_lib.config.errors import UserError, home
-from moebert_lib.runs.execution import WARNING, NotebookFailed
-from moebert_lib.runs.plan import notebooks, select
-from moebert_lib.runs.plan import TIMED, Job, asked, describe, plan
-from moebert_lib.store.store import Entry, StageKey, Store
-import re
-from collections.abc import Mapping
-from moebert_lib.store.committed_results import ROWS
-from moebert_lib.config.errors import home
-from moebert_lib.config.provenance import digest, file_digest
+
+from moebert_lib.config.errors import CHECKOUT, UserError, home
 from moebert_lib.config.file_io import write_bytes, write_json
+from moebert_lib.config.provenance import cores, digest, file_digest, versions
+from moebert_lib.runs import cost, execution
+from moebert_lib.runs.execution import WARNING, NotebookFailed
+from moebert_lib.runs.plan import TIMED, Job, asked, describe
+from moebert_lib.store.committed_results import ROWS
+from moebert_lib.store.store import Entry, StageKey, Store
 
 RETRIES = 2  # of a run whose process died
 PATIENCE = 10.0  # seconds that a process has to leave by itself
@@ -304,8 +297,6 @@ def free_memory() -> int:
     return min(free, limit - used + int(told.get("inactive_file", 0)))  # that cache can go
 
 
-
-
 # Run planned notebooks: what is done is reused, what fails says where.
 # One kernel process per notebook, one store entry per run, figures published at the end.
 # The entry's key is the notebook's code, its values and settings, the library's code and
@@ -491,7 +482,9 @@ def failed_runs() -> list[dict[str, Any]]:
     """What ``runs/failed`` keeps: notebook, cell, error and the executed copy, by name."""
     folders = sorted((home() / "runs" / "failed").glob("*"))
     return [
-        about | {"folder": str(folder)} for folder in folders if (about := execution.failed_in(folder))
+        about | {"folder": str(folder)}
+        for folder in folders
+        if (about := execution.failed_in(folder))
     ]
 
 
@@ -501,8 +494,6 @@ def published(job: Job) -> Path:
         return home() / "figures" / job.place
     settings = job.settings and job.settings.model_dump()
     return destination(settings, changed=job.chosen)
-
-
 
 
 # Copy a run's figures and tables to where people look, with where each came from.

@@ -12,25 +12,24 @@ system that shows it the driver's ``MOEBERT_HOME``.
 import logging
 import math
 import os
+import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-from moebert_lib.runs.local_pool import PASSIVE, PATIENCE, RETRIES, Event
-from moebert_lib.config.errors import UserError, home
-from moebert_lib.runs.plan import Job
-from moebert_lib.config.provenance import cores
-from moebert_lib.runs.execution import kept
-import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from moebert_lib.runs.local_pool import Worker
+from typing import Any
+
+from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import write_bytes
+from moebert_lib.config.provenance import cores
+from moebert_lib.runs.execution import kept
+from moebert_lib.runs.local_pool import PASSIVE, PATIENCE, RETRIES, Event, Worker
+from moebert_lib.runs.plan import Job
 
 REACH = 10.0  # seconds until a head node that does not answer is given up
 OBJECTS = 2**27  # bytes of a local instance's object store; what it holds are lines of text
@@ -266,8 +265,6 @@ def _why(error: Exception) -> str:
 def _line(error: BaseException) -> str:
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
-
-
 
 
 # What a task of a Ray cluster does on its node: a worker process, asked once.

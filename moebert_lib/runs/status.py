@@ -1,21 +1,21 @@
 """What is stored and what failed, in words: every run by what sets it apart."""
 
+import difflib
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
-from moebert_lib.runs import local_pool
+
 from moebert_lib.config import file_io
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.presets import FFN_WIDTHS, MINILM, SCALES, defaults
-from moebert_lib.config.settings import Settings
-from moebert_lib.store.store import Entry, StageKey, Store
-from moebert_lib.runs.execution import failed_in
-import difflib
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from moebert_lib.runs.plan import FOLDERS
 from moebert_lib.config.provenance import to_json
+from moebert_lib.config.settings import Settings
+from moebert_lib.runs import local_pool
+from moebert_lib.runs.execution import failed_in
+from moebert_lib.runs.plan import FOLDERS
+from moebert_lib.store.store import Entry, StageKey, Store
 
 SWEEP, TABLE, MEANS = "sweep.json", "table.csv", "means.csv"  # of a folder in runs/sweeps/
 STATES = ("done", "running", "failed", "waiting")
@@ -159,8 +159,6 @@ def _state(store: Store, point: Mapping[str, Any]) -> tuple[str, str]:
         return "waiting", ""
     cell = f"cell {about['cell']}: " if about["cell"] else ""
     return "failed", f"{cell}{about['error']}; copy: {folder}"
-
-
 
 
 # Why a planned notebook is reused, or why it must run: its key beside those of stored runs.

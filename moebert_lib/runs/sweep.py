@@ -26,21 +26,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from moebert_lib.runs import local_pool, status, plan as notebook_files, execution
+
 from moebert_lib.config import file_io
-from moebert_lib.runs.local_pool import Engine
 from moebert_lib.config.errors import UserError, home, nearest
-from moebert_lib.runs.execution import NotebookFailed
-from moebert_lib.runs.plan import Job
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.config.file_io import write_bytes, write_json
 from moebert_lib.config.provenance import digest
-from moebert_lib.config.file_io import write_json
+from moebert_lib.runs import execution, local_pool, status
 from moebert_lib.runs import plan as notebook_files
 from moebert_lib.runs import plan as planning
-from collections.abc import Sequence
-from moebert_lib.runs import status
-from moebert_lib.store.store import Entry
-from moebert_lib.config.file_io import write_bytes
+from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.runs.local_pool import Engine
+from moebert_lib.runs.plan import Job
+from moebert_lib.store.store import Entry, Store
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -286,9 +283,8 @@ def with_failures() -> list[Sweep]:
     return planned
 
 
-
-
 # The tables of a sweep: one row a point, and the means over seeds.
+
 
 def write(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed], folder: Path) -> None:
     """Write ``table.csv``, and ``means.csv`` where numbers were recorded, into a folder."""
@@ -336,8 +332,8 @@ def means(frame: "DataFrame") -> "DataFrame":
     """
     from pandas import DataFrame
 
-    from moebert_lib.evidence.statistics import student
     from moebert_lib.data.tasks import TASKS
+    from moebert_lib.evidence.statistics import student
 
     n_values = frame.columns.get_loc("state")
     values = [name for name in frame.columns[:n_values] if name != "seed"]
