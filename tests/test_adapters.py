@@ -26,8 +26,8 @@ from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
 from moebert_lib.model.conversion import load_dense, to_moebert
 from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import moe_layers
-from moebert_lib.teaching import checks, model_checks
-from moebert_lib.teaching.model_checks import batch, table, tiny
+from moebert_lib.teaching import checks
+from moebert_lib.teaching.checks import encoder_table, tiny_batch, tiny_encoder
 
 KINDS = list(HEADS)
 CLASSIFIERS = [kind for kind in KINDS if kind.__name__.endswith("SequenceClassification")]
@@ -65,41 +65,41 @@ def test_two_heads_of_each_family_are_in_the_table():
 
 @every_head
 def test_one_full_expert_is_the_dense_model(kind):
-    dense = tiny(kind)
+    dense = tiny_encoder(kind)
     one = to_moebert(dense, RANKING, n_experts=1)
-    checks.one_expert_is_dense(dense, one, batch(dense))
+    checks.one_expert_is_dense(dense, one, tiny_batch(dense))
     shared = to_moebert(dense, RANKING, n_experts=1, expert_layer_norm="shared")
-    checks.one_expert_is_dense(dense, shared, batch(dense))
+    checks.one_expert_is_dense(dense, shared, tiny_batch(dense))
 
 
 @every_head
 def test_permuting_neurons_changes_nothing(kind):
-    dense = tiny(kind)
-    checks.permuting_neurons_changes_nothing(dense, batch(dense))
+    dense = tiny_encoder(kind)
+    checks.permuting_neurons_changes_nothing(dense, tiny_batch(dense))
 
 
 @every_head
 def test_scores_equal_the_slow_loop_over_weight_gradients(kind):
-    dense = tiny(kind)
-    checks.importance_equals_slow_loop(ffn_importance, dense, batch(dense))
+    dense = tiny_encoder(kind)
+    checks.importance_equals_slow_loop(ffn_importance, dense, tiny_batch(dense))
 
 
 @every_family
 def test_scores_of_a_permuted_model_are_the_permuted_scores(kind):
-    dense, order = tiny(kind), torch.randperm(64)
+    dense, order = tiny_encoder(kind), torch.randperm(64)
     shuffled = copy.deepcopy(dense)
     for layer in encoder_layouts.ffns(shuffled):
         layer.up.weight.data, layer.up.bias.data = layer.up.weight[order], layer.up.bias[order]
         layer.down.weight.data = layer.down.weight[:, order]
-    one, other = (ffn_importance(model, [batch(dense)]).scores for model in (dense, shuffled))
+    one, other = (ffn_importance(model, [tiny_batch(dense)]).scores for model in (dense, shuffled))
     assert torch.allclose(one[:, order], other, rtol=1e-10, atol=0)
 
 
 @every_head
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_saving_changes_nothing_and_padding_neither(kind, routing, tmp_path):
-    model = converted(tiny(kind), routing=routing)
-    given = batch(model)
+    model = converted(tiny_encoder(kind), routing=routing)
+    given = tiny_batch(model)
     checks.saving_changes_nothing(model, given)
     checks.padding_changes_nothing(model, given)
     assert (model(**given).aux_loss is None) == routing.startswith("hash")
@@ -107,7 +107,7 @@ def test_saving_changes_nothing_and_padding_neither(kind, routing, tmp_path):
 
 @every_head
 def test_every_neuron_sits_where_the_deal_says(kind):
-    dense = tiny(kind)
+    dense = tiny_encoder(kind)
     moe = to_moebert(dense, RANKING, expert_size=16, n_shared=8)
     for layer, old in zip(moe_layers(moe), encoder_layouts.ffns(dense), strict=True):
         for e, kept in enumerate(layer.neurons):
@@ -123,7 +123,7 @@ def test_every_neuron_sits_where_the_deal_says(kind):
 @all_but_bert
 @pytest.mark.parametrize("scaling", ["inside", "outside"])
 def test_a_layer_equals_the_token_by_token_reference(kind, scaling):
-    model = converted(tiny(kind), routing="gate-token", gate_scaling=scaling)
+    model = converted(tiny_encoder(kind), routing="gate-token", gate_scaling=scaling)
     layer, a = moe_layers(model)[1], torch.randn(2, 5, 32).double()
     layer.context.mask = torch.ones(2, 5)
     route, parts = layer.router(a, None, None), layer.experts
@@ -141,7 +141,7 @@ def test_a_layer_equals_the_token_by_token_reference(kind, scaling):
 
 @every_head
 def test_auto_classes_know_what_was_saved(kind, tmp_path):
-    model = converted(tiny(kind), routing="gate-token")
+    model = converted(tiny_encoder(kind), routing="gate-token")
     model.save_pretrained(tmp_path)
     auto = (
         AutoModelForSequenceClassification
@@ -151,12 +151,12 @@ def test_auto_classes_know_what_was_saved(kind, tmp_path):
     back = auto.from_pretrained(tmp_path, dtype=torch.float64)
     assert type(back) is type(model) and type(back.config) is model.config_class
     near = dict(rtol=0, atol=1e-12)
-    given = batch(model)
+    given = tiny_batch(model)
     assert torch.allclose(logits(back.eval(), given), logits(model, given), **near)
     assert AutoConfig.from_pretrained(tmp_path).routing == "gate-token"
     encoder = AutoModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert type(encoder) is type(model.base_model)
-    ids = batch(model)["input_ids"]
+    ids = tiny_batch(model)["input_ids"]
     states = model.base_model(ids, output_hidden_states=True).hidden_states
     assert len(states) == 3
     assert torch.allclose(encoder(ids).last_hidden_state, states[-1], **near)
@@ -164,17 +164,17 @@ def test_auto_classes_know_what_was_saved(kind, tmp_path):
 
 @every_head
 def test_a_dense_model_is_read_with_its_own_head(kind, tmp_path):
-    dense = tiny(kind)
+    dense = tiny_encoder(kind)
     dense.save_pretrained(tmp_path)
     assert type(load_dense(str(tmp_path))) is kind
 
 
 @every_family
 def test_tied_neurons_grouped_mm_and_hash_hold_as_for_bert(kind):
-    tied, one = converted(tiny(kind), shared_neurons="tied"), converted(tiny(kind))
-    given = batch(tied)
+    tied, one = converted(tiny_encoder(kind), shared_neurons="tied"), converted(tiny_encoder(kind))
+    given = tiny_batch(tied)
     checks.saving_changes_nothing(tied, given)
-    model_checks.same_token_same_expert(one, given)
+    checks.same_token_same_expert(one, given)
     loop = logits(one.float(), given)
     one.set_experts_implementation("grouped_mm")
     assert torch.allclose(logits(one, given), loop, atol=1e-5)
@@ -182,20 +182,20 @@ def test_tied_neurons_grouped_mm_and_hash_hold_as_for_bert(kind):
 
 @every_family
 def test_removed_neurons_are_zeros_in_their_rows(kind):
-    dense = tiny(kind)
+    dense = tiny_encoder(kind)
     gone, zeroed = RANKING[:, :20], copy.deepcopy(dense)
     for layer, neurons in zip(encoder_layouts.ffns(zeroed), gone, strict=True):
         layer.down.weight.data[:, neurons] = 0
     with without(dense, gone):
-        cut = logits(dense, batch(dense))
-    assert torch.allclose(cut, logits(zeroed, batch(dense)), atol=1e-12)
-    rows = {**batch(dense), "index": torch.arange(4)}
+        cut = logits(dense, tiny_batch(dense))
+    assert torch.allclose(cut, logits(zeroed, tiny_batch(dense)), atol=1e-12)
+    rows = {**tiny_batch(dense), "index": torch.arange(4)}
     assert excite(dense, [rows])["mean"].shape == (2, 64)
 
 
 @all_but_bert
 def test_what_packs_berts_refuses_others_and_faster_leaves_them(kind):
-    dense = tiny(kind)
+    dense = tiny_encoder(kind)
     for model in (dense, converted(dense)):
         assert accelerate_if_exact(model) is model
         with pytest.raises(ValueError, match="accelerate takes a BERT or MoEBERT"):
@@ -203,7 +203,7 @@ def test_what_packs_berts_refuses_others_and_faster_leaves_them(kind):
 
 
 def test_the_table_of_the_notebook_has_each_family_and_holds():
-    made = table()
+    made = encoder_table()
     assert list(made["encoder"]) == [row.name for row in encoder_layouts.FAMILIES.values()]
     assert (made["effective"] < made["dense"]).all() and (made["dense"] < made["stored"]).all()
 
@@ -225,7 +225,7 @@ def test_an_unsupported_model_is_refused_in_a_line_that_names_the_supported():
     with pytest.raises(ValueError, match=f"feed-forward layer is gated.*{known}"):
         to_moebert(gated, RANKING)
     with pytest.raises(ValueError, match=f"cannot convert a BertForMaskedLM; {known}"):
-        to_moebert(tiny(BertForMaskedLM), RANKING)
+        to_moebert(tiny_encoder(BertForMaskedLM), RANKING)
     for score in (ffn_importance, lambda model, given: encoder_layouts.width(model.config)):
         with pytest.raises(ValueError, match="BERT, MiniLM, RoBERTa, ELECTRA, DistilBERT"):
             score(gated, [{}])
@@ -250,7 +250,7 @@ def test_an_encoder_whose_layers_have_berts_names_is_not_scored_for_them():
 
 @every_family
 def test_the_longest_input_is_taken_and_no_longer_one(kind):
-    dense = tiny(kind)
+    dense = tiny_encoder(kind)
     longest = encoder_layouts.longest(dense)
     assert longest == {"roberta": 62}.get(dense.config.model_type, 64)
     dense(torch.full((1, longest), 5))

@@ -13,7 +13,7 @@ from moebert_lib.method.routing import balanced_table, random_table
 from moebert_lib.model import moe_layer
 from moebert_lib.model.conversion import to_moebert
 from moebert_lib.model.moe_layer import moe_layers
-from moebert_lib.teaching import model_checks as checks
+from moebert_lib.teaching import checks
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from moebert_lib.method.partition import random_ranking
 from moebert_lib.model.conversion import to_moebert
 from moebert_lib.model.moe_layer import moe_layers
 from moebert_lib.publish import onnx_export, share_model
-from moebert_lib.teaching import model_checks
+from moebert_lib.teaching import checks
 
 SHAPES = ([7, 12, 3, 5], [1], [9], [1, 1], [4, 4, 4, 2, 8, 60])
 
@@ -36,7 +36,7 @@ SHAPES = ([7, 12, 3, 5], [1], [9], [1, 1], [4, 4, 4, 2, 8, 60])
 )
 def test_it_agrees_whatever_the_batch(kind, changes, tmp_path):
     spans = kind is RobertaForQuestionAnswering
-    model = to_moebert(model_checks.tiny(kind), random_ranking(2, 64, seed=0), **changes)
+    model = to_moebert(checks.tiny_encoder(kind), random_ranking(2, 64, seed=0), **changes)
     model = tiny_models.perturbed(model, seed=1).float()
     onnx_export.export(model, tiny_models.batch([5, 3, 8]), tmp_path / "model.onnx")
     assert model.config._experts_implementation == "eager"  # its own stays as it was

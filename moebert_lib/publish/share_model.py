@@ -38,7 +38,7 @@ from moebert_lib.model.accelerate import accelerate
 from moebert_lib.model.conversion import load_dense, to_moebert
 from moebert_lib.model.moe_layer import parameter_counts
 from moebert_lib.publish import onnx_export
-from moebert_lib.teaching import checks, model_checks
+from moebert_lib.teaching import checks
 from moebert_lib.training.evaluation import score
 
 SCORES, CARD = "importance.safetensors", "README.md"
@@ -334,23 +334,23 @@ def run_checks(converted: ConvertedModel, folder: Path) -> list[CheckResult]:
             batch,
         ),
         _run("the dense model", checks.permuting_neurons_changes_nothing, dense, batch),
-        _run(conversion, model_checks.experts_hold_the_dense_neurons, untrained, dense),
-        _run(conversion, model_checks.deal_follows_scores, untrained, scores.scores),
+        _run(conversion, checks.experts_hold_the_dense_neurons, untrained, dense),
+        _run(conversion, checks.deal_follows_scores, untrained, scores.scores),
     ]
     if model is not untrained:
-        results.append(_run(THIS, model_checks.deal_follows_scores, model, scores.scores))
+        results.append(_run(THIS, checks.deal_follows_scores, model, scores.scores))
     results += [
-        _run(THIS, model_checks.experts_serve_their_tokens, model, batch),
+        _run(THIS, checks.experts_serve_their_tokens, model, batch),
         _run(THIS, checks.padding_changes_nothing, model, batch),
         _run(THIS, _same_when_loaded, model, saved, batch),
     ]
     if isinstance(dense.base_model, BertModel) and not model.config.padding_in_balance:
         results.append(_run(THIS, _same_when_accelerated, model, batch))
     if by_hash:
-        results.append(_run(THIS, model_checks.same_token_same_expert, model, batch))
-        results.append(_run(THIS, model_checks.training_leaves_tables, untrained, model))
+        results.append(_run(THIS, checks.same_token_same_expert, model, batch))
+        results.append(_run(THIS, checks.training_leaves_tables, untrained, model))
     else:
-        results.append(_run(THIS, model_checks.gate_takes_its_favourite, model, batch))
+        results.append(_run(THIS, checks.gate_takes_its_favourite, model, batch))
     if (folder / onnx_export.FILE).is_file():
         results.append(_run(THIS, _same_as_onnx, model, folder / onnx_export.FILE, batch))
     return results
@@ -370,14 +370,12 @@ def _run(on: str, check: Callable[..., checks.Check], *args: object) -> CheckRes
 
 def _same_when_loaded(model: PreTrainedModel, saved: PreTrainedModel, batch: dict) -> checks.Check:
     claim = "saved and loaded, the model gives the same logits bit for bit"
-    return model_checks.same_logits(claim, model, saved, batch=batch, tolerance=0)
+    return checks.same_logits(claim, model, saved, batch=batch, tolerance=0)
 
 
 def _same_when_accelerated(model: PreTrainedModel, batch: dict) -> checks.Check:
     claim = "accelerated, the model gives the same logits"
-    return model_checks.same_logits(
-        claim, model, accelerate(model), batch=batch, tolerance=TOLERANCE
-    )
+    return checks.same_logits(claim, model, accelerate(model), batch=batch, tolerance=TOLERANCE)
 
 
 def _same_as_onnx(model: PreTrainedModel, path: Path, batch: dict[str, Tensor]) -> checks.Check:

@@ -382,7 +382,7 @@ def balanced_deal(function: Callable) -> Attempt:
 
 
 def f1(function: Callable) -> Attempt:
-    """Notebook 6: F1 of class 1. Arrays ``(truth, predicted)`` of 0 and 1, ``(n,)``, to a number."""
+    """Notebook 6: F1 of class 1. ``(truth, predicted)``, 0 and 1, ``(n,)``, to a number."""
     cases = [
         Case((np.array([1, 1, 1, 0, 0, 0]), np.array([1, 0, 0, 1, 0, 0])), 0.4),
         Case((np.array([0, 1, 0]), np.array([0, 0, 0])), 0.0),  # nothing found: 0, not 0 / 0
