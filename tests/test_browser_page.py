@@ -70,10 +70,10 @@ def test_another_source_can_be_chosen_and_no_code_is_seen(explorer, watch, relea
 
 def test_a_click_on_a_neuron_shows_the_tokens_that_excite_it(explorer, watch):
     explorer.get_by_text("Tokens that excite it most").wait_for()
-    name = explorer.locator(".told b")  # of the model; the file has no tokens
+    name = explorer.locator(".neuron b")  # of the model; the file has no tokens
     before, box = name.inner_text(), explorer.locator("canvas").first.bounding_box()
     explorer.mouse.click(box["x"] + 0.3 * box["width"], box["y"] + 0.2 * box["height"])
-    changed = "text => document.querySelector('.told b').innerText !== text"
+    changed = "text => document.querySelector('.neuron b').innerText !== text"
     explorer.wait_for_function(changed, arg=before)
     explorer.mouse.move(5, 5)  # what was clicked stays
     explorer.wait_for_timeout(500)

@@ -221,7 +221,7 @@ def test_importance_writes_a_file_that_loads(moebert_home, tmp_path, capsys):
         (["notebooks"], "notebooks is a folder; expected a file"),
         (["README.md"], "README.md: expected scores ending in .safetensors or .pkl"),
         (["--port", "70000"], "--port 70000: expected 1 to 65535"),
-        (["--ip", "192.0.2.1"], "--ip 192.0.2.1 is no address of this machine"),
+        (["--ip", "192.0.2.1"], "--ip 192.0.2.1 is not an address of this machine"),
         (["--task", "librari"], "library"),
         (["--prot", "1"], "--port"),
     ],

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
-from moebert_lib.explore.widgets import said, token_table
+from moebert_lib.explore.widgets import busiest_experts, token_table
 
 WAYS = {"hash-random": np.array([[0, 1], [2, 1], [2, 3]]), "gate-token": np.zeros((3, 2), int)}
 LOADS = {name: np.full((2, 4), 0.25) for name in WAYS}
@@ -23,6 +23,9 @@ class Reader(HTMLParser):
         self.elements.append(tag)
         if tag == "td":
             self.cells.append("")
+
+    def handle_endtag(self, tag):
+        self.elements.append(f"/{tag}")
 
     def handle_data(self, data):
         if self.elements[-1] == "td":
@@ -57,4 +60,4 @@ def test_nothing_in_a_sentence_is_taken_for_markup_or_formula():
 
 def test_one_line_says_how_the_layers_work_is_shared():
     line = "Layer 1: of 3 tokens the busiest expert serves 2 with hash-random, 3 with gate-token."
-    assert said(WAYS, layer=1) == line
+    assert busiest_experts(WAYS, layer=1) == line

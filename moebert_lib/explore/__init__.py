@@ -1,0 +1,1 @@
+"""Interactive exploration: the explorer of importance, its page, and the notebooks' widgets."""

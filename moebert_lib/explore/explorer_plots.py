@@ -18,7 +18,7 @@ from moebert_lib.method.partition import View, interval
 from moebert_lib.plots.style import COLORS, INK, RAMP, STYLE, expert_color
 
 WIDTH, HEIGHT, TITLE = 8.5, 5.0, 0.42  # inches
-MOST = 8  # experts
+MAX_EXPERTS = 8  # experts
 BINS = 240  # steps of the ranking at most, where experts are shown along it
 MUTED = "#555555"
 #: Inches from the bottom and height of each row of axes; the strip is for several columns.
@@ -171,7 +171,7 @@ class Column:
             self._text((INSET + x, at), 8.5, INK, s=words, ha=side, va="top")
 
     def _fill_held(self, overlap_at: float) -> None:
-        ax, rows = self.held, range(MOST)
+        ax, rows = self.held, range(MAX_EXPERTS)
         self.common = ax.barh(rows, 1, 0.8, color=COLORS["shared"])
         self.alone = ax.barh(rows, 1, 0.8, color=[expert_color(e) for e in rows])
         self.masses = [ax.text(0, e, "", va="center", fontsize=8) for e in rows]
@@ -239,13 +239,13 @@ class Column:
             line.set_xdata([edge, edge])
             line.set_visible(0 < edge < width)
         for n, number in enumerate(self.numbers):
-            number.set(y=n % MOST, visible=n % MOST < n_experts)
+            number.set(y=n % MAX_EXPERTS, visible=n % MAX_EXPERTS < n_experts)
         for ax in (self.deal, self.held):
             ax.set_ylim(n_experts - 0.5, -0.5)
 
     def _update_held(self, one: View) -> None:
         n_experts, shared = len(one.hands), 100 * one.top(one.n_shared)
-        for e in range(MOST):
+        for e in range(MAX_EXPERTS):
             held = 100 * one.mass[e] if e < n_experts else 0.0
             self.common[e].set_width(min(shared, held))
             self.alone[e].set(x=shared, width=max(held - shared, 0))
