@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 
-from moebert_lib.data import batching
+from moebert_lib.method import routing
 from moebert_lib.method.distillation_loss import prediction_loss
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.method.routing import balanced_table, random_table
@@ -153,13 +153,13 @@ def test_a_deal_in_another_order_is_found(tiny_bert, n_shared):
 def test_a_token_served_by_another_expert_is_found(changes, monkeypatch):
     model, inputs = tiny_models.moebert(**changes), tiny_models.batch([5, 9, 2])
     assert checks.experts_serve_their_tokens(model, inputs).difference < 1e-12
-    usual = batching.by_expert
+    usual = routing.by_expert
 
     def back_to_another_place(experts, n_experts):
         order, back, counts = usual(experts, n_experts)
         return order, back.roll(1), counts
 
-    monkeypatch.setattr(moe_layer, "by_expert", back_to_another_place)
+    monkeypatch.setattr(routing, "by_expert", back_to_another_place)
     with pytest.raises(AssertionError, match="FAILS: every token is served by its own"):
         checks.experts_serve_their_tokens(model, inputs)
 

@@ -10,7 +10,7 @@ from conftest import make_home
 from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Grouping, Settings
 from moebert_lib.experiments import dataset, expert_partitions, student, teacher
-from moebert_lib.method import clustering
+from moebert_lib.method import partition
 from moebert_lib.method.encoder_layouts import ffns
 from moebert_lib.method.partition import deal_layers, random_ranking
 from moebert_lib.model.conversion import to_moebert
@@ -58,10 +58,10 @@ def test_each_layer_is_grouped_by_its_own_weights_or_activations(settings, how):
         own = dealt[:, n_shared:].T.flatten()
         rows = layer.up.weight.detach()[own] if how == "kmeans-weights" else h.T[own]
         if how == "coactivation":
-            labels = clustering.partition(clustering.coactivation(rows.T > 0), 4)
+            labels = partition.partition_graph(partition.coactivation(rows.T > 0), 4)
         else:
             points = rows.double() / rows.double().norm(dim=1, keepdim=True)
-            labels = clustering.balanced_kmeans(points.numpy(), 4, seed=3)
+            labels = partition.balanced_kmeans(points.numpy(), 4, seed=3)
         found = [{*hand[n_shared:]} for hand in grouped.tolist()]
         assert found == [{*own[labels == e].tolist()} for e in range(4)]
 
@@ -117,7 +117,7 @@ def test_of_many_tokens_some_are_drawn_the_same_ones_in_each_layer(settings, mon
 
 def test_more_company_is_in_the_experts_of_the_coactivation_graph(settings):
     h = expert_partitions.activations(settings)
-    graphs = [clustering.coactivation(layer > 0) for layer in h]
+    graphs = [partition.coactivation(layer > 0) for layer in h]
 
     def within(how: str) -> float:
         total = 0.0
@@ -143,7 +143,7 @@ def test_keys_hold_what_a_grouping_depends_on_and_nothing_for_a_deal(settings):
 
 def test_a_grouping_is_made_once(settings, monkeypatch):
     one = expert_partitions.neurons(settings.but(grouping="coactivation"))
-    monkeypatch.setattr(clustering, "partition", None)
+    monkeypatch.setattr(partition, "partition_graph", None)
     assert torch.equal(
         expert_partitions.neurons(settings.but(grouping="coactivation", seed=1)), one
     )

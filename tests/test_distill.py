@@ -11,7 +11,9 @@ from moebert_lib.method.distillation_loss import (
     chosen_layers,
     distillation_terms,
     layer_distances,
+    layer_loss,
     prediction_loss,
+    total_loss,
 )
 from moebert_lib.teaching import checks
 
@@ -87,7 +89,19 @@ def test_vanishing_probabilities_give_a_finite_loss():
 
 
 def test_regression_compares_the_scores():
-    assert prediction_loss(torch.tensor([[2.0]]), torch.tensor([[5.0]])) == 9
+    student, teacher = (
+        SimpleNamespace(hidden_states=states(), logits=torch.tensor([[score]]))
+        for score in (2.0, 5.0)
+    )
+    assert distillation_terms(student, teacher, mask=None).prediction == 9
+
+
+def test_the_objective_by_hand():
+    X = [torch.tensor([[[1.0, 2.0], [0.5, -1.0]]]), torch.tensor([[[0.0, 1.0], [1.0, 1.0]]])]
+    X_tea = [torch.tensor([[[0.5, 2.0], [0.5, 0.0]]]), torch.tensor([[[1.0, 1.0], [1.0, 1.0]]])]
+    L_trm = layer_loss(X, X_tea)
+    assert L_trm == (0.5**2 + 1.0**2) / 4 + 1.0**2 / 4
+    assert total_loss(torch.tensor(2.0), L_trm, torch.tensor(0.25), 3.0) == 2 + 3 * (0.5625 + 0.25)
 
 
 def test_a_span_costs_the_mean_of_its_start_and_its_end():

@@ -9,15 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from moebert_lib.method.clustering import (
+from moebert_lib.method.partition import (
     balanced_assignment,
     balanced_kmeans,
     coactivation,
+    composition,
+    deal_neurons,
     group_neurons,
-    partition,
+    partition_graph,
     unit_rows,
 )
-from moebert_lib.method.partition import composition, deal_neurons
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -101,7 +102,7 @@ def test_kmeans_of_equal_points_still_has_equal_clusters():
 @given(SEEDS)
 def test_no_exchange_of_two_neurons_betters_a_partition(seed):
     graph = graph_of(seed, 12)
-    labels = partition(graph, 3)
+    labels = partition_graph(graph, 3)
     assert torch.bincount(labels).tolist() == [4, 4, 4]
     own = weight_within(graph, labels)
     for i, j in itertools.combinations(range(12), 2):
@@ -135,13 +136,13 @@ def slow_partition(graph: np.ndarray, k: int) -> list[int]:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_partition_by_counts_is_that_of_exchanges_one_by_one(seed):
     graph = np.round(20 * graph_of(seed, 12))
-    assert partition(graph, 3).tolist() == slow_partition(graph, 3)
+    assert partition_graph(graph, 3).tolist() == slow_partition(graph, 3)
 
 
 @pytest.mark.parametrize("n, seed", [(8, 9), (24, 0), (40, 1), (40, 6), (40, 7)])
 def test_a_partition_by_fractions_ends_where_nothing_but_rounding_is_gained(n, seed):
     graph = np.round(10 * graph_of(seed, n)) / 10  # steps of 0.1, which no float is
-    labels = partition(graph, 4).numpy()
+    labels = partition_graph(graph, 4).numpy()
     assert np.bincount(labels).tolist() == [n // 4] * 4
     towards = np.stack([graph[:, labels == part].sum(1) for part in range(4)], axis=1)
     for i, j in itertools.combinations(range(n), 2):
@@ -155,7 +156,7 @@ def test_a_partition_of_few_is_near_the_best_of_all():
     for seed in range(10):
         graph = graph_of(seed, 8)
         best = max(weight_within(graph, labels) for labels in divisions(8, 2))
-        shares.append(weight_within(graph, partition(graph, 2)) / best)
+        shares.append(weight_within(graph, partition_graph(graph, 2)) / best)
     assert max(shares) == pytest.approx(1) and min(shares) > 0.9
 
 
@@ -163,7 +164,7 @@ def test_a_partition_finds_planted_parts():
     planted = torch.randperm(40) % 4
     graph = (planted[:, None] == planted).double().numpy() + 0.3 * graph_of(1, 40)
     np.fill_diagonal(graph, 0)
-    assert len({*zip(planted.tolist(), partition(graph, 4).tolist(), strict=True)}) == 4
+    assert len({*zip(planted.tolist(), partition_graph(graph, 4).tolist(), strict=True)}) == 4
 
 
 def test_coactivation_counts_tokens_on_which_both_are_active():
@@ -202,7 +203,7 @@ def test_only_directions_count():
     ("call", "said"),
     [
         (lambda: balanced_kmeans(np.ones((7, 2)), 3, seed=0), "7 points do not make 3 clusters"),
-        (lambda: partition(np.ones((7, 7)), 2), "7 neurons do not make 2 parts"),
+        (lambda: partition_graph(np.ones((7, 7)), 2), "7 neurons do not make 2 parts"),
         (
             lambda: group_neurons(torch.arange(8).view(2, 4), 2, torch.tensor([0, 0, 0, 1])),
             r"groups of \[3, 1\] neurons; expected 2 of 2",

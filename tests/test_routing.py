@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.method.routing import (
-    BalancedHash,
-    RandomHash,
+    HashRouter,
     Route,
     SentenceGate,
     TokenGate,
     balance_loss,
     balanced_table,
     clustered_table,
+    experts_forward,
     loads,
     random_table,
 )
@@ -22,8 +22,20 @@ from moebert_lib.model.conversion import to_moebert
 from moebert_lib.model.moe_layer import moe_layers
 
 
+def test_two_experts_serve_three_tokens_by_hand():
+    A = torch.tensor([[1.0, 2.0], [3.0, -1.0], [-1.0, 1.0]])  # (N, D) = (3, 2)
+    W1 = [torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]])]  # one neuron each
+    b1 = [torch.tensor([0.5]), torch.tensor([-1.0])]
+    W2 = [torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [3.0]])]
+    b2 = [torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])]
+    expert_of, p = torch.tensor([1, 0, 1]), torch.tensor([[1.0], [0.5], [1.0]])
+    X = experts_forward(A, expert_of, p, W1, b1, W2, b2, torch.relu)
+    # h of each token: relu(2 * 1 - 1) = 1, relu(3 - 1 + 0.5) = 2.5, relu(2 * -1 - 1) = 0
+    assert X.tolist() == [[1.0, 3.0], [1.25, 0.5], [1.0, 0.0]]
+
+
 def test_a_hash_looks_the_token_up():
-    router = RandomHash(50, 4, seed=0)
+    router = HashRouter(random_table(50, 4, seed=0))
     ids = torch.randint(50, (3, 7))
     route = router(torch.randn(3, 7, 8), ids, None)
     assert torch.equal(route.experts.view(3, 7), router.tid2eid[:, 0][ids])
@@ -32,7 +44,7 @@ def test_a_hash_looks_the_token_up():
 
 def test_a_hash_without_token_ids_is_refused():
     with pytest.raises(ValueError, match="needs input_ids"):
-        RandomHash(50, 4)(torch.randn(3, 7, 8), None, None)
+        HashRouter(random_table(50, 4, seed=0))(torch.randn(3, 7, 8), None, None)
 
 
 def test_a_random_table_is_nearly_uniform():
@@ -64,11 +76,12 @@ def test_balance_by_hand():
 def test_zipf_tokens_are_better_balanced_than_at_random():
     frequencies = (100_000 / torch.arange(1, 5001)).long()
     spread = {}
-    for name, router in {
-        "balance": BalancedHash(frequencies, 4),
-        "random": RandomHash(5000, 4),
-    }.items():
-        load = torch.zeros(4).index_add_(0, router.tid2eid[:, 0], frequencies.float())
+    tables = {
+        "balance": balanced_table(frequencies, 4, seed=0),
+        "random": random_table(5000, 4, seed=0),
+    }
+    for name, table in tables.items():
+        load = torch.zeros(4).index_add_(0, table, frequencies.float())
         spread[name] = float(load.max() / load.min())
     assert spread["balance"] < 1.01 < spread["random"]
 

@@ -246,17 +246,3 @@ def _has_varlen(device: torch.device, head_size: int) -> bool:
         return False
     fits = head_size % 8 == 0 and head_size <= 256
     return fits and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def by_expert(expert_of: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
-    """Tokens sorted by expert, ``(N,)``; each one's place in that order, ``(N,)``; their numbers.
-
-    Args:
-        expert_of: The expert of each token, ``(N, 1)``, int64.
-        n_experts: Number of experts ``E``; so many numbers come back, 0 where one has no token.
-    """
-    chosen = expert_of[:, 0]
-    order = chosen.argsort(stable=True)
-    places = torch.arange(len(order), device=order.device)
-    back = torch.empty_like(order).index_copy_(0, order, places)
-    return order, back, torch.bincount(chosen, minlength=n_experts).tolist()

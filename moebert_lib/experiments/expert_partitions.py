@@ -21,7 +21,7 @@ from moebert_lib.experiments.teacher import (
     teacher,
     teacher_key,
 )
-from moebert_lib.method import clustering
+from moebert_lib.method import partition
 from moebert_lib.method.encoder_layouts import ffns, watching, width
 from moebert_lib.method.partition import choose_ranking, deal_layers
 from moebert_lib.store import committed_results
@@ -47,7 +47,7 @@ def grouping_key(settings: Settings) -> dict:
         choices["split_seed"] = settings.split_seed
     if settings.grouping != "kmeans-weights":
         choices |= {"examples": EXAMPLES, "tokens": TOKENS, **chosen(settings, IMPORTANCE)}
-    code = code_digest("method.clustering", "experiments.expert_partitions", *FORWARD)
+    code = code_digest("method.partition", "experiments.expert_partitions", *FORWARD)
     return {"grouping": StageKey("grouping", choices, {"code": code})}
 
 
@@ -92,7 +92,7 @@ def _grouped(settings: Settings, dealt: Tensor, n_shared: int) -> Tensor:
     for index, layer in enumerate(dealt):
         own = layer[:, n_shared:].T.flatten()  # by importance
         labels = _labels(settings, index, own)
-        found.append(clustering.group_neurons(layer, n_shared, labels))
+        found.append(partition.group_neurons(layer, n_shared, labels))
     return torch.stack(found)
 
 
@@ -101,11 +101,11 @@ def _labels(settings: Settings, index: int, own: Tensor) -> Tensor:
     k, seed = settings.n_experts, settings.split_seed
     if settings.grouping == "kmeans-weights":
         read = [*ffns(teacher(settings).model)][index].up.weight.cpu()
-        return clustering.balanced_kmeans(clustering.unit_rows(read[own]), k, seed=seed)
+        return partition.balanced_kmeans(partition.unit_rows(read[own]), k, seed=seed)
     h = activations(settings)[index][:, own]  # (tokens, own)
     if settings.grouping == "kmeans-activations":
-        return clustering.balanced_kmeans(clustering.unit_rows(h.T), k, seed=seed)
-    return clustering.partition(clustering.coactivation(h > 0), k)
+        return partition.balanced_kmeans(partition.unit_rows(h.T), k, seed=seed)
+    return partition.partition_graph(partition.coactivation(h > 0), k)
 
 
 def activations(settings: Settings) -> Tensor:

@@ -1,9 +1,7 @@
-"""What the student is trained on: the task, and the teacher layer by layer (Sec. 3.2).
+"""Distillation losses: hidden states, predictions, and their sum (Sec. 3.2, Eqs. 5-7).
 
-L_trm  = sum over l = 0..L of MSE(X^l, X^l_tea)                 Eq. 5, l = 0 the embeddings
-L_pred = (KL(p || p_tea) + KL(p_tea || p)) / 2                  Eq. 6
-L_distill = L_trm + L_pred                                      Eq. 7
-L = CE(f(x), y) + lambda_distill * L_distill                    the objective, unnumbered
+The first three functions are the paper's formulas, of tensors that hold what counts. The others
+find these tensors in models' outputs: chosen layers, tokens without padding, heads of any kind.
 """
 
 from collections.abc import Sequence
@@ -14,11 +12,104 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def layer_loss(X: Sequence[Tensor], X_tea: Sequence[Tensor]) -> Tensor:
+    """``L_trm = sum over l = 0 .. L of MSE(X^l, X_tea^l)``, a scalar.
+
+    Args:
+        X: The student's hidden states, ``(..., D)`` each; ``l = 0`` are the embeddings.
+        X_tea: The teacher's.
+
+    Source: Eq. 5.
+    """
+    layers = zip(X, X_tea, strict=True)
+    return torch.stack([F.mse_loss(x, x_tea) for x, x_tea in layers]).sum()
+
+
+def prediction_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``L_pred = (KL(p || p_tea) + KL(p_tea || p)) / 2``, mean over the batch.
+
+    Computed from log-probabilities, so that a vanishing probability gives a large number, not NaN.
+
+    Args:
+        logits: The student's, ``(B, C)``; ``p`` is their softmax.
+        teacher_logits: The teacher's, ``(B, C)``.
+
+    Source: Eq. 6.
+    """
+    log_p, log_p_tea = logits.log_softmax(-1), teacher_logits.log_softmax(-1)  # (B, C)
+    forward = F.kl_div(log_p_tea, log_p, reduction="batchmean", log_target=True)  # KL(p || p_tea)
+    backward = F.kl_div(log_p, log_p_tea, reduction="batchmean", log_target=True)  # KL(p_tea || p)
+    return (forward + backward) / 2
+
+
+def total_loss(task_loss: Tensor, L_trm: Tensor, L_pred: Tensor, lambda_distill: float) -> Tensor:
+    """What the student minimises: ``CE(f(x), y) + lambda_distill * L_distill``, scalars.
+
+    Source: Eq. 7, ``L_distill = L_trm + L_pred``, and the objective below it.
+    """
+    L_distill = L_trm + L_pred
+    return task_loss + lambda_distill * L_distill
+
+
+def layer_distances(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None
+) -> Tensor:
+    """MSE between student's and teacher's state at each layer: Eq. 5 before the sum.
+
+    Args:
+        student: ``L + 1`` hidden states ``(B, T, D)``, embeddings first; or packed ones
+            ``(N, D)``, which are of counted tokens only.
+        teacher: The same of the teacher, in any dtype.
+        mask: ``(B, T)``, 1 for tokens that count; ``None`` counts padding too, as the release.
+            Packed states need none.
+
+    Returns:
+        Shape ``(L + 1,)``: mean over counted tokens and dimensions.
+
+    Raises:
+        ValueError: another number of states.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(f"student has {len(student)} states, teacher {len(teacher)}")
+    pairs = [_counted(x, x_tea, mask) for x, x_tea in zip(student, teacher, strict=True)]
+    return torch.stack([F.mse_loss(x, x_tea) for x, x_tea in pairs])
+
+
+def _counted(x: Tensor, x_tea: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both states without padding, in the student's dtype."""
+    if mask is not None:
+        x, x_tea = (state if state.dim() == 2 else state[mask.bool()] for state in (x, x_tea))
+    return x, x_tea.to(x.dtype)
+
+
 class DistillationTerms(NamedTuple):
     """The two parts of Eq. 7, each a scalar."""
 
     hidden: Tensor  #: L_trm, Eq. 5
     prediction: Tensor  #: L_pred, Eq. 6
+
+
+def distillation_terms(
+    student, teacher, *, mask: Tensor | None, layers: str = "all"
+) -> DistillationTerms:
+    """Eq. 5 and Eq. 6 for one batch.
+
+    For spans, Eq. 6 is the mean of start's and end's, as the task loss is.
+
+    Args:
+        student: Model output with ``hidden_states`` and ``logits``, or ``start_logits`` and
+            ``end_logits``.
+        teacher: The same of the teacher, without gradient.
+        mask: ``(B, T)``, 1 for tokens whose states count; ``None`` for all. Not used for packed
+            states.
+        layers: ``all``, ``skip`` or ``last`` (Fig. 3b).
+    """
+    chosen = chosen_layers(len(student.hidden_states) - 1, layers)
+    states = [(student.hidden_states[layer], teacher.hidden_states[layer]) for layer in chosen]
+    X, X_tea = zip(*[_counted(*pair, mask) for pair in states], strict=True)
+    logits = zip(_logits(student), _logits(teacher), strict=True)
+    predictions = torch.stack([_prediction_distance(*pair) for pair in logits])
+    return DistillationTerms(layer_loss(X, X_tea), predictions.mean())
 
 
 def chosen_layers(n_layers: int, which: str) -> list[int]:
@@ -42,79 +133,16 @@ def chosen_layers(n_layers: int, which: str) -> list[int]:
     raise ValueError(f"layers must be all, skip, last or none, not {which!r}")
 
 
-def layer_distances(
-    student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None
-) -> Tensor:
-    """MSE between student's and teacher's state at each layer: Eq. 5 before the sum.
-
-    Args:
-        student: ``L + 1`` hidden states ``(B, T, D)``, embeddings first; or packed ones
-            ``(N, D)``, which hold the tokens that count alone.
-        teacher: The same of the teacher, in any dtype.
-        mask: ``(B, T)``, 1 for tokens that count; ``None`` counts padding too, as the release.
-            Packed states need none.
-
-    Returns:
-        Shape ``(L + 1,)``: mean over counted tokens and dimensions.
-
-    Raises:
-        ValueError: another number of states.
-    """
-    if len(student) != len(teacher):
-        raise ValueError(f"student has {len(student)} states, teacher {len(teacher)}")
-    real = None if mask is None else mask.bool()
-
-    def counted(state: Tensor) -> Tensor:
-        return state if real is None or state.dim() == 2 else state[real]
-
-    pairs = zip(map(counted, student), map(counted, teacher), strict=True)
-    return torch.stack([F.mse_loss(own, other.to(own.dtype)) for own, other in pairs])
-
-
-def prediction_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Symmetric KL divergence of the predicted distributions (Eq. 6), mean over the batch.
-
-    From log-probabilities, so a vanishing probability gives a large number and never NaN.
-    A single logit (regression) predicts no distribution: the squared difference stands in.
-
-    Args:
-        logits: Student's, ``(B, C)``.
-        teacher_logits: Teacher's, ``(B, C)``, in any dtype.
-    """
-    teacher_logits = teacher_logits.to(logits.dtype)
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits, teacher_logits)
-    log_p, log_q = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    forward = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)  # KL(p || p_tea)
-    backward = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)  # KL(p_tea || p)
-    return (forward + backward) / 2
-
-
-def _predicted(output) -> list[Tensor]:
+def _logits(output) -> list[Tensor]:
     """Logits of each distribution that a model predicts: one, or a span's start and end."""
     if hasattr(output, "start_logits"):
         return [output.start_logits, output.end_logits]  # (B, T) each
     return [output.logits]  # (B, C)
 
 
-def distillation_terms(
-    student, teacher, *, mask: Tensor | None, layers: str = "all"
-) -> DistillationTerms:
-    """Eq. 5 and Eq. 6 for one batch.
-
-    Eq. 6 of a span is the mean of start's and end's, as its task loss is.
-
-    Args:
-        student: Model output with ``hidden_states`` and ``logits``, or ``start_logits`` and
-            ``end_logits``.
-        teacher: The same of the teacher, without gradient.
-        mask: ``(B, T)``, 1 for tokens whose states count; ``None`` for all. Packed states hold
-            those that count alone.
-        layers: ``all``, ``skip`` or ``last`` (Fig. 3b).
-    """
-    chosen = chosen_layers(len(student.hidden_states) - 1, layers)
-    own = [student.hidden_states[index] for index in chosen]
-    other = [teacher.hidden_states[index] for index in chosen]
-    pairs = zip(_predicted(student), _predicted(teacher), strict=True)
-    prediction = torch.stack([prediction_loss(*pair) for pair in pairs]).mean()
-    return DistillationTerms(layer_distances(own, other, mask).sum(), prediction)
+def _prediction_distance(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Eq. 6; for a single logit (regression), which is no distribution, the squared difference."""
+    teacher_logits = teacher_logits.to(logits.dtype)
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits, teacher_logits)
+    return prediction_loss(logits, teacher_logits)

@@ -1,8 +1,10 @@
-"""Which neurons each expert gets (Sec. 3.1, Fig. 1).
+"""Partition: which neurons each expert gets (Sec. 3.1, Fig. 1), and alternatives by clustering.
 
-A *neuron* of a feed-forward network is a column of W1 with the matching row of W2. The
-most important neurons go to every expert, the next ones are dealt out like cards, the
-rest are dropped. Tensors in, tensors out: no model is known here.
+A *neuron* of a feed-forward network is a column of W1 with the matching row of W2. The paper
+copies the most important neurons to every expert, deals the next ones out in turn, and drops the
+rest, so every expert gets some of everything. MoEfication (Zhang et al. 2022) does the opposite: it
+puts similar neurons into one expert. Here the same neurons are then grouped, into experts of
+exactly one size, so that only their company differs. Functions of tensors and arrays; no model.
 """
 
 from dataclasses import dataclass
@@ -10,7 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+ROUNDS = 100  # of k-means at most; it settles in about twenty
+ROWS = 64  # of gains computed at a time, so that they fit a processor's cache
 
 
 def deal_neurons(
@@ -21,11 +27,11 @@ def deal_neurons(
     n_shared: int,
     allow_identical: bool = False,
 ) -> Tensor:
-    """Deal one layer's neurons out to experts, most important first.
+    """Deal one layer's neurons out to experts, most important first (Fig. 1).
 
-    Every expert receives the ``n_shared`` top neurons. The following ones are dealt one at
-    a time around the table, so no expert is left with only weak ones. Neurons after the
-    last full round belong to no expert.
+    Every expert receives the ``n_shared`` top neurons. The following ones are dealt in turn, one
+    at a time, so that no expert is left with only weak ones. Neurons after the last full round
+    belong to no expert.
 
     Args:
         ranking: Neuron indices, most important first. Shape ``(F,)``, int64, a permutation
@@ -49,6 +55,17 @@ def deal_neurons(
         tensor([[5, 2, 1],
                 [5, 0, 3]])
     """
+    _check_deal(ranking, n_experts, expert_size, n_shared, allow_identical)
+    n_own = expert_size - n_shared
+    shared = ranking[:n_shared].expand(n_experts, -1)  # (E, n_shared)
+    dealt = ranking[n_shared : n_shared + n_experts * n_own]  # the rest is dropped
+    own = dealt.view(n_own, n_experts).T  # (E, n_own), each round gives one to every expert
+    return torch.cat([shared, own], dim=1)  # (E, K)
+
+
+def _check_deal(
+    ranking: Tensor, n_experts: int, expert_size: int, n_shared: int, allow_identical: bool
+) -> None:
     width = len(ranking)
     if ranking.dim() != 1 or not torch.equal(ranking.sort().values.cpu(), torch.arange(width)):
         raise ValueError(f"ranking must be a permutation of 0..{width - 1}")
@@ -61,17 +78,13 @@ def deal_neurons(
             f"n_shared={n_shared} of expert_size={expert_size} makes all {n_experts} experts "
             "identical; pass allow_identical=True if that is meant"
         )
-    n_own = expert_size - n_shared
-    needed = n_shared + n_experts * n_own
+    needed = n_shared + n_experts * (expert_size - n_shared)
     if needed > width:
         largest = (width + (n_experts - 1) * n_shared) // n_experts
         raise ValueError(
             f"{needed} neurons are needed to fill {n_experts} experts, the layer has {width}; "
             f"with n_shared={n_shared} the largest expert_size is {largest}"
         )
-    shared = ranking[:n_shared].expand(n_experts, -1)  # (E, n_shared)
-    own = ranking[n_shared:needed].view(n_own, n_experts).T  # (E, n_own)
-    return torch.cat([shared, own], dim=1)  # (E, K)
 
 
 def deal_layers(ranking: Tensor, **sizes: int | bool) -> Tensor:
@@ -129,8 +142,170 @@ def composition(experts: Tensor, width: int) -> Composition:
     return Composition(shared, width - shared - dropped, dropped)
 
 
-# One layer's scores as a deal makes use of them: who holds what, how much, and in common.
-# Any score can rank the neurons; the paper's is Eq. 4. Arrays in, arrays out.
+# Other ways to fill experts: similar neurons together.
+
+
+def group_neurons(dealt: Tensor, n_shared: int, labels: Tensor) -> Tensor:
+    """An assignment with the same neurons, of which those not shared are grouped by ``labels``.
+
+    Args:
+        dealt: One layer's neurons by expert, ``(E, K)``, from :func:`deal_neurons`.
+        n_shared: Its first columns, which stay.
+        labels: Group of each neuron in ``dealt[:, n_shared:].T.flatten()``, that is by
+            importance: ``(E * (K - n_shared),)``, each of ``0 .. E - 1`` equally often.
+
+    Returns:
+        Shape ``(E, K)``, int64; within an expert by importance.
+
+    Raises:
+        ValueError: groups of other sizes.
+    """
+    E, own = len(dealt), dealt[:, n_shared:].T.flatten()
+    sizes = torch.bincount(labels, minlength=E)
+    if len(labels) != len(own) or len(sizes) != E or len(set(sizes.tolist())) != 1:
+        raise ValueError(f"groups of {sizes.tolist()} neurons; expected {E} of {len(own) // E}")
+    grouped = torch.stack([own[labels == expert] for expert in range(E)])
+    return torch.cat([dealt[:, :n_shared], grouped], dim=1)
+
+
+def unit_rows(features: Tensor) -> np.ndarray:
+    """Rows of length one, float64, so that only directions count; a row of zeros stays."""
+    rows = features.detach().double().cpu().numpy()
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def balanced_kmeans(points: np.ndarray, k: int, *, seed: int) -> Tensor:
+    """k-means with clusters of exactly one size.
+
+    Lloyd's two steps, but the first is :func:`balanced_assignment`: of all ways to give every
+    centre equally many points, the one with the least sum of squared distances. Neither step
+    raises that sum. Starts from k-means++.
+
+    Args:
+        points: Shape ``(n, d)``; ``n`` is a multiple of ``k``.
+        k: Clusters.
+        seed: Of the start.
+
+    Returns:
+        Cluster of each point, ``(n,)``, int64.
+    """
+    if len(points) % k:
+        raise ValueError(f"{len(points)} points do not make {k} clusters of one size")
+    centres, labels = _spread(points, k, np.random.default_rng(seed)), None
+    for _ in range(ROUNDS):
+        nearest = balanced_assignment(_squared(points, centres))
+        if labels is not None and np.array_equal(nearest, labels):
+            break
+        labels = nearest
+        centres = np.stack([points[labels == cluster].mean(0) for cluster in range(k)])
+    return torch.as_tensor(labels)
+
+
+def balanced_assignment(cost: np.ndarray) -> np.ndarray:
+    """The column of each row, every column equally often, with the least total cost.
+
+    scipy's exact solver, each column offered as often as it may be taken.
+
+    Args:
+        cost: Shape ``(n, k)``; ``n`` is a multiple of ``k``.
+
+    Returns:
+        Shape ``(n,)``, int64.
+    """
+    n, k = cost.shape
+    _, places = linear_sum_assignment(np.repeat(cost, n // k, axis=1))
+    return places // (n // k)
+
+
+def _squared(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Squared distances, ``(n, k)``."""
+    return (points**2).sum(1)[:, None] - 2 * points @ centres.T + (centres**2).sum(1)
+
+
+def _spread(points: np.ndarray, k: int, generator: np.random.Generator) -> np.ndarray:
+    """k-means++: each next centre is a point, the likelier the further from the former ones."""
+    chosen = [int(generator.integers(len(points)))]
+    for _ in range(k - 1):
+        far = _squared(points, points[chosen]).min(1).clip(min=0)
+        share = far / far.sum() if far.sum() > 0 else None
+        chosen.append(int(generator.choice(len(points), p=share)))
+    return points[chosen]
+
+
+def coactivation(active: Tensor) -> np.ndarray:
+    """The co-activation graph: on how many tokens two neurons are both active.
+
+    Args:
+        active: Whether a neuron is, ``(tokens, F)``, bool.
+
+    Returns:
+        Symmetric weights ``(F, F)``, float64, zeros on the diagonal.
+    """
+    seen = active.float().cpu()
+    graph = (seen.T @ seen).double().numpy()
+    np.fill_diagonal(graph, 0)
+    return graph
+
+
+def partition_graph(graph: np.ndarray, k: int) -> Tensor:
+    """Parts of exactly one size with much weight inside them.
+
+    Starts from nodes dealt in turn. Then pairs of nodes change places, those that gain most first,
+    until no exchange gains anything (after Kernighan and Lin 1970). A gain below 1e-10 of a
+    node's whole weight counts as rounding.
+
+    Args:
+        graph: Symmetric weights ``(n, n)`` with a zero diagonal; ``n`` is a multiple of ``k``.
+        k: Parts.
+
+    Returns:
+        Part of each node, ``(n,)``, int64.
+    """
+    n = len(graph)
+    if n % k:
+        raise ValueError(f"{n} neurons do not make {k} parts of one size")
+    labels, least = np.arange(n) % k, 1e-10 * np.abs(graph).sum(1).max(initial=0)
+    while True:
+        towards = graph @ np.eye(k)[labels]  # (n, k), summed anew: rounding does not pile up
+        partner, gain = _partners(graph, labels, towards)
+        first = np.argsort(-gain, kind="stable")[: (gain > least).sum()]
+        if not any([_exchange(graph, labels, towards, i, partner[i], least) for i in first]):
+            return torch.as_tensor(labels)
+
+
+def _partners(
+    graph: np.ndarray, labels: np.ndarray, towards: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The best node for each to change places with, and what that gains. Both ``(n,)``."""
+    here = np.eye(towards.shape[1])[labels]
+    move = towards - (towards * here).sum(1, keepdims=True)  # gain of going to each part, (n, k)
+    left, right = np.hstack([move, here]), np.hstack([here, move]).T
+    partners, gains = [], []
+    for start in range(0, len(graph), ROWS):
+        rows = slice(start, start + ROWS)
+        gain = left[rows] @ right - 2 * graph[rows]  # of i in the part of j, and j in that of i
+        partners.append(gain.argmax(1))
+        gains.append(gain.max(1))
+    return np.concatenate(partners), np.concatenate(gains)
+
+
+def _exchange(
+    graph: np.ndarray, labels: np.ndarray, towards: np.ndarray, i: int, j: int, least: float
+) -> bool:
+    """Let two nodes change parts if that still gains, now that others may have moved."""
+    p, q = labels[i], labels[j]
+    gain = towards[i, q] - towards[i, p] + towards[j, p] - towards[j, q]
+    if gain - 2 * graph[i, j] <= least:
+        return False
+    moved = graph[j] - graph[i]
+    towards[:, p] += moved
+    towards[:, q] -= moved
+    labels[i], labels[j] = q, p
+    return True
+
+
+# One layer's scores and the experts that follow from them: which expert has which neurons, how much
+# of the score, and how much in common with the others.
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +335,9 @@ class View:
     @property
     def holds(self) -> np.ndarray:
         """Whether an expert holds the neuron of a rank, ``(E, F)``."""
-        found = np.zeros((len(self.hands), len(self.ordered)), dtype=bool)
-        np.put_along_axis(found, self.hands, True, axis=1)
-        return found
+        holds = np.zeros((len(self.hands), len(self.ordered)), dtype=bool)
+        np.put_along_axis(holds, self.hands, True, axis=1)
+        return holds
 
     @property
     def mass(self) -> np.ndarray:

@@ -1,13 +1,14 @@
-"""Which expert each token goes to (Sec. 2, Eq. 2-3; Fig. 3c): one, or k behind a gate.
+"""Routing: which expert serves each token, and experts applied to their tokens (Sec. 2, Eqs. 1-3).
 
-Four routers under the release's names, and one beyond the paper: a hash by clusters of words.
-In the paper each token has one expert; a gate may ask for ``k`` of them, the most probable ones.
-A hash router looks the token id up in a table drawn once and saved with the model; a gate is a
-small linear layer trained with it. All share one signature, so a layer does not know which it
-has: states ``(B, T, D)``, token ids and mask ``(B, T)``; or of a packed batch ``(1, N, D)``,
-``(1, N)`` and its ``Packing``.
+The paper's four routers under the release's names, and one beyond the paper, a hash by clusters
+of words. In the paper each token has one expert; a gate may choose the ``k`` most probable ones.
+A hash router looks the token id up in a table that is drawn once and saved with the model. A gate
+is a small linear layer that is trained with the model. All routers have one signature: states
+``(B, T, D)``, token ids and mask ``(B, T)``; or of a packed batch ``(1, N, D)``, ``(1, N)`` and
+its ``Packing``.
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,11 +30,70 @@ class Route(NamedTuple):
     probabilities: Tensor | None  #: (B*T, E) the gate's distribution; None for a hash
 
 
+def experts_forward(
+    A: Tensor,
+    expert_of: Tensor,
+    p: Tensor,
+    W1: Sequence[Tensor],
+    b1: Sequence[Tensor],
+    W2: Sequence[Tensor],
+    b2: Sequence[Tensor],
+    act: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Apply to each token the feed-forward network of its expert: ``x_t = p_t E_i(a_t)``.
+
+    The tokens of an expert are gathered, pass through its two layers together, and go back to
+    their places.
+
+    Args:
+        A: Tokens ``a_t``, ``(N, D)``.
+        expert_of: The expert ``i`` of each token, ``(N,)``, int64.
+        p: Factor on its output, ``(N, 1)``; 1 for a hash.
+        W1: First layer of each expert, ``E`` times ``(K, D)``, as ``nn.Linear`` keeps weights.
+        b1: Its bias, ``E`` times ``(K,)``.
+        W2: Second layer, ``E`` times ``(D, K)``.
+        b2: Its bias, ``E`` times ``(D,)``.
+        act: Activation function.
+
+    Returns:
+        Shape ``(N, D)``, tokens in the order of ``A``.
+
+    Source: Eq. 1 for each expert, and Eq. 2 with one expert a token.
+    """
+    order, places, counts = by_expert(expert_of, len(W1))
+    gathered = A.index_select(0, order).split(counts)  # E times (n_e, D)
+    X = []
+    for A_e, w1, c1, w2, c2 in zip(gathered, W1, b1, W2, b2, strict=True):
+        H = act(F.linear(A_e, w1, c1))  # (n_e, K), Eq. 1
+        X.append(F.linear(H, w2, c2))  # (n_e, D)
+    return torch.cat(X).index_select(0, places) * p  # (N, D), Eq. 2
+
+
+def by_expert(expert_of: Tensor, n_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Tokens sorted by expert.
+
+    Args:
+        expert_of: The expert of each token, ``(N,)``, int64.
+        n_experts: Number of experts ``E``.
+
+    Returns:
+        The tokens in the order of their experts, ``(N,)``; each token's place in that order,
+        ``(N,)``; and the number of each expert's tokens, a list of ``E``.
+    """
+    order = expert_of.argsort(stable=True)
+    numbers = torch.arange(len(order), device=order.device)
+    places = torch.empty_like(order).index_copy_(0, order, numbers)
+    return order, places, torch.bincount(expert_of, minlength=n_experts).tolist()
+
+
 class HashRouter(nn.Module):
-    """Token id to expert through a table (hash layers; the paper's default).
+    """``hash-...``: the expert of a token id stands in a table (hash layers; the paper's default).
 
     ``tid2eid`` has shape ``(vocab, 1)``, int64. It is a persistent buffer, so a saved model
     routes exactly as it did.
+
+    Args:
+        table: Of :func:`random_table`, :func:`balanced_table` or :func:`clustered_table`.
     """
 
     def __init__(self, table: Tensor):
@@ -47,42 +107,6 @@ class HashRouter(nn.Module):
         return Route(experts, torch.ones_like(experts, dtype=hidden.dtype), None)
 
 
-class RandomHash(HashRouter):
-    """``hash-random``: every vocabulary entry gets an expert at random."""
-
-    def __init__(self, vocab_size: int, n_experts: int, *, seed: int = 0):
-        super().__init__(random_table(vocab_size, n_experts, seed=seed))
-
-
-class BalancedHash(HashRouter):
-    """``hash-balance``: entries are assigned so that the experts' loads are close.
-
-    The seed places only tokens that never occur: where every token occurs, all layers of a
-    model have the same table, unlike those of ``hash-random``.
-
-    Args:
-        frequencies: How often each token occurs in the training set, ``(vocab,)``.
-        n_experts: Number of experts.
-        seed: Order of the tokens that never occur.
-    """
-
-    def __init__(self, frequencies: Tensor, n_experts: int, *, seed: int = 0):
-        super().__init__(balanced_table(frequencies, n_experts, seed=seed))
-
-
-class ClusteredHash(HashRouter):
-    """``hash-cluster``: words of one cluster of embeddings share an expert; beyond the paper.
-
-    Args:
-        embeddings: Of the vocabulary, ``(vocab, D)``.
-        n_experts: Number of experts.
-        seed: Of k-means.
-    """
-
-    def __init__(self, embeddings: Tensor, n_experts: int, *, seed: int = 0):
-        super().__init__(clustered_table(embeddings, n_experts, seed=seed))
-
-
 class TokenGate(nn.Module):
     """``gate-token``: Eq. 3 for each token, its ``top_k`` most probable experts."""
 
@@ -92,7 +116,7 @@ class TokenGate(nn.Module):
         self.gate = nn.Linear(hidden_size, n_experts, bias=False)  # W_g
 
     def forward(self, hidden: Tensor, input_ids: Tensor | None, mask: Tensor | None) -> Route:
-        return _top(self.gate(hidden.flatten(0, 1)), self.top_k)
+        return gate_route(self.gate(hidden.flatten(0, 1)), self.top_k)
 
 
 class SentenceGate(nn.Module):
@@ -112,20 +136,24 @@ class SentenceGate(nn.Module):
         if isinstance(mask, Packing):
             logits = self.gate(mask.means(hidden[0]))  # (B, E)
             rows = F.embedding(mask.sentence, logits)  # as an index it is not deterministic
-            return _top(rows, self.top_k)
+            return gate_route(rows, self.top_k)
         B, T, _ = hidden.shape
         real = hidden.new_ones(B, T) if mask is None else mask.to(hidden.dtype)
         total = (hidden * real[..., None]).sum(1)  # (B, D)
         mean = total / real.sum(1, keepdim=True).clamp(min=1)
         logits = self.gate(mean)[:, None].expand(B, T, -1)
-        return _top(logits.flatten(0, 1), self.top_k)  # of (B*T, E)
+        return gate_route(logits.flatten(0, 1), self.top_k)  # of (B*T, E)
 
 
-def _top(logits: Tensor, k: int) -> Route:
-    """Eq. 3's ``k`` largest p as they are: all N of them sum to 1, fewer to less.
+def gate_route(logits: Tensor, k: int) -> Route:
+    """The ``k`` most probable experts, with their gate probabilities, not renormalised (Eq. 3).
 
-    To make the chosen ones sum to 1, as Mixtral does, would give p = 1 for the paper's one
-    expert, and the gate no gradient.
+    If the chosen probabilities were made to sum to 1, as Mixtral does, p would be 1 for the
+    paper's one expert, and the gate would have no gradient.
+
+    Args:
+        logits: ``a_t W_g`` of each token, ``(B*T, E)``.
+        k: Experts that serve each token.
     """
     probabilities = logits.softmax(-1)  # (B*T, E), Eq. 3
     best = probabilities.max(-1, keepdim=True) if k == 1 else probabilities.topk(k)
@@ -134,43 +162,43 @@ def _top(logits: Tensor, k: int) -> Route:
 
 
 def random_table(vocab_size: int, n_experts: int, *, seed: int) -> Tensor:
-    """Uniform random expert per vocabulary entry. Shape ``(vocab,)``, int64."""
+    """``hash-random``: a uniformly random expert for each vocabulary entry, ``(vocab,)``, int64."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(n_experts, (vocab_size,), generator=generator)
 
 
 def balanced_table(frequencies: Tensor, n_experts: int, *, seed: int) -> Tensor:
-    """Greedy balance: the most frequent token first, each to the least loaded expert.
+    """``hash-balance``: the most frequent token first, each to the least loaded expert.
 
-    Tokens that never occur are spread evenly in a random order, since they too may come.
+    Tokens that never occur are spread evenly in a random order, since they may occur later.
+    Where every token occurs, the table does not depend on the seed.
 
     Args:
-        frequencies: Occurrences of each vocabulary entry, ``(vocab,)``, non-negative.
+        frequencies: Occurrences of each vocabulary entry, ``(vocab,)``, non-negative integers.
         n_experts: Number of experts.
         seed: Order of the tokens that never occur.
 
     Returns:
         Shape ``(vocab,)``, int64. Two experts' loads differ by at most the largest frequency.
     """
-    table = torch.empty(len(frequencies), dtype=torch.int64)
-    load = [0] * n_experts
-    order = frequencies.argsort(descending=True, stable=True)
-    seen = order[frequencies[order] > 0]
-    for token in seen.tolist():
-        expert = min(range(n_experts), key=load.__getitem__)
+    order = frequencies.argsort(descending=True, stable=True)  # token ids
+    table, load = torch.empty_like(order), [0] * n_experts
+    n_seen = int((frequencies > 0).sum())
+    for token in order[:n_seen].tolist():
+        expert = load.index(min(load))
         table[token] = expert
         load[expert] += int(frequencies[token])
-    unseen = order[len(seen) :]
-    generator = torch.Generator().manual_seed(seed)
+    unseen, generator = order[n_seen:], torch.Generator().manual_seed(seed)
     shuffled = unseen[torch.randperm(len(unseen), generator=generator)]
     table[shuffled] = torch.arange(len(unseen)) % n_experts
     return table
 
 
 def clustered_table(embeddings: Tensor, n_experts: int, *, seed: int) -> Tensor:
-    """k-means over the words' embeddings; cluster ``e`` goes to expert ``e``.
+    """``hash-cluster``, beyond the paper: words of one cluster of embeddings share an expert.
 
-    Nothing makes the clusters even, neither in words nor in how often these occur.
+    k-means; cluster ``e`` goes to expert ``e``. Clusters are not of one size, neither in words
+    nor in how often these occur.
 
     Args:
         embeddings: One row for each vocabulary entry, ``(vocab, D)``.
@@ -183,15 +211,15 @@ def clustered_table(embeddings: Tensor, n_experts: int, *, seed: int) -> Tensor:
     from sklearn.cluster import KMeans  # here: it takes a second, and no other router needs it
 
     points = embeddings.detach().float().cpu().numpy()
-    found = KMeans(n_experts, n_init=1, random_state=seed).fit(points)
-    return torch.from_numpy(found.labels_).long()
+    clusters = KMeans(n_experts, n_init=1, random_state=seed).fit(points)
+    return torch.from_numpy(clusters.labels_).long()
 
 
 def loads(experts: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:
-    """Share of the tokens each expert serves, ``(E,)``, summing to 1.
+    """Share of the tokens that each expert serves, ``(E,)``, summing to 1.
 
     Args:
-        experts: Chosen experts, any shape, int64; of several a token, each counts alike.
+        experts: Chosen experts, any shape, int64; several of one token count alike.
         n_experts: Number of experts.
         mask: 1 for real tokens, 0 for padding; ``B*T`` elements.
     """

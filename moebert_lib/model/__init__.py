@@ -1,0 +1,1 @@
+"""MoEBERT as transformers models: expert layers, encoder families, conversion, faster forward."""

@@ -21,7 +21,7 @@ from moebert_lib.config.settings import check_sizes, proportions
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.importance import Importance, ffn_digest
 from moebert_lib.method.partition import deal_layers
-from moebert_lib.method.routing import BalancedHash, ClusteredHash, HashRouter, RandomHash
+from moebert_lib.method.routing import HashRouter, balanced_table, clustered_table, random_table
 from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import MoEOutput, moe_layers
 
@@ -260,25 +260,27 @@ def _set_routers(student: nn.Module, *, seed: int, token_frequencies: Tensor | N
     clusters = None
     if config.routing == "hash-cluster":
         words = student.get_input_embeddings().weight
-        clusters = ClusteredHash(words, config.n_experts, seed=seed)
+        clusters = clustered_table(words, config.n_experts, seed=seed)  # the same in all layers
     for index, layer in enumerate(layers):
         if isinstance(layer.router, HashRouter):
-            own_seed = seed * len(layers) + index  # a table of its own for every layer
-            fresh = clusters or _hash_router(config, token_frequencies, seed=own_seed)
-            layer.router.tid2eid.copy_(fresh.tid2eid)
+            table = clusters
+            if table is None:
+                own_seed = seed * len(layers) + index
+                table = _hash_table(config, token_frequencies, seed=own_seed)
+            layer.router.tid2eid.copy_(table[:, None])
         else:
             weight = layer.router.gate.weight
             drawn = torch.randn(weight.shape, generator=generator) * config.initializer_range
             weight.copy_(drawn)
 
 
-def _hash_router(config: PreTrainedConfig, frequencies: Tensor | None, *, seed: int) -> HashRouter:
+def _hash_table(config: PreTrainedConfig, frequencies: Tensor | None, *, seed: int) -> Tensor:
     if config.routing == "hash-random":
-        return RandomHash(config.vocab_size, config.n_experts, seed=seed)
+        return random_table(config.vocab_size, config.n_experts, seed=seed)
     if frequencies is None or len(frequencies) != config.vocab_size:
         given = "none" if frequencies is None else len(frequencies)
         raise ValueError(
             "routing='hash-balance' needs token_frequencies, one count for each of the "
             f"{config.vocab_size} vocabulary ids, not {given}"
         )
-    return BalancedHash(frequencies, config.n_experts, seed=seed)
+    return balanced_table(frequencies, config.n_experts, seed=seed)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.activations import GELUActivation
 
-from moebert_lib.data.batching import Packing, attention, by_expert
+from moebert_lib.data.batching import Packing, attention
+from moebert_lib.method.routing import by_expert
 
 #: A linear layer: of ``x`` ``(N, D_in)``, and what is added to the result where it is given.
 Linear = Callable[..., Tensor]
@@ -316,7 +317,7 @@ class PreparedLayer:
         expert_of, weights = route.experts, route.weights.to(a.dtype) if output.gated else None
         if rows is not None:
             a, expert_of, weights = (x if x is None else x[rows] for x in (a, expert_of, weights))
-        order, back, counts = by_expert(expert_of, len(self.ffns))
+        order, back, counts = by_expert(expert_of[:, 0], len(self.ffns))
         if max(counts) == len(a):  # one expert has all: nothing to pick out
             return self.ffns[counts.index(len(a))](a, weights, outside=output.outside)
         factors = [None] * len(counts)

@@ -50,7 +50,7 @@ from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.config.settings import check_top_k
 from moebert_lib.method.encoder_layouts import family
-from moebert_lib.method.routing import ALL_ROUTINGS, HashRouter, RandomHash
+from moebert_lib.method.routing import ALL_ROUTINGS, HashRouter, random_table
 from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingContext
 
 
@@ -132,8 +132,8 @@ class MoEPreTrainedModel(PreTrainedModel):
                 else:
                     init.normal_(values, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, HashRouter):
-            fresh = RandomHash(self.config.vocab_size, self.config.n_experts)
-            init.copy_(module.tid2eid, fresh.tid2eid)
+            table = random_table(self.config.vocab_size, self.config.n_experts, seed=0)
+            init.copy_(module.tid2eid, table[:, None])
         elif isinstance(module, MoEOutput):
             init.zeros_(module.neurons)
 

@@ -16,14 +16,15 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from moebert_lib.data.batching import Packing, by_expert
+from moebert_lib.data.batching import Packing
 from moebert_lib.method.routing import (
     HashRouter,
-    RandomHash,
     Route,
     SentenceGate,
     TokenGate,
     balance_loss,
+    experts_forward,
+    random_table,
 )
 
 
@@ -67,14 +68,9 @@ class Experts(nn.Module):
             Shape ``(B*T, D)``, tokens in the order they came in.
         """
         k = top_k_index.shape[1]
-        order, back, counts = by_expert(top_k_index.reshape(-1, 1), self.num_experts)
         rows = hidden_states[:, None].expand(-1, k, -1).flatten(0, 1)  # (B*T*k, D)
-        served, parts = [], rows.index_select(0, order).split(counts)
-        for tokens, w1, b1, w2, b2 in zip(parts, *self.unbound(), strict=True):
-            h = self.act_fn(F.linear(tokens, w1, b1))  # (n_e, K)
-            served.append(F.linear(h, w2, b2))
-        output = torch.cat(served).index_select(0, back)
-        output = output.to(hidden_states.dtype) * top_k_weights.reshape(-1, 1)
+        p = top_k_weights.reshape(-1, 1).to(rows.dtype)
+        output = experts_forward(rows, top_k_index.flatten(), p, *self.unbound(), self.act_fn)
         return output if k == 1 else output.unflatten(0, (-1, k)).sum(1)
 
     def unbound(self) -> tuple[tuple[Tensor, ...], ...]:
@@ -228,7 +224,8 @@ def _router(config: PreTrainedConfig) -> nn.Module:
         return TokenGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
     if config.routing == "gate-sentence":
         return SentenceGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
-    return RandomHash(config.vocab_size, config.n_experts)  # the table is loaded or set later
+    table = random_table(config.vocab_size, config.n_experts, seed=0)  # loaded or set later
+    return HashRouter(table)
 
 
 def moe_layers(model: nn.Module) -> list[MoEOutput]:

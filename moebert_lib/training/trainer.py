@@ -24,7 +24,7 @@ from transformers import (
 
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.batching import TokenBatches, batches, lengths, without_targets
-from moebert_lib.method.distillation_loss import distillation_terms
+from moebert_lib.method.distillation_loss import distillation_terms, total_loss
 from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
 from moebert_lib.training.checkpoints import keep
 from moebert_lib.training.teacher_states import TeacherStates, known, remember
@@ -122,7 +122,7 @@ class DistillationTrainer(Trainer):
             hidden, prediction = distillation_terms(
                 student, teacher, mask=mask, layers=self.distill
             )
-            loss = task + self.weight * (hidden + prediction)
+            loss = total_loss(task, hidden, prediction, self.weight)
         if model.training:
             self._terms.append(torch.stack([task, hidden, prediction, loss]).detach())
         return (loss, student) if return_outputs else loss
