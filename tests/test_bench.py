@@ -1,4 +1,4 @@
-"""The stopwatch: interleaving, paired ratios, targets, records."""
+"""The harness: interleaving, paired ratios, targets, records; sweeps timed with it."""
 
 import json
 
@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 import torch
 
-from moebert_lib.bench import harness, workflow
+from moebert_lib.bench import harness, sweeps_and_widgets
+from moebert_lib.bench.harness import Benchmark
 from moebert_lib.cli import main
 from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError
@@ -25,12 +26,13 @@ def test_calls_take_turns_after_one_untimed_round():
 def test_a_ratio_is_the_median_of_paired_ratios():
     timings = pd.DataFrame(
         {
+            "setting": "s",
             "variant": ["dense", "fast"] * 3,
             "repeat": [0, 0, 1, 1, 2, 2],
             "seconds": [1.0, 0.5, 10.0, 2.0, 1.0, 1.0],
         }
     )
-    table = harness.summary(timings, units=2).set_index("variant")
+    table = harness.summary(timings, examples=2).set_index("variant")
     assert table.loc["fast", "ratio"] == 2.0  # of 2, 5, 1
     assert table.loc["dense", "ratio"] == 1.0
     assert table.loc["fast", "per_second"] == 2.0 and table.loc["fast", "median_ms"] == 1000
@@ -46,12 +48,12 @@ def test_ratios_and_limits_are_of_each_setting_by_itself():
         }
     )
     limits = {"moe": "equal FLOPs"}
-    table = harness.summary(timings, limits=limits, units={"a": 1, "b": 32})
-    found = table.set_index(["setting", "variant"])
-    assert found.loc[("a", "moe"), "ratio"] == 2 and found.loc[("b", "moe"), "ratio"] == 3
-    assert found.loc[("a", "moe"), "of_limit"] == 0.5 and found.loc[("b", "moe"), "of_limit"] == 1
-    assert found.loc[("b", "moe"), "per_second"] == 16
-    assert np.isnan(found.loc[("a", "dense"), "of_limit"])
+    table = harness.summary(timings, limits=limits, examples={"a": 1, "b": 32})
+    rows = table.set_index(["setting", "variant"])
+    assert rows.loc[("a", "moe"), "ratio"] == 2 and rows.loc[("b", "moe"), "ratio"] == 3
+    assert rows.loc[("a", "moe"), "of_limit"] == 0.5 and rows.loc[("b", "moe"), "of_limit"] == 1
+    assert rows.loc[("b", "moe"), "per_second"] == 16
+    assert np.isnan(rows.loc[("a", "dense"), "of_limit"])
 
 
 def test_rounds_fill_a_minute_within_their_bounds():
@@ -59,11 +61,16 @@ def test_rounds_fill_a_minute_within_their_bounds():
     assert harness._rounds(7, seconds=30) == 8 and harness._rounds(21, seconds=0.1) == 21
 
 
-def test_results_of_the_untimed_round_are_looked_at():
-    looked = []
-    calls = {"a": lambda: 1, "b": lambda: 2}
-    harness.time_interleaved(calls, repeats=1, look=looked.append)
-    assert looked == [{"a": 1, "b": 2}]
+def test_outputs_of_the_untimed_round_are_checked_before_any_timing():
+    calls, timed = {"a": lambda: 1, "b": lambda: 2}, []
+
+    def refuse(outputs):
+        timed.append(outputs)
+        raise UserError("wrong")
+
+    with pytest.raises(UserError, match="wrong"):
+        harness.time_interleaved(calls, repeats=1, check=refuse)
+    assert timed == [{"a": 1, "b": 2}]
 
 
 def test_gradients_are_as_the_calls_have_them():
@@ -84,112 +91,148 @@ TIMED = pd.DataFrame(
 )
 
 
-def test_a_target_is_judged_by_the_median_where_it_was_timed():
-    wishes = [
-        ("s", "x", "dense", 2.0),
-        ("s", "x", "dense", 2.1),
-        ("s", "x", "dense", None),
-        ("t", "x", "dense", 1.0),
-        ("s", "y", "dense", 1.0),
-    ]
-    judged = harness.judge(TIMED, wishes)
-    assert [row["met"] for row in judged] == [True, False, None]
-    assert {(row["reached"], row["low"], row["high"]) for row in judged} == {(2.0, 1.5, 2.5)}
-
-
-def test_targets_are_said_in_words(capsys):
-    harness.say(harness.judge(TIMED, [("s", "x", "dense", 2.5), ("s", "x", "dense", None)]))
-    missed, plain = capsys.readouterr().out.splitlines()
-    assert missed == "s: x is 2.00 times as fast as dense (1.50 to 2.50); wanted 2.5: NOT met"
-    assert plain.endswith("(1.50 to 2.50)")
+@pytest.mark.parametrize(("wanted", "met"), [(2.0, True), (2.1, False)])
+def test_a_target_is_judged_by_the_median_ratio_to_the_limit(wanted, met):
+    bench = Benchmark(settings={}, limits={"x": "dense"}, targets={"x": wanted, "y": 1.0})
+    (row,) = harness.judge(harness.summary(TIMED, limits=bench.limits), bench)
+    assert (row["variant"], row["against"], row["wanted"]) == ("x", "dense", wanted)
+    assert (row["reached"], row["low"], row["high"], row["met"]) == (2.0, 1.5, 2.5, met)
 
 
 def test_a_table_is_printed_within_120_columns(capsys):
     names = {"dense": "dense", "x": "moebert gate-sentence, accelerated, bf16"}
     timings = TIMED.assign(seconds=TIMED["seconds"] * 12.3, variant=TIMED["variant"].map(names))
-    harness.show(harness.summary(timings.assign(setting="GLUE-like"), limits={names["x"]: "dense"}))
+    harness.show(harness.summary(timings, limits={names["x"]: "dense"}))
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and max(map(len, lines)) <= 120 and "12,300-18,450" in lines[2]
+    assert len(lines) == 3 and max(map(len, lines)) <= 120
+    assert "12,300 (12,300-18,450)" in lines[2]
 
 
-def test_what_is_kept_is_read_again_and_the_newest_first(moebert_home, capsys):
-    table = harness.summary(TIMED)
-    for age in ("old", "new"):
-        harness.keep(
-            "x", TIMED, table, targets=harness.judge(TIMED, [("s", "x", "dense", 2)]), age=age
-        )
-    harness.keep("x-cuda", TIMED, table, age="another")
+def calls(**seconds):
+    """Variants that take so long by a clock that stands still otherwise."""
+    return {name: (lambda s=s: harness.time.sleep(s)) for name, s in seconds.items()}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only sleeping moves."""
+
+    class Clock:
+        now = 0.0
+        perf_counter = staticmethod(lambda: Clock.now)
+
+        @staticmethod
+        def sleep(seconds):
+            Clock.now += seconds
+
+    monkeypatch.setattr(harness, "time", Clock)
+
+
+def test_a_run_prints_tables_and_targets_and_saves_all_of_it(moebert_home, clock, capsys):
+    benchmark = Benchmark(
+        name="x",
+        title="what is timed",
+        settings={"a": lambda: calls(dense=2.0, moe=1.0), "b": lambda: calls(dense=8.0, moe=2.0)},
+        limits={"moe": "dense"},
+        targets={"moe": 3.0},
+        repeats=2,
+        facts={"shape": [1, 2]},
+        finish=lambda timings, table: {"rows": [len(timings), len(table)]},
+    )
+    assert harness.run(benchmark) is True
+    (path,) = (moebert_home / "runs").glob("bench-x-*.json")
     record = harness.read("x")
-    assert record["age"] == "new" and "cpu" in record["machine"] and record["machine"]["gpu"]
-    pd.testing.assert_frame_equal(harness.frame(record, "timings"), TIMED, check_dtype=False)
-    pd.testing.assert_frame_equal(harness.frame(record, "summary"), table, check_dtype=False)
-    assert harness.frame(record, "targets")["met"].tolist() == [True]
-    assert "bench-x-" in capsys.readouterr().out
+    assert record == json.loads(path.read_text())
+    assert record["complete"] and record["shape"] == [1, 2] and record["rows"] == [8, 4]
+    assert [row["seconds"] for row in record["timings"]] == [2, 1, 2, 1, 8, 2, 8, 2]
+    assert [row["met"] for row in record["targets"]] == [False, True]
+    assert record["machine"]["cpu"] and record["machine"]["gpu"] and record["versions"]["torch"]
+    printed = capsys.readouterr().out
+    assert "what is timed" in printed and "a, 2 rounds" in printed
+    assert "moe has 2.00 of the speed of dense; wanted 3.0: NOT met" in printed
+    assert "round 1, dense: 8.0 s" in printed and path.name in printed
 
 
-def test_a_record_can_go_to_a_file_and_committed_ones_are_found(tmp_path, monkeypatch):
+def test_ctrl_c_keeps_the_settings_that_are_finished(moebert_home, clock, capsys):
+    def stop():
+        raise KeyboardInterrupt
+
+    settings = {"a": lambda: calls(dense=1.0), "b": lambda: {"dense": stop}}
+    assert harness.run(Benchmark(name="x", settings=settings, repeats=1)) is False
+    (path,) = (moebert_home / "runs").glob("bench-x-*.json")
+    record = json.loads(path.read_text())
+    assert not record["complete"] and [row["setting"] for row in record["summary"]] == ["a"]
+    assert "finished settings are kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no record 'x'"):  # an incomplete record is not read
+        harness.read("x")
+    with pytest.raises(KeyboardInterrupt):
+        harness.run(Benchmark(name="y", settings={"b": lambda: {"dense": stop}}))
+
+
+def test_the_newest_record_is_read_and_committed_ones_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
     with pytest.raises(UserError, match="make it with moebert bench inference --device cuda"):
         harness.read("inference-cuda")
     out = tmp_path / "figures" / "bench" / "inference-cuda.json"
-    assert harness.keep("inference-cuda", TIMED, harness.summary(TIMED), out=out) == out
-    assert harness.read("inference-cuda")["what"] == "inference-cuda"
-    assert [path.name for path in tmp_path.rglob("*.*")] == [out.name]
+    harness.save({"what": "inference-cuda", "age": "committed"}, out=out)
+    assert harness.read("inference-cuda")["age"] == "committed"
+    for age in ("old", "new"):
+        harness.save({"what": "inference-cuda", "age": age})
+    harness.save({"what": "inference", "age": "another"})
+    assert harness.read("inference-cuda")["age"] == "new"
 
 
-def test_ctrl_c_keeps_what_is_finished():
-    def measured(n):
-        yield from [TIMED] * n
-        raise KeyboardInterrupt
-
-    timings, complete = harness.gather(measured(2))
-    assert len(timings) == 2 * len(TIMED) and not complete
-    assert harness.gather([TIMED])[1]
-    with pytest.raises(KeyboardInterrupt):
-        harness.gather(measured(0))
+@pytest.mark.parametrize("name", ["inference", "training", "importance", "scaling"])
+def test_committed_records_are_read(name, moebert_home):
+    record = harness.read(name)
+    assert record["what"] == name and {"summary", "timings", "targets", "machine"} <= {*record}
 
 
-def test_other_work_is_told_and_recorded(monkeypatch, capsys):
+def test_other_programs_are_named_and_recorded(monkeypatch, capsys):
     monkeypatch.setattr(provenance, "cores", lambda: 2)
     monkeypatch.setattr(harness.os, "getloadavg", lambda: (3.0, 0, 0))
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
-    found = harness.prepare()
-    assert found["load"] == 1.5 and found["malloc"]["MALLOC_ARENA_MAX"] == "1"
-    assert capsys.readouterr().out == "timed beside other work: load 3.0 on 2 cores\n"
+    assert harness.prepare()["load"] == 1.5
+    assert capsys.readouterr().out == "other programs are busy: load 3.0 on 2 cores\n"
     monkeypatch.setattr(harness.os, "getloadavg", lambda: (0.5, 0, 0))
     harness.prepare()
     assert capsys.readouterr().out == ""
 
 
-def test_the_machine_is_described_in_json_values():
-    found = harness.machine()
-    assert json.loads(json.dumps(found)) == found and {"instructions", "gpu", "ram_gb"} <= {*found}
-
-
-def test_a_sweep_is_timed_in_turn_with_one_worker_and_with_two(moebert_home, monkeypatch, capsys):
+def test_a_sweep_is_timed_in_turn_with_one_worker_and_with_two(moebert_home, monkeypatch, clock):
     asked = []
 
-    def sweep(where, seeds, *, workers):
-        asked.append((where.name, list(seeds), workers))
-        return 30.0 / workers
+    def sweep(folder, first_seed, *, workers):
+        asked.append((folder.name, first_seed, workers))
+        harness.time.sleep(30.0 / workers)
 
-    monkeypatch.setattr(workflow, "_sweep", sweep)
+    monkeypatch.setattr(sweeps_and_widgets, "sweep", sweep)
     assert main.main(["bench", "batch", "--runs", "20"]) == 0
-    first, second = list(range(10)), list(range(10, 20))
-    assert asked == [
-        ("1", first, 1),
-        ("2", first, 2),
-        ("1", second, 1),
-        ("2", second, 2),
-        ("2", first + second, 2),
-    ]
-    (kept,) = (moebert_home / "runs").glob("bench-batch-*.json")
-    record = json.loads(kept.read_text())
-    assert [row["ratio"] for row in record["summary"]] == [1.0, 2.0]
-    assert record["reused_seconds"] == 15.0 and "20 runs, all reused" in capsys.readouterr().out
+    rounds = [[("1", seed, 1), ("2", seed, 2), ("2", 0, 2)] for seed in (0, 10, 20)]
+    assert asked == [call for calls in rounds for call in calls]
+    record = harness.read("batch")
+    assert [row["ratio"] for row in record["summary"]] == [1.0, 2.0, 2.0]
+    assert record["summary"][1]["per_second"] == pytest.approx(10 / 15)
 
 
-def test_a_sweep_that_fails_is_no_timing(moebert_home, monkeypatch, capsys):
-    monkeypatch.setattr(workflow.sys, "executable", "/bin/false")
+def test_a_sweep_that_fails_is_not_timed(moebert_home, monkeypatch, capsys):
+    monkeypatch.setattr(sweeps_and_widgets.sys, "executable", "/bin/false")
     assert main.main(["bench", "batch", "--runs", "10"]) == 2
     assert "the sweep failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trainig"], "did you mean 'training'?"),
+        (["widgets", "--batch", "2"], "bench widgets has no option --batch"),
+        (["--device", "cud"], "did you mean 'cuda'?"),
+        (["--repeats", "0"], "expected at least 1"),
+        (["--length", "513"], "at most 512 tokens"),
+        (["--out", "no/such/folder/x.json"], "expected a file in an existing folder"),
+    ],
+    ids=str,
+)
+def test_what_makes_no_sense_is_refused(argv, message, capsys):
+    assert main.main(["bench", *argv]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

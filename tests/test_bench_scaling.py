@@ -5,55 +5,40 @@ import pandas as pd
 import pytest
 
 from moebert_lib.bench import harness, inference, roofline
-from moebert_lib.bench.inference import MOE, Point
 from moebert_lib.cli import main
 from moebert_lib.model.moe_layer import moe_layers
 
-SHAPE = {**harness.TINY_SHAPE, "intermediate_size": 256}
+MOE = "moebert hash-random, accelerated"
+SHAPE = {**inference.TINY, "intermediate_size": 256}
+
+
+AXES = {
+    "experts": {"n_experts"},
+    "experts of one size": {"n_experts", "expert_size"},
+    "tokens": {"n", "length"},
+    "sentences": {"n"},
+    "length": {"length"},
+    "layers": {"n_layers"},
+}
 
 
 def test_an_axis_varies_one_size_and_leaves_the_others():
-    rest = Point("", 0)
-    for point in inference.points():
-        sizes = Point._fields[2:]
-        changed = {name for name in sizes if getattr(point, name) != getattr(rest, name)}
-        allowed = {
-            "experts": {"n_experts"},
-            "experts of one size": {"n_experts", "expert_size"},
-            "tokens": {"n", "length"},
-            "sentences": {"n"},
-            "length": {"length"},
-            "layers": {"n_layers"},
-        }
-        assert changed <= allowed[point.axis]
-        assert point.axis != "tokens" or point.value == point.n * point.length
-    assert {point.value for point in inference.points() if point.axis == "experts"} == {
-        1,
-        2,
-        4,
-        8,
-        16,
-        32,
-        64,
-    }
+    axes = {}
+    for name, changed in inference.scaling_points(3072).items():
+        axis, _, value = name.partition(" = ")
+        axes.setdefault(axis, []).append(int(value))
+        assert {*changed} == AXES[axis]
+        assert axis != "tokens" or int(value) == changed["n"] * changed["length"]
+    assert {*axes} == {*AXES} and axes["experts"] == [1, 2, 4, 8, 16, 32, 64]
 
 
 def test_a_points_models_have_its_sizes():
-    built = inference.models(Point("experts", 8, n_experts=8, n_layers=3), SHAPE)
+    built = inference.scaling_models(SHAPE, n_experts=8, n_layers=3)
     layers = moe_layers(built[MOE])
     assert len(layers) == 3 and layers[0].experts.up_proj.shape == (8, 32, 32)
     assert built["equal FLOPs, accelerated"].config.intermediate_size == 32
-    wide = inference.models(Point("", 8, n_experts=8, expert_size=64), SHAPE)
+    wide = inference.scaling_models(SHAPE, n_experts=8, expert_size=64)
     assert moe_layers(wide[MOE])[0].experts.up_proj.shape == (8, 64, 32)
-
-
-def test_points_are_timed_and_their_work_is_counted():
-    works, chosen = {}, [Point("length", T, n=2, length=T) for T in (4, 8)]
-    frames = [*inference.measured_bench_scaling(chosen, SHAPE, repeats=2, works=works)]
-    assert [frame["value"].unique().tolist() for frame in frames] == [[4], [8]]
-    assert len(works) == 2 * 3 and (pd.concat(frames)["seconds"] > 0).all()
-    moe, limit = works["length = 8", MOE], works["length = 8", "equal FLOPs, accelerated"]
-    assert moe.flops == limit.flops and moe.bytes > limit.bytes
 
 
 def test_an_exponent_is_that_of_the_law_that_made_the_times():
@@ -72,7 +57,7 @@ def test_an_exponent_is_that_of_the_law_that_made_the_times():
     (row,) = inference.slopes(table).itertuples()
     assert np.allclose([row.exponent, row.flops, row.bytes, row.in_turn], [2, 1, 0, 0.5])
     assert row.low == pytest.approx(2) and row.high == pytest.approx(2)
-    assert "power 2.00" in row.words and "weights are read once" in row.words
+    assert "power 2.00" in row.words
 
 
 def test_an_interval_covers_what_two_points_more_would_change():
@@ -94,24 +79,25 @@ def test_an_interval_covers_what_two_points_more_would_change():
     assert row.high - row.low == pytest.approx(2 * 12.7062 * error, rel=1e-4)
 
 
-def test_every_axis_has_its_reason():
-    assert {point.axis for point in inference.points()} == {*inference.REASONS}
-
-
 def test_the_command_keeps_points_and_exponents(moebert_home, monkeypatch, capsys):
-    usual = inference.points
-    few = [point for point in usual(256) if point.axis == "sentences" and point.value < 8]
-    monkeypatch.setattr(inference, "points", lambda width: few)
-    monkeypatch.setattr(roofline, "ceilings", lambda: roofline.Ceilings(1e9, 2e9, 1e9))
+    usual = inference.scaling_points
     monkeypatch.setattr(
-        inference.main_bench_scaling,
-        "__kwdefaults__",
-        {**inference.main_bench_scaling.__kwdefaults__, "shape": SHAPE},
+        inference,
+        "scaling_points",
+        lambda width: {n: p for n, p in usual(width).items() if n[-2:] in (" 1", " 2", " 4")},
     )
+    rates = roofline.Ceilings(1e9, 2e9, 1e9)
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda: rates)
+    monkeypatch.setitem(inference.scaling.__kwdefaults__, "shape", SHAPE)
     assert main.main(["bench", "scaling", "--repeats", "2"]) == 0
     record = harness.read("scaling")
-    values = harness.frame(record, "summary").groupby("variant")["value"]
-    assert [sorted(found) for _, found in values] == [[1, 2, 4]] * 3
-    assert {"flops", "in_turn_ms", "share"} <= {*record["summary"][0]}
-    (words,) = (row["words"] for row in record["slopes"] if row["variant"] == MOE)
-    assert words in capsys.readouterr().out
+    table = pd.DataFrame(record["summary"])
+    values = table[table["axis"] == "sentences"].groupby("variant")["value"]
+    assert [sorted(points) for _, points in values] == [[1, 2, 4]] * 3
+    rows = table.set_index(["setting", "variant"])
+    moe, limit = (rows.loc[("sentences = 4", v)] for v in (MOE, "equal FLOPs, accelerated"))
+    assert moe["flops"] == limit["flops"] and moe["bytes"] > limit["bytes"]
+    assert {"axis", "value", "seconds"} <= {*record["timings"][0]}
+    words = [row["words"] for row in record["slopes"] if row["variant"] == MOE]
+    printed = capsys.readouterr().out
+    assert words and all(line in printed for line in words)

@@ -1,16 +1,14 @@
-"""The bench of widgets: every move redraws, times are summed up beside the limit and kept."""
+"""The benchmark of widgets: every move redraws, and slow widgets are named."""
 
-import json
-
-import pandas as pd
 import pytest
 
-from moebert_lib.bench import workflow
+from moebert_lib.bench import harness, sweeps_and_widgets
+from moebert_lib.bench.sweeps_and_widgets import WIDGETS
 
 
-@pytest.mark.parametrize("name", [n for n in workflow.WIDGETS if n.startswith("explorer")])
+@pytest.mark.parametrize("name", [n for n in WIDGETS if n.startswith("explorer")])
 def test_a_move_of_the_explorer_is_a_new_picture(name):
-    move = workflow.WIDGETS[name]()
+    move = WIDGETS[name]()
     made = move.__closure__[0].cell_contents
     frames = []
     for n in range(3):
@@ -19,18 +17,28 @@ def test_a_move_of_the_explorer_is_a_new_picture(name):
     assert len(set(frames)) == 3 and len(made.views) == int(name.split()[1])
 
 
-def test_a_widget_is_within_where_its_slow_moves_are():
-    timings = pd.DataFrame(
-        {"widget": ["a"] * 10 + ["b"] * 10, "ms": [50] * 10 + [50] * 7 + [150] * 3}
+@pytest.mark.parametrize("name", [n for n in WIDGETS if not n.startswith("explorer")])
+def test_a_move_of_a_widget_runs(name):
+    move = WIDGETS[name]()
+    move(0)
+    move(1)
+
+
+def test_a_widget_is_slow_where_a_tenth_of_its_moves_are(moebert_home, monkeypatch, capsys):
+    moves = []
+    monkeypatch.setattr(
+        sweeps_and_widgets, "WIDGETS", {"quick": lambda: moves.append, "slow": lambda: moves.append}
     )
-    table = workflow.summary(timings).set_index("widget")
-    assert table["median_ms"].tolist() == [50, 50] and table["within"].tolist() == [True, False]
+    measure = harness.Benchmark.measure
 
+    def slowed(benchmark, setting):
+        timings = measure(benchmark, setting).assign(seconds=0.05)
+        slow = (timings["variant"] == "slow") & (timings["repeat"] < 3)
+        return timings.assign(seconds=timings["seconds"].mask(slow, 0.15))
 
-def test_main_prints_each_widget_and_keeps_the_times(moebert_home, monkeypatch, capsys):
-    monkeypatch.setattr(workflow, "WIDGETS", {"quick one": lambda: lambda n: None})
-    workflow.main_bench_widgets(repeats=2)
-    said = capsys.readouterr().out
-    assert "quick one" in said and "all within 100 ms" in said
-    (path,) = (moebert_home / "runs").glob("bench-widgets-*.json")
-    assert len(json.loads(path.read_text())["timings"]) == 2
+    monkeypatch.setattr(harness.Benchmark, "measure", slowed)
+    assert harness.run(sweeps_and_widgets.redrawing(repeats=10))
+    assert moves == [n for n in range(11) for _ in range(2)]
+    record = harness.read("widgets")
+    assert record["slow"] == ["slow"] and record["limit_ms"] == 100
+    assert "over 100 ms: slow" in capsys.readouterr().out

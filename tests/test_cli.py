@@ -12,7 +12,7 @@ from pathlib import Path
 import fixture_home
 import pytest
 
-from moebert_lib.bench import workflow
+from moebert_lib.bench import harness
 from moebert_lib.cli import main
 from moebert_lib.config.errors import CHECKOUT
 from moebert_lib.explore import explorer_page
@@ -264,7 +264,7 @@ def test_site_and_widgets_are_given_what_was_asked_for(home, monkeypatch, capsys
         return home / "index.html"
 
     monkeypatch.setattr(site, "build", build)
-    monkeypatch.setattr(workflow, "main_bench_widgets", lambda **how: asked.update(how))
+    monkeypatch.setattr(harness, "run", lambda made, *, out: asked.update(repeats=made.repeats))
     assert main.main(["site", "--out", "public"]) == 0
     assert capsys.readouterr().out.split() == ["site", "index.html"]
     assert main.main(["bench", "widgets", "--repeats", "3"]) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from moebert_lib.bench import harness, inference
+from moebert_lib.bench import harness, inference, roofline
 from moebert_lib.plots import speed
 from moebert_lib.store.run_outputs import finding
 
@@ -34,15 +34,22 @@ def timings():
     return pd.DataFrame(rows, columns=["setting", "variant", "repeat", "seconds"])
 
 
-WISHES = [("1 x 64", MOE, "dense", 1.5), ("1 x 64", MOE, LIMIT, 0.8), ("1 x 64", MOE, LIMIT, None)]
+def judged(timings):
+    """Two targets in the first setting: one against the baseline, one against the limit."""
+    rows = []
+    for other, wanted in (("dense", 1.5), (LIMIT, 0.8)):
+        limits = {MOE: other}
+        bench = harness.Benchmark(settings={}, limits=limits, targets={MOE: wanted})
+        rows += harness.judge(harness.summary(timings, limits=limits), bench)
+    return [row for row in rows if row["setting"] == "1 x 64"]
 
 
 def record(timings, gpu="none", **more):
     return {
         "what": "inference" if gpu == "none" else "inference-cuda",
-        "summary": harness.summary(timings).to_dict("records"),
+        "summary": harness.summary(timings, limits={MOE: LIMIT}).to_dict("records"),
         "timings": timings.to_dict("records"),
-        "targets": harness.judge(timings, WISHES),
+        "targets": judged(timings),
         "machine": {"cpu": "A processor", "cores": 2, "gpu": gpu},
         "versions": {"torch": "2.13.0"},
         "commit": "0123456789",
@@ -90,7 +97,7 @@ def test_the_limit_is_a_line_across_the_rows_of_its_code_alone(timings):
 
 
 def test_what_is_wanted_stands_where_it_would_be_reached(timings):
-    targets = harness.judge(timings, WISHES)
+    targets = judged(timings)
     left, right = speed.ratios(timings, against="dense", targets=targets).axes
     assert strokes(left, speed.TARGET) == pytest.approx([1.5, 0.8 * 3])
     assert strokes(right, speed.TARGET) == []
@@ -135,7 +142,7 @@ def test_without_targets_the_fastest_variant_is_told(timings):
 def test_the_baseline_is_the_variant_whose_ratio_is_one(timings):
     kept = record(timings)
     assert speed.baseline(kept) == "dense"
-    kept["summary"] = harness.summary(timings, against=MOE).to_dict("records")
+    kept["summary"] = harness.summary(timings, baseline=MOE).to_dict("records")
     assert speed.baseline(kept) == MOE
 
 
@@ -167,11 +174,13 @@ def test_growth_is_told_from_the_first_to_the_last_size(grown):
     assert finding(speed.growth(kept)) == said
 
 
-def test_records_of_the_benchmarks_themselves_can_be_drawn(moebert_home, capsys):
-    tiny = harness.TINY_SHAPE
-    inference.main(shape=tiny, batch=2, length=8, repeats=2)
-    inference.main_bench_scaling(shape=tiny, repeats=2)
+def test_records_of_the_benchmarks_themselves_can_be_drawn(moebert_home, monkeypatch):
+    rates = roofline.Ceilings(1e9, 2e9, 1e9)
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda: rates)
+    tiny = inference.TINY
+    harness.run(inference.inference(shape=tiny, batch=2, length=8, repeats=2))
+    harness.run(inference.scaling(shape=tiny, repeats=2))
     fig = speed.page({"inference": harness.read("inference")})
     assert "times as fast as dense BERT" in finding(fig)
     scaled = json.loads(json.dumps(harness.read("scaling")))
-    assert len(speed.growth(scaled).axes) == len({p.axis for p in inference.points()})
+    assert len(speed.growth(scaled).axes) == len({row["axis"] for row in scaled["summary"]}) == 6

@@ -1,89 +1,173 @@
-"""How fast: calls timed side by side, interleaved, in one process; the records of it.
+"""Time calls side by side, print their speeds, and keep the raw seconds as a JSON record.
 
-Every repetition times each variant once, in turn, so drift of the machine hits all alike;
-a ratio is the median of the repetitions' own ratios.
+Each round calls every variant once, in turn, so that a machine that slows down for a while slows
+all of them. Speeds are compared within rounds: the median of the rounds' own ratios.
 """
 
-import copy
 import ctypes
 import json
+import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from scipy.stats import norm
-from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    DistilBertConfig,
-    DistilBertForSequenceClassification,
-    PreTrainedModel,
-)
+from torch.utils import collect_env
 
 from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import write_bytes
-from moebert_lib.config.provenance import commit, versions
-from moebert_lib.method.routing import balance_loss, random_table
-from moebert_lib.model.modeling import MoEBertConfig, MoEBertForSequenceClassification
-from moebert_lib.model.moe_layer import MoEOutput, moe_layers
 from moebert_lib.store.committed_results import named
 
-#: Rounds where none are asked for: as many as fit in so many seconds, within these bounds.
-SECONDS, LEAST, MOST = 60, 5, 21
+#: Rounds by default: as many as fit in so many seconds, within these bounds.
+SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 60, 5, 21
+SLOW_CALL = 5  # seconds; slower calls are printed as they finish
+BUSY = 0.5  # load of a core by other programs that makes timings doubtful
+QUARTILES = [0.5, 0.25, 0.75]
 
-#: A wish of :func:`judge`: setting, variant, what it is compared with, how many times as fast.
-Wish = tuple[str, str, str, float | None]
+Calls = Mapping[str, Callable[[], Any]]  # by variant
+Check = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What to time, and what to compare it with.
+
+    Attributes:
+        name: Of the record.
+        title: The line that is printed first.
+        settings: By name, what builds a setting's calls when its turn comes.
+        baseline: The variant whose speed is 1.
+        limits: By variant, the variant that bounds its speed.
+        targets: By variant, the share of its limit's speed that it should reach.
+        check: Gets what each call of the untimed round returned; raises UserError if it is wrong.
+        examples: Examples in one call, by setting where they differ.
+        repeats: Timed rounds; by default 5 to 21, about a minute.
+        facts: More entries of the record.
+        finish: Gets timings and summary, prints what follows from them, returns more entries.
+    """
+
+    name: str = ""
+    title: str = ""
+    settings: Mapping[Any, Callable[[], Calls]]
+    baseline: str = "dense"
+    limits: Mapping[str, str] = field(default_factory=dict)
+    targets: Mapping[str, float] = field(default_factory=dict)
+    check: Check | None = None
+    examples: int | Mapping[Any, int] = 1
+    repeats: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[pd.DataFrame, pd.DataFrame], Mapping[str, Any]] | None = None
+
+    def measure(self, setting: Any) -> pd.DataFrame:
+        """Time one setting: columns ``setting``, ``variant``, ``repeat``, ``seconds``."""
+        timings = time_interleaved(self.settings[setting](), repeats=self.repeats, check=self.check)
+        timings.insert(0, "setting", setting)
+        return timings
+
+
+def run(benchmark: Benchmark, *, out: Path | None = None) -> bool:
+    """Time all settings, print their tables and targets, and save the record.
+
+    Args:
+        benchmark: What to time.
+        out: The record's file; by default a new one in ``runs/``.
+
+    Returns:
+        Whether all settings were timed. After Ctrl-C those that were finished are kept.
+
+    Raises:
+        KeyboardInterrupt: no setting was finished.
+        UserError: a variant computes something wrong.
+    """
+    summarise = partial(
+        summary,
+        baseline=benchmark.baseline,
+        limits=benchmark.limits,
+        examples=benchmark.examples,
+    )
+    conditions = prepare()
+    print(benchmark.title, flush=True)
+    frames: list[pd.DataFrame] = []
+    try:
+        for setting in benchmark.settings:
+            frames.append(benchmark.measure(setting))
+            print(f"\n{setting}, {frames[-1]['repeat'].nunique()} rounds")
+            show(summarise(frames[-1]))
+    except KeyboardInterrupt:
+        if not frames:
+            raise
+        print("\nstopped; the finished settings are kept", flush=True)
+    timings = pd.concat(frames, ignore_index=True)
+    table = summarise(timings)
+    judged = judge(table, benchmark)
+    for row in judged:
+        print(
+            f"{row['setting']}: {row['variant']} has {row['reached']:.2f} of the speed of "
+            f"{row['against']}; wanted {row['wanted']}: {'met' if row['met'] else 'NOT met'}"
+        )
+    record = {
+        "what": benchmark.name,
+        "complete": len(frames) == len(benchmark.settings),
+        "conditions": conditions,
+        **benchmark.facts,
+        "summary": as_json(table),
+        "timings": as_json(timings),
+        "targets": judged,
+        **(benchmark.finish(timings, table) if benchmark.finish else {}),
+    }
+    save(record, out=out)
+    return record["complete"]
 
 
 def time_interleaved(
-    calls: Mapping[str, Callable[[], Any]],
-    *,
-    repeats: int | None = None,
-    look: Callable[[dict[str, Any]], None] | None = None,
+    calls: Calls, *, repeats: int | None = None, check: Check | None = None
 ) -> pd.DataFrame:
-    """Seconds of each call in every repetition, after one untimed round.
+    """Time each call in every round, after an untimed round.
 
     Args:
-        calls: What to time, by variant. Gradients are as the calls have them.
-        repeats: Timed rounds; none: as many as fit in a minute, 5 to 21.
-        look: Is given what each call returned in the untimed round, and raises if it is wrong.
+        calls: What to time. Gradients are recorded or not as the calls decide.
+        repeats: As in :class:`Benchmark`.
+        check: As in :class:`Benchmark`.
 
     Returns:
         Columns ``variant``, ``repeat``, ``seconds``.
     """
-    first = {variant: call() for variant, call in calls.items()}
-    _wait()
-    if look:
-        look(first)
-    del first
-    rows: list[tuple[str, int, float]] = []
+    outputs = {variant: call() for variant, call in calls.items()}
+    _wait_for_gpu()
+    if check:
+        check(outputs)
+    del outputs
+    timed: list[tuple[str, int, float]] = []
     repeat, begin = 0, time.perf_counter()
     while repeat < (repeats or _rounds(repeat, time.perf_counter() - begin)):
         for variant, call in calls.items():
             start = time.perf_counter()
             call()
-            _wait()
-            rows.append((variant, repeat, time.perf_counter() - start))
+            _wait_for_gpu()
+            seconds = time.perf_counter() - start
+            timed.append((variant, repeat, seconds))
+            if seconds > SLOW_CALL:
+                print(f"· round {repeat + 1}, {variant}: {seconds:.1f} s", flush=True)
         repeat += 1
-    return pd.DataFrame(rows, columns=["variant", "repeat", "seconds"])
+    return pd.DataFrame(timed, columns=["variant", "repeat", "seconds"])
 
 
 def _rounds(done: int, seconds: float) -> int:
-    """How many rounds to make, by what those that are done took."""
-    return LEAST if done < LEAST else min(MOST, done + (seconds < SECONDS))
+    """How many rounds to make in all, when ``done`` of them took ``seconds``."""
+    if done < FEWEST_ROUNDS:
+        return FEWEST_ROUNDS
+    return min(MOST_ROUNDS, done + (seconds < SECONDS))
 
 
-def _wait() -> None:
+def _wait_for_gpu() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -91,514 +175,156 @@ def _wait() -> None:
 def summary(
     timings: pd.DataFrame,
     *,
-    against: str = "dense",
+    baseline: str = "dense",
     limits: Mapping[str, str] | None = None,
-    units: int | Mapping[str, int] = 1,
+    examples: int | Mapping[Any, int] = 1,
 ) -> pd.DataFrame:
-    """Per setting and variant: units a second, and speed relative to others, within rounds.
+    """Time and relative speed of each variant in each setting, medians with quartiles.
 
     Args:
-        timings: Columns ``variant``, ``repeat``, ``seconds``, and ``setting`` where there are
-            several.
-        against: The variant whose speed is 1.
-        limits: What each variant could reach at best, another variant; by default ``equal
-            FLOPs`` for every other one.
-        units: Units (examples) in one call, or those of each setting.
+        timings: Columns ``setting``, ``variant``, ``repeat``, ``seconds``.
+        baseline: As in :class:`Benchmark`; ``limits`` and ``examples`` likewise.
 
     Returns:
-        One row a setting and variant: ``median_ms``, ``low_ms``, ``high_ms`` (quartiles),
-        ``per_second``, ``ratio`` with its quartiles ``ratio_low``, ``ratio_high``, the median
-        of the ratios within each repetition, and likewise ``of_limit``, NaN without a limit.
+        Columns ``setting``, ``variant``; ``median_ms``, ``low_ms``, ``high_ms``; ``per_second``,
+        examples; ``ratio``, ``ratio_low``, ``ratio_high``, speed over the baseline's; and
+        likewise ``of_limit``. NaN where there is nothing to compare with.
     """
-    rows = []
-    settings = timings.get("setting", pd.Series("", index=timings.index))
-    for setting, timed in timings.groupby(settings, sort=False):
-        wide = timed.pivot(index="repeat", columns="variant", values="seconds")
-        per_call = units if isinstance(units, int) else units[str(setting)]
-        for variant in timed["variant"].unique():
-            limit = LIMIT if limits is None else limits.get(variant)
-            low, middle, high = 1000 * wide[variant].quantile([0.25, 0.5, 0.75])
-            rows.append(
-                {
-                    "setting": setting,
-                    "variant": variant,
-                    "median_ms": middle,
-                    "low_ms": low,
-                    "high_ms": high,
-                    "per_second": per_call / (middle / 1000),
-                    **_named("ratio", paired(wide, variant, against)),
-                    **_named("of_limit", paired(wide, variant, limit)),
-                }
-            )
-    table = pd.DataFrame(rows)
-    return table if "setting" in timings else table.drop(columns="setting")
+    table = []
+    for setting, part in timings.groupby("setting", sort=False):
+        rounds = part.pivot(index="repeat", columns="variant", values="seconds")
+        count = examples if isinstance(examples, int) else examples[setting]
+        for variant in part["variant"].unique():
+            median, low, high = 1000 * rounds[variant].quantile(QUARTILES)
+            row = {"setting": setting, "variant": variant}
+            row |= {"median_ms": median, "low_ms": low, "high_ms": high}
+            row["per_second"] = count / (median / 1000)
+            others = {"ratio": baseline, "of_limit": (limits or {}).get(variant)}
+            for name, other in others.items():
+                median, low, high = speed_ratio(rounds, variant, other)
+                row |= {name: median, f"{name}_low": low, f"{name}_high": high}
+            table.append(row)
+    return pd.DataFrame(table)
 
 
-def paired(wide: pd.DataFrame, variant: str, against: str | None) -> tuple[float, float, float]:
-    """Quartile, median and quartile of how many times as fast, from rounds by variants."""
-    if against not in wide:
-        return (np.nan,) * 3
-    return tuple((wide[against] / wide[variant]).quantile([0.25, 0.5, 0.75]))
-
-
-def _named(name: str, quartiles: tuple[float, float, float]) -> dict[str, float]:
-    low, middle, high = quartiles
-    return {name: middle, f"{name}_low": low, f"{name}_high": high}
-
-
-def judge(timings: pd.DataFrame, wishes: Iterable[Wish]) -> list[dict[str, Any]]:
-    """What was wanted beside what was reached, of the settings and variants that were timed.
+def speed_ratio(rounds: pd.DataFrame, variant: str, other: str | None) -> tuple[float, ...]:
+    """How many times as fast as ``other``: median, lower and upper quartile over rounds.
 
     Args:
-        timings: As for :func:`summary`, with ``setting``.
-        wishes: ``(setting, variant, against, wanted)``; ``wanted`` is None where a number is
-            reported without one.
+        rounds: Seconds, a row for each round and a column for each variant.
+        variant: The variant in question.
+        other: NaN where it is not among the columns.
+    """
+    if other not in rounds:
+        return (math.nan,) * 3
+    return tuple((rounds[other] / rounds[variant]).quantile(QUARTILES))
+
+
+def judge(table: pd.DataFrame, benchmark: Benchmark) -> list[dict[str, Any]]:
+    """Compare a :func:`summary` with a benchmark's targets.
 
     Returns:
-        Of each: ``setting``, ``variant``, ``against``, ``wanted``, ``reached`` with quartiles
-        ``low`` and ``high``, and ``met``, None without a wanted value.
+        Rows ``setting``, ``variant``, ``against`` (the limit), ``wanted``, ``reached`` with
+        quartiles ``low`` and ``high``, and ``met``.
     """
-    rounds = {
-        setting: timed.pivot(index="repeat", columns="variant", values="seconds")
-        for setting, timed in timings.groupby("setting")
-    }
     judged = []
-    for setting, variant, against, wanted in wishes:
-        if {variant, against} <= set(rounds.get(setting, ())):
-            low, reached, high = map(float, paired(rounds[setting], variant, against))
-            met = None if wanted is None else reached >= wanted
-            judged.append(
-                {
-                    "setting": setting,
-                    "variant": variant,
-                    "against": against,
-                    "wanted": wanted,
-                    "reached": reached,
-                    "low": low,
-                    "high": high,
-                    "met": met,
-                }
-            )
+    for row in as_json(table):
+        wanted, limit = (each.get(row["variant"]) for each in (benchmark.targets, benchmark.limits))
+        if wanted is not None and row["of_limit"] is not None:
+            target = {"setting": row["setting"], "variant": row["variant"], "against": limit}
+            target |= {"wanted": wanted, "reached": row["of_limit"]}
+            target |= {"low": row["of_limit_low"], "high": row["of_limit_high"]}
+            judged.append({**target, "met": target["reached"] >= wanted})
     return judged
 
 
 def show(table: pd.DataFrame) -> None:
-    """Print a summary within 120 columns: milliseconds, and ratios with their quartiles."""
-    shown = {"setting": table["setting"]} if "setting" in table else {}
-    shown |= {"": table["variant"], "ms": table["median_ms"].map(_digits)}
-    shown |= {"quartiles": _range(table, "low_ms", "high_ms")}
-    shown |= {"a second": table["per_second"].map(_digits)}
-    for name, title in (("ratio", "speed"), ("of_limit", "of limit")):
+    """Print a summary of one setting within 120 columns, quartiles in brackets."""
+    text = pd.DataFrame({"variant": table["variant"]})
+    text["ms"] = _cells(table, "median_ms", "low_ms", "high_ms")
+    text["per second"] = table["per_second"].map(_digits)
+    for title, name in {"times as fast": "ratio", "of the limit": "of_limit"}.items():
         if table[name].notna().any():
-            shown[title] = table[name].map(_digits)
-            shown[f"quartiles of {name}"] = _range(table, f"{name}_low", f"{name}_high")
-    printed = pd.DataFrame(shown)
-    printed.columns = [name.partition(" of ")[0] for name in printed]
-    print(printed.to_string(index=False), flush=True)
+            text[title] = _cells(table, name, f"{name}_low", f"{name}_high")
+    print(text.to_string(index=False), flush=True)
 
 
-def say(targets: Iterable[dict[str, Any]]) -> None:
-    """Print each target: what was reached, and whether that is what was wanted."""
-    for row in targets:
-        verdict = "" if row["met"] is None else f"; wanted {row['wanted']}: "
-        verdict += {None: "", True: "met", False: "NOT met"}[row["met"]]
-        print(
-            f"{row['setting']}: {row['variant']} is {_digits(row['reached'])} times as fast as "
-            f"{row['against']} ({_digits(row['low'])} to {_digits(row['high'])}){verdict}",
-            flush=True,
-        )
-
-
-def _range(table: pd.DataFrame, low: str, high: str) -> list[str]:
-    ends = zip(table[low].map(_digits), table[high].map(_digits), strict=True)
-    return ["-".join(pair) if all(pair) else "" for pair in ends]
+def _cells(table: pd.DataFrame, *columns: str) -> list[str]:
+    values = zip(*(table[column].map(_digits) for column in columns), strict=True)
+    return [f"{median} ({low}-{high})" if median else "" for median, low, high in values]
 
 
 def _digits(value: float) -> str:
     """Three digits, or all before the point: 0.93, 13.2, 1,348; nothing for NaN."""
-    if np.isnan(value):
+    if math.isnan(value):
         return ""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.{1 if abs(value) >= 10 else 2}f}"
+    places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{places}f}"
 
 
-def gather(measured: Iterable[pd.DataFrame]) -> tuple[pd.DataFrame, bool]:
-    """Frames as they are measured, joined, until the last or Ctrl-C; and whether all came.
-
-    Raises:
-        KeyboardInterrupt: before the first was done.
-    """
-    frames: list[pd.DataFrame] = []
-    complete = False
-    try:
-        for timings in measured:
-            frames.append(timings)
-        complete = True
-    except KeyboardInterrupt:
-        if not frames:
-            raise
-        print("\nstopped; what was finished is kept", flush=True)
-    return pd.concat(frames, ignore_index=True), complete
-
-
-def keep(
-    what: str,
-    timings: pd.DataFrame,
-    table: pd.DataFrame,
-    *,
-    targets: Sequence[dict[str, Any]] = (),
-    out: Path | None = None,
-    **about: Any,
-) -> Path:
-    """Write a benchmark's record to ``runs/bench-<what>-<time>.json``, or ``out``; say where.
-
-    Args:
-        what: The benchmark's name.
-        timings: Every timing.
-        table: Their summary.
-        targets: From :func:`judge`.
-        out: The file to write instead.
-        about: What else to record, as JSON values.
-    """
+def save(record: Mapping[str, Any], *, out: Path | None = None) -> None:
+    """Add machine, versions and commit, and write ``out`` or ``runs/bench-NAME-TIME.json``."""
     now = datetime.now(UTC)
-    path = out or home() / "runs" / f"bench-{what}-{now:%Y%m%dT%H%M%S%f}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "what": what,
+    path = out or home() / "runs" / f"bench-{record['what']}-{now:%Y%m%dT%H%M%S%f}.json"
+    origin = {
         "created": now.isoformat(timespec="seconds"),
-        **about,
         "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-        "summary": _rows(table),
-        "timings": _rows(timings),
-        "targets": list(targets),
+        "processor": (collect_env.get_cpu_info(collect_env.run) or "").splitlines(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
     }
-    write_bytes(path, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
-    print(f"kept in {path}")
-    return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, (json.dumps({**record, **origin}, indent=1) + "\n").encode())
+    print(f"saved as {path}")
 
 
-def read(what: str) -> dict[str, Any]:
-    """The newest whole record of this home, else the one committed in ``figures/bench``.
+def read(name: str) -> dict[str, Any]:
+    """The newest complete record in ``runs/``, else the committed one in ``figures/bench/``.
 
     Where figures are drawn from committed results, the committed one.
 
     Raises:
-        UserError: there is none; the message says which command makes it.
+        UserError: there is none; the message names the command that makes it.
     """
-    own = sorted((home() / "runs").glob(f"bench-{what}-[0-9]*.json")) if not named() else []
-    committed = home() / "figures" / "bench" / f"{what}.json"
-    for path in [*reversed(own), committed]:
+    paths = [] if named() else sorted((home() / "runs").glob(f"bench-{name}-[0-9]*.json"))
+    for path in [*reversed(paths), home() / "figures" / "bench" / f"{name}.json"]:
         record = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-        if record.get("complete", bool(record)):  # not what was stopped half-way
+        if record.get("complete", bool(record)):
             return record
-    raise UserError(f"nothing was measured that is called '{what}'; make it with {command(what)}")
+    benchmark, _, device = name.partition("-")
+    option = f" --device {device}" if device else ""
+    raise UserError(f"there is no record '{name}'; make it with moebert bench {benchmark}{option}")
 
 
-def command(what: str) -> str:
-    """What makes a record.
-
-    Example:
-        >>> command("inference-cuda")
-        'moebert bench inference --device cuda'
-    """
-    name, _, device = what.partition("-")
-    return f"moebert bench {name}" + (f" --device {device}" if device else "")
-
-
-def frame(record: dict[str, Any], part: str) -> pd.DataFrame:
-    """A record's ``summary``, ``timings``, ``targets`` or any other table, as it was."""
-    rows = pd.DataFrame(record[part])
-    return rows.astype({name: float for name in rows if rows[name].isna().all()})
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+def as_json(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table's rows as JSON values, null for NaN."""
     return json.loads(table.to_json(orient="records", double_precision=15))
 
 
-# What a benchmark ran on, and under which conditions.
-
-#: Instructions that decide how fast matrices are multiplied, by /proc/cpuinfo's names.
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "bf16")
-BUSY = 0.5  # of a core: other work that a timing would show
-
-
 def machine() -> dict[str, Any]:
-    """CPU, cores, threads, instructions, memory, how torch was built, and the GPU or "none"."""
+    """CPU, cores, threads, the instruction set that torch uses, and the GPU or "none"."""
+    instructions = torch.backends.cpu.get_cpu_capability()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    libraries = {
-        "mkl": torch.backends.mkl.is_available(),
-        "onednn": torch.backends.mkldnn.is_available(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-    }
-    return {
-        **provenance.machine(),
-        "instructions": _instructions(),
-        "ram_gb": _ram(),
-        "torch_build": libraries,
-        "gpu": gpu,
-    }
+    return {**provenance.machine(), "instructions": instructions, "gpu": gpu}
 
 
 def prepare() -> dict[str, Any]:
-    """Called first by every benchmark: has memory kept, and says whether others are at work.
+    """Let glibc keep freed memory, and warn where other programs are busy.
+
+    Otherwise large buffers go back to the system after each layer and are mapped and zeroed anew,
+    a cost of the allocator and not of the model.
 
     Returns:
-        ``load``, the average over the last minute for each core, None where the system does
-        not say; ``memory_kept``, see :func:`keep_memory`; and ``malloc``, settings of the
-        allocator that the process was started with.
+        ``load`` of a core over the last minute, None where the system does not know it; and
+        ``memory_kept``, whether that was possible.
     """
     cores = provenance.cores()
     load = os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else None
     if load is not None and load > BUSY:
-        print(f"timed beside other work: load {load * cores:.1f} on {cores} cores", flush=True)
-    malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
-    return {"load": load, "memory_kept": keep_memory(), "malloc": malloc}
-
-
-def keep_memory() -> bool:
-    """Have glibc keep freed memory for the next call; whether that could be done.
-
-    Else large buffers go back to the system after each layer, and are mapped and zeroed anew:
-    a cost of the allocator, not of the model. It is what MALLOC_MMAP_MAX_=0 and
-    MALLOC_TRIM_THRESHOLD_=100000000000 do before a process starts.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
-    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
-
-
-def _instructions() -> list[str]:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return []
-    lines = (line.partition(":") for line in info.read_text().splitlines())
-    flags = next((value.split() for name, _, value in lines if name.strip() == "flags"), [])
-    return [name for name in INSTRUCTIONS if name in flags]
-
-
-def _ram() -> float | None:
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None
-    return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-
-
-# What is timed: models of random weights, and sentences like those of real tasks.
-
-#: BERT-base, the model of Fig. 4.
-BASE = {
-    "hidden_size": 768,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "intermediate_size": 3072,
-}
-#: Two small layers: for tests.
-TINY_SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "vocab_size": 99,
-}
-VOCAB = BertConfig().vocab_size
-#: Names that are asked for elsewhere too.
-LIMIT, RELEASE = "equal FLOPs", "release style"
-
-
-def models(
-    shape: dict[str, int], *, seed: int = 0, only: tuple[str, ...] = ()
-) -> dict[str, nn.Module]:
-    """The variants of Fig. 4, the limit and the release's layers; eval mode, random weights.
-
-    ``dense`` is BERT; ``half depth`` is DistilBERT (every other layer gone); ``equal FLOPs`` is
-    BERT with an FFN as narrow as one expert, which no MoE of one active expert can beat by
-    routing alone; the ``moebert`` ones have 4 experts of a quarter, with a random hash table in
-    each layer or with a gate; ``release style`` is a copy of the first, computed as released.
-
-    Args:
-        shape: BERT's sizes.
-        seed: Of the weights.
-        only: Names of those to build; all by default.
-    """
-    torch.manual_seed(seed)
-    width = shape["intermediate_size"]
-    narrow = {**shape, "intermediate_size": width // 4}
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "dense": lambda: _bert(shape),
-        LIMIT: lambda: _bert(narrow),
-        "half depth": lambda: _distilbert(shape),
-        "moebert hash-random": lambda: moebert(shape),
-        "moebert gate-sentence": lambda: moebert(shape, routing="gate-sentence"),
-    }
-    built = {n: _shaken(make()) for n, make in makers.items() if not only or n in only}
-    if not only or RELEASE in only:
-        built[RELEASE] = as_released(built.get("moebert hash-random") or _shaken(moebert(shape)))
-    return built
-
-
-@torch.no_grad()
-def _shaken(model: nn.Module) -> nn.Module:
-    """In eval mode, with LayerNorms and biases that differ: else a mix-up would not show."""
-    for name, values in model.named_parameters():
-        if values.dim() == 1 or "LayerNorm" in name or "bias" in name:
-            values.add_(0.1 * torch.randn_like(values))
-    return model.eval()
-
-
-def _bert(shape: dict[str, int]) -> nn.Module:
-    return BertForSequenceClassification(BertConfig(**shape))
-
-
-def _distilbert(shape: dict[str, int]) -> nn.Module:
-    config = DistilBertConfig(
-        vocab_size=shape.get("vocab_size", VOCAB),
-        dim=shape["hidden_size"],
-        n_layers=max(shape["num_hidden_layers"] // 2, 1),
-        n_heads=shape["num_attention_heads"],
-        hidden_dim=shape["intermediate_size"],
-    )
-    return DistilBertForSequenceClassification(config)
-
-
-def moebert(
-    shape: dict[str, int],
-    *,
-    routing: str = "hash-random",
-    n_experts: int = 4,
-    expert_size: int | None = None,
-) -> MoEBertForSequenceClassification:
-    """A MoEBERT of random weights; its experts share the FFN's width unless a size is given."""
-    size = expert_size or shape["intermediate_size"] // n_experts
-    config = MoEBertConfig(
-        **shape, n_experts=n_experts, expert_size=size, n_shared=0, routing=routing
-    )
-    model = MoEBertForSequenceClassification(config).eval()
-    if routing == "hash-random":
-        for index, layer in enumerate(model.bert.encoder.layer):
-            table = random_table(config.vocab_size, n_experts, seed=index)
-            layer.output.router.tid2eid.copy_(table.view(-1, 1))
-    return model
-
-
-def zipf(vocab: int, *, n: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-    """``n`` sentences of ``length`` tokens, as unevenly frequent as words: ``input_ids``.
-
-    The r-th token of the vocabulary comes with a frequency proportional to 1/r (Zipf's law);
-    token 0, BERT's padding, does not come.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    frequencies = 1 / torch.arange(1, vocab, dtype=torch.float64)
-    ids = torch.multinomial(frequencies, n * length, replacement=True, generator=generator)
-    return {"input_ids": 1 + ids.view(n, length)}
-
-
-def glue_like(vocab: int, *, n: int = 32, longest: int = 128, seed: int = 0) -> dict[str, Tensor]:
-    """A padded batch with lengths spread like GLUE's: most are short, a few are long.
-
-    Lengths are evenly spaced quantiles of a log-normal distribution: at 32 sentences their mean
-    is 40 of the 128 tokens of the longest. Other lengths scale with ``longest``.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, ``(n, longest)``.
-    """
-    ids = zipf(vocab, n=n, length=longest, seed=seed)["input_ids"]
-    spread = 0.635
-    steps = norm.ppf((np.arange(n) + 0.5) / n)
-    lengths = np.round(longest * np.exp(spread * (steps - steps[-1]))).clip(min=3)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    mask = (torch.arange(longest) < torch.tensor(lengths)[order, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-# MoE layers the way the release computes them: a yardstick for speed, with the same results.
-# Every layer sorts the padded batch by expert, splits it, asks one module for each expert,
-# stacks what they answer and sorts it back.
-
-
-class ReleasedExpert(nn.Module):
-    """One expert as a module of its own: two linear layers, dropout, residual, LayerNorm.
-
-    Args:
-        layer: The layer whose weights are copied.
-        expert: Which of its experts.
-    """
-
-    def __init__(self, layer: MoEOutput, expert: int):
-        super().__init__()
-        own, norm = layer.experts, layer.LayerNorm
-        K, D = own.up_proj[expert].shape
-        self.fc1, self.fc2 = nn.Linear(D, K), nn.Linear(K, D)
-        self.act, self.dropout, self.outside = own.act_fn, layer.dropout, layer.outside
-        self.LayerNorm = nn.LayerNorm(D, eps=norm.eps)
-        mine = expert if layer.per_expert else ...
-        values = {
-            self.fc1: (own.up_proj[expert], own.up_proj_bias[expert]),
-            self.fc2: (own.down_proj[expert], own.down_proj_bias[expert]),
-            self.LayerNorm: (norm.weight[mine], norm.bias[mine]),
-        }
-        for module, (weight, bias) in values.items():
-            module.weight = nn.Parameter(weight.detach().clone())
-            module.bias = nn.Parameter(bias.detach().clone())
-
-    def forward(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """Its tokens ``(n, D)``, and the gate's factors ``(n, 1)``; None for a hash."""
-        y = self.dropout(self.fc2(self.act(self.fc1(x))))
-        if weights is not None and not self.outside:
-            y = y * weights
-        y = self.LayerNorm(y + x)
-        return y * weights if weights is not None and self.outside else y
-
-
-class ReleasedFFN(nn.Module):
-    """Stands where :class:`moe_layer.MoEOutput` stood, with its results.
-
-    A sentence gate's tokens are sorted one by one here; the release sorts whole sentences.
-
-    Args:
-        layer: The layer that is copied; router and context are its own.
-    """
-
-    def __init__(self, layer: MoEOutput):
-        super().__init__()
-        self.router, self.context = layer.router, layer.context
-        n_experts = layer.experts.num_experts
-        self.experts = nn.ModuleList(ReleasedExpert(layer, expert) for expert in range(n_experts))
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Both arguments are the attention output, ``(B, T, D)``, and so is the result."""
-        mask = self.context.mask
-        route = self.router(hidden_states, self.context.input_ids, mask)
-        chosen, x = route.experts[:, 0], input_tensor.flatten(0, 1)
-        order = chosen.argsort(0)
-        counts = F.one_hot(chosen, len(self.experts)).sum(0).tolist()
-        weights: tuple = (None,) * len(counts)
-        if route.probabilities is not None:
-            self.context.balance_losses.append(balance_loss(route, mask))
-            weights = route.weights[order].split(counts)
-        pieces = zip(self.experts, x[order].split(counts), weights, strict=True)
-        served = torch.vstack([expert(tokens, own) for expert, tokens, own in pieces])
-        return served[order.argsort(0)].view_as(input_tensor)
-
-
-def as_released(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a MoEBERT whose layers compute as the release's do.
-
-    Args:
-        model: A MoEBERT with any head, not accelerated. It stays as it is.
-
-    Returns:
-        The same kind of model with weights of its own: it answers and trains as ``model`` does.
-
-    Raises:
-        ValueError: there are no expert layers.
-    """
-    if not moe_layers(model):
-        raise ValueError(
-            f"as_released takes a MoEBERT, not a {type(model).__name__} without experts"
-        )
-    model = copy.deepcopy(model)
-    for layer in model.base_model.encoder.layer:
-        layer.output = ReleasedFFN(layer.output).train(layer.training)
-    return model
+        print(f"other programs are busy: load {load * cores:.1f} on {cores} cores", flush=True)
+    kept = False
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold, mmap_max = -1, -4  # of malloc.h
+        kept = bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, -1))
+    return {"load": load, "memory_kept": kept}

@@ -1,79 +1,144 @@
-"""How fast a forward pass is: the paper's Figure 4, full and real batches, beside their limits.
+"""Time a forward pass of BERT, MoEBERT and the equal-FLOP limit: Figure 4, padding, GPU, scaling.
 
-Each setting is one interleaved run of all its variants. Before a model is timed, what it
-answers is compared with the model it was made from: a fast wrong answer is worth nothing.
+Weights are random, since speed does not depend on them. A variant is a model and the code that
+runs it, such as "dense, accelerated, bf16"; its logits are compared with those of "dense" before
+it is timed, since a fast wrong answer is worth nothing.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    PreTrainedModel,
+)
 
-from moebert_lib.bench import harness, roofline
-from moebert_lib.bench.harness import BASE, LIMIT, RELEASE, VOCAB, glue_like, moebert, zipf
+from moebert_lib.bench import roofline
+from moebert_lib.bench.harness import Benchmark, as_json
 from moebert_lib.config.errors import UserError
+from moebert_lib.method.routing import random_table
 from moebert_lib.model.accelerate import accelerate
+from moebert_lib.model.modeling import MoEBertConfig, MoEBertForSequenceClassification
+from moebert_lib.model.moe_layer import MoEOutput, moe_layers
 
 Inputs = dict[str, Tensor]
-
-ACCELERATED = ("dense", LIMIT, "moebert hash-random", "moebert gate-sentence")
-HALF = ("dense", LIMIT, "moebert hash-random")
-FAST, FAST_HALF = ", accelerated", ", accelerated, bf16"
-MOE = "moebert hash-random" + FAST
-
-#: Largest difference of logits from the ordinary model's that is let pass, by dtype.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-
-#: How many times as fast, on a CPU in float32.
-WISHES: list[harness.Wish] = [
-    ("32 x 128", MOE, "dense", 2.3),
-    ("GLUE-like", MOE, "dense", 6.5),
-    ("1 x 64", MOE, "dense", 2.3),
-    ("32 x 128", MOE, LIMIT + FAST, 0.93),
-    ("GLUE-like", MOE, LIMIT + FAST, 0.95),
-    ("1 x 64", MOE, LIMIT + FAST, 0.85),
-    *((setting, MOE, "dense" + FAST, None) for setting in ("32 x 128", "GLUE-like", "1 x 64")),
-]
+Sizes = dict[str, int]
 
 
-def settings(vocab: int = VOCAB, *, scale: int = 1) -> dict[str, Inputs]:
-    """The batches: full and GLUE-like ones of 32, one sentence of 64 tokens and of 128 (Fig. 4).
-
-    Args:
-        vocab: Number of token ids.
-        scale: Divides sentences and lengths; for tests.
-    """
-    n, long, short = 32 // scale, 128 // scale, 64 // scale
+def sizes(D: int, *, layers: int, heads: int, width: int, vocab: int) -> Sizes:
+    """A BERT's sizes by the names of its configuration."""
     return {
-        "32 x 128": zipf(vocab, n=n, length=long),
-        "GLUE-like": glue_like(vocab, n=n, longest=long),
-        "1 x 64": zipf(vocab, n=1, length=short),
-        "1 x 128": zipf(vocab, n=1, length=long),
+        "hidden_size": D,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": width,
+        "vocab_size": vocab,
     }
 
 
-def variants(shape: dict[str, int] = BASE) -> dict[str, nn.Module]:
-    """All that is timed on a CPU, by name: ordinary models, accelerated ones, and in bfloat16.
+BASE = sizes(768, layers=12, heads=12, width=3072, vocab=30522)  # BERT-base, as in Fig. 4
+TWO_LAYERS = sizes(768, layers=2, heads=12, width=3072, vocab=8192)
+TINY = sizes(32, layers=2, heads=4, width=64, vocab=99)  # for tests
+LIMIT, RELEASE = "equal FLOPs", "release style"
+HASH, GATE = "moebert hash-random", "moebert gate-sentence"
+FAST, HALF, COMPILED = ", accelerated", ", accelerated, bf16", ", compiled"
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # as a part of the largest logit
 
-    An accelerated model shares its parameters with the ordinary one of its name.
+
+def inference(
+    *,
+    shape: Sizes = BASE,
+    batch: int | None = None,
+    length: int | None = None,
+    repeats: int | None = None,
+    device: str = "cpu",
+) -> Benchmark:
+    """``moebert bench inference``: full and GLUE-like batches, or one of ``batch`` x ``length``.
+
+    Args:
+        shape: BERT's sizes.
+        batch: Sentences of a single setting; 1 if only the length is given.
+        length: Tokens of each; 128 if only the batch is given.
+        repeats: Timed rounds.
+        device: "cpu", in float32 unless a variant says bf16; or "cuda", all in bfloat16.
+
+    Raises:
+        UserError: torch sees no GPU.
     """
-    built = harness.models(shape)
-    found = dict(built)
-    found |= {name + FAST: accelerate(built[name]) for name in ACCELERATED}
-    found["dense, bf16"] = copy.deepcopy(built["dense"]).bfloat16()
-    half = torch.bfloat16
-    return found | {name + FAST_HALF: accelerate(built[name], dtype=half) for name in HALF}
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here; leave it out to measure the CPU")
+    name, batches = "inference", fig4_batches(shape["vocab_size"], device=device)
+    if batch is not None or length is not None:
+        n, T = batch or 1, length or 128
+        name = "inference-one"
+        batches = {f"{n} x {T}": zipf(shape["vocab_size"], n=n, length=T, device=device)}
+    where = f"{torch.get_num_threads()} threads"
+    options = {}
+    if device == "cuda":
+        name, where = f"{name}-cuda", torch.cuda.get_device_name()
+        options["baseline"] = "dense" + COMPILED
+        models = gpu_models(shape)
+    else:
+        models = cpu_models(shape)
+        options["finish"] = partial(_roofline, models, batches)
+    facts = {"shape": shape, "tokens": {setting: _tokens(x) for setting, x in batches.items()}}
+    return forward_passes(
+        models,
+        batches,
+        name=name,
+        title=f"a forward pass, hidden size {shape['hidden_size']}, {where}",
+        targets={HASH + FAST: 0.85},
+        repeats=repeats,
+        facts=facts,
+        **options,
+    )
+
+
+def forward_passes(
+    models: Mapping[str, nn.Module], batches: Mapping[Any, Inputs], **options: Any
+) -> Benchmark:
+    """Time a forward pass of all models with all batches.
+
+    The gate as transformers runs it, slow and there for Fig. 4, is left out of large batches.
+
+    Args:
+        models: By variant.
+        batches: By setting: ``input_ids`` and, for padded batches, ``attention_mask``.
+        options: Of :class:`~moebert_lib.bench.harness.Benchmark`.
+    """
+
+    def calls(inputs: Inputs) -> dict[str, Callable[[], Tensor]]:
+        chosen = [name for name in models if name != GATE or len(inputs["input_ids"]) <= 16]
+        return {name: forward(models[name], inputs) for name in chosen}
+
+    return Benchmark(
+        settings={setting: partial(calls, inputs) for setting, inputs in batches.items()},
+        limits=limits(models),
+        check=check_logits,
+        examples={setting: len(inputs["input_ids"]) for setting, inputs in batches.items()},
+        **options,
+    )
+
+
+def limits(variants: Iterable[str]) -> dict[str, str]:
+    """By MoE variant, the equal-FLOP model run by the same code."""
+    moe = [name for name in variants if name.startswith("moebert") or name == RELEASE]
+    return {name: LIMIT + name.removeprefix(_model(name)) for name in moe}
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
-    """A call that gives logits without gradient."""
+    """A call that returns logits, without gradients."""
 
     @torch.inference_mode()
     def call() -> Tensor:
@@ -82,477 +147,326 @@ def forward(model: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
     return call
 
 
-def time_variants(
-    models: Mapping[str, nn.Module], inputs: Inputs, *, repeats: int | None = None
-) -> pd.DataFrame:
-    """Time a forward pass of every model, once accelerated ones have given the right answer.
+def _model(variant: str) -> str:
+    """The model of a variant, without the code that runs it."""
+    return variant.partition(", ")[0]
 
-    Args:
-        models: By variant; "X, accelerated" and "X, bf16" are compared with "X".
-        inputs: ``input_ids`` and, for padded batches, ``attention_mask``.
-        repeats: Timed rounds; none as :func:`bench.time_interleaved`.
+
+def check_logits(logits: Mapping[str, Tensor]) -> None:
+    """Refuse logits of "X, ..." that differ from those of "X", and RELEASE's from HASH's.
 
     Raises:
-        UserError: a model answers differently from the one it was made from.
+        UserError: they differ by more than :data:`TOLERANCE`, or are NaN.
     """
-    calls = {name: forward(model, inputs) for name, model in models.items()}
-    return harness.time_interleaved(calls, repeats=repeats, look=agree)
-
-
-def agree(logits: Mapping[str, Tensor]) -> None:
-    """Refuse logits of "X, ..." that are not those of "X"; the release's are a MoEBERT's.
-
-    Raises:
-        UserError: as said.
-    """
-    for name, found in logits.items():
-        origin = "moebert hash-random" if name == RELEASE else name.partition(", ")[0]
+    for name, values in logits.items():
+        origin = HASH if name == RELEASE else _model(name)
         if origin == name or origin not in logits:
             continue
         half = "bf16" in name or logits[origin].dtype == torch.bfloat16
-        limit = TOLERANCE[torch.bfloat16 if half else torch.float32]
+        tolerance = TOLERANCE[torch.bfloat16 if half else torch.float32]
         expected = logits[origin].float()
-        apart = float((found.float() - expected).abs().max() / expected.abs().max())
-        if not apart <= limit:  # NaN too
+        difference = float((values.float() - expected).abs().max() / expected.abs().max())
+        if not difference <= tolerance:
             raise UserError(
-                f"'{name}' is {apart:.2g} of the largest logit from '{origin}', over "
-                f"{limit}; nothing is timed that answers differently"
+                f"logits of '{name}' differ from those of '{origin}' by {difference:.2g} of the "
+                f"largest, expected at most {tolerance}; nothing is timed that computes otherwise"
             )
 
 
-def limits(names: Mapping[str, nn.Module]) -> dict[str, str]:
-    """What each MoE could reach: the equal-FLOP model through the same code."""
-    moe = [name for name in names if name.startswith("moebert") or name == RELEASE]
-    return {name: LIMIT + name[len(name.partition(", ")[0]) :] for name in moe}
-
-
-def measured(
+def _roofline(
     models: Mapping[str, nn.Module],
     batches: Mapping[str, Inputs],
-    *,
-    repeats: int | None = None,
-    against: str = "dense",
-) -> Iterator[pd.DataFrame]:
-    """Timings of one setting after the other, each printed as it is finished.
-
-    Args:
-        models: By variant. The ordinary gate is left out of large batches: it is Fig. 4's.
-        batches: By setting.
-        repeats: Timed rounds.
-        against: The variant whose speed is 1.
-    """
-    for setting, inputs in batches.items():
-        n = len(inputs["input_ids"])
-        chosen = {k: m for k, m in models.items() if n == 1 or k != "moebert gate-sentence"}
-        timings = time_variants(chosen, inputs, repeats=repeats).assign(setting=setting)
-        table = harness.summary(timings, against=against, limits=limits(models), units={setting: n})
-        rounds = timings["repeat"].nunique()
-        print(
-            f"\n{setting}: {n} sentence{'s' * (n > 1)}, {tokens(batches)[setting]} tokens, "
-            f"{rounds} rounds; speed over {against}, and of the equal-FLOP limit's"
-        )
-        harness.show(table.drop(columns="setting"))
-        yield timings[["setting", "variant", "repeat", "seconds"]]
-
-
-def measure(
-    shape: dict[str, int] = BASE, *, repeats: int | None = None, scale: int = 1
-) -> pd.DataFrame:
-    """All CPU timings: columns ``setting``, ``variant``, ``repeat``, ``seconds``."""
-    batches = settings(shape.get("vocab_size", VOCAB), scale=scale)
-    return pd.concat([*measured(variants(shape), batches, repeats=repeats)], ignore_index=True)
-
-
-def main(
-    *,
-    shape: dict[str, int] = BASE,
-    batch: int | None = None,
-    length: int | None = None,
-    repeats: int | None = None,
-    out: Path | None = None,
-) -> bool:
-    """``moebert bench inference``: time, print tables and targets, keep the record.
-
-    Args:
-        shape: BERT's sizes.
-        batch: Sentences of one setting, timed in place of the usual ones.
-        length: Tokens of each, likewise.
-        repeats: Timed rounds of each setting; none: 5 to 21, about a minute.
-        out: The record's file.
-
-    Returns:
-        Whether all settings were timed; Ctrl-C keeps those that were.
-
-    Raises:
-        UserError: a model answers wrongly.
-    """
-    conditions = harness.prepare()
-    vocab = shape.get("vocab_size", VOCAB)
-    batches = settings(vocab) if batch is None and length is None else one(vocab, batch, length)
-    print(
-        f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
-        f"float32 unless it says bf16, {torch.get_num_threads()} threads",
-        flush=True,
-    )
-    models = variants(shape)
-    ceiling = roofline.ceilings()
-    timings, complete = harness.gather(measured(models, batches, repeats=repeats))
-    units = {setting: len(inputs["input_ids"]) for setting, inputs in batches.items()}
-    table = harness.summary(timings, limits=limits(models), units=units)
-    targets = harness.judge(timings, WISHES)
-    print()
-    harness.say(targets)
-    rows = roof(table, models, batches, ceiling)
-    what = "inference" if batch is None and length is None else "inference-one"
-    harness.keep(
-        what,
-        timings,
-        table,
-        targets=targets,
-        out=out,
-        complete=complete,
-        shape=shape,
-        tokens=tokens(batches),
-        ceilings=ceiling.record(),
-        roofline=rows.to_dict("records"),
-        conditions=conditions,
-    )
-    return complete
-
-
-def one(vocab: int, batch: int | None, length: int | None) -> dict[str, Inputs]:
-    """A single setting of ``batch`` sentences (1 by default) of ``length`` tokens (128)."""
-    n, T = batch or 1, length or 128
-    return {f"{n} x {T}": zipf(vocab, n=n, length=T)}
-
-
-def tokens(batches: Mapping[str, Inputs]) -> dict[str, int]:
-    """Real tokens of each setting."""
-    sizes = {}
-    for setting, inputs in batches.items():
-        mask = inputs.get("attention_mask")
-        sizes[setting] = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-    return sizes
-
-
-def roof(
+    _timings: pd.DataFrame,
     table: pd.DataFrame,
-    models: Mapping[str, nn.Module],
-    batches: Mapping[str, Inputs],
-    ceiling: roofline.Ceilings,
-) -> pd.DataFrame:
-    """The roofline of what was timed; prints why the MoE is where it is against its limit."""
-    named = list(zip(table["setting"], table["variant"], strict=True))
-    works = {(s, v): roofline.work(models[v], batches[s]) for s, v in named}
-    rows = roofline.table(table, works, ceiling)
-    print(
-        f"\nthis machine: {ceiling.float32 / 1e9:,.0f} GFLOP/s in float32, "
-        f"{ceiling.bfloat16 / 1e9:,.0f} in bfloat16, "
-        f"{ceiling.bandwidth / 1e9:,.1f} GB/s of memory"
+) -> dict[str, Any]:
+    """Print how near the MoE can come to its limit, and return the roofline of all variants."""
+    ceilings = roofline.measure_ceilings()
+    pairs = zip(table["setting"], table["variant"], strict=True)
+    works = {(s, v): roofline.work(models[v], batches[s]) for s, v in pairs}
+    rows = roofline.table(table, works, ceilings)
+    print(f"\n{ceilings}")
+    moe = table[table["variant"] == HASH + FAST].set_index("setting")["of_limit"]
+    for setting, reached in moe.items():
+        print(roofline.explain(rows, setting, HASH + FAST, LIMIT + FAST, measured=reached))
+    return {"ceilings": ceilings.record(), "roofline": as_json(rows)}
+
+
+# Scaling: one size at a time is varied around 8 sentences of 64 tokens, two layers, 4 experts.
+
+
+def scaling(*, shape: Sizes = TWO_LAYERS, repeats: int = 7) -> Benchmark:
+    """``moebert bench scaling``: cost by experts, tokens, sentences, their length and layers."""
+    works: dict[tuple[str, str], roofline.Work] = {}
+    build = lru_cache(maxsize=1)(partial(scaling_models, shape))
+
+    def calls(setting: str, changed: Sizes) -> dict[str, Callable[[], Tensor]]:
+        n, length = changed.pop("n", 8), changed.pop("length", 64)
+        inputs, models = zipf(shape["vocab_size"], n=n, length=length), build(**changed)
+        works.update({(setting, v): roofline.work(m, inputs) for v, m in models.items()})
+        return {variant: forward(model, inputs) for variant, model in models.items()}
+
+    def finish(timings: pd.DataFrame, table: pd.DataFrame) -> dict[str, Any]:
+        ceilings = roofline.measure_ceilings()
+        rows = roofline.table(table, works, ceilings)
+        table = _with_axis(table.merge(rows, on=["setting", "variant"]))
+        fits = slopes(table)
+        print(*fits.loc[fits["variant"] == HASH + FAST, "words"], sep="\n")
+        tables = {"summary": table, "timings": _with_axis(timings), "slopes": fits}
+        return {name: as_json(rows) for name, rows in tables.items()} | {
+            "ceilings": ceilings.record()
+        }
+
+    points = scaling_points(shape["intermediate_size"])
+    return Benchmark(
+        name="scaling",
+        title=f"hidden size {shape['hidden_size']}, {torch.get_num_threads()} threads",
+        settings={setting: partial(calls, setting, changed) for setting, changed in points.items()},
+        baseline="dense" + FAST,
+        limits={HASH + FAST: LIMIT + FAST},
+        repeats=repeats,
+        facts={"shape": shape},
+        finish=finish,
     )
-    reached = table.set_index(["setting", "variant"])["of_limit"]
-    for setting in table["setting"].unique():
-        print(roofline.why(rows, setting, MOE, LIMIT + FAST, measured=reached[setting, MOE]))
-    return rows
 
 
-# What a forward pass costs as experts, tokens, sentences, their length or layers grow.
-# One thing is varied at a time around 8 sentences of 64 tokens in two layers of 4 experts. Beside
-# every point stands what the roofline says of it: how its operations and its bytes grow.
-
-SHAPE = {**BASE, "num_hidden_layers": 2, "vocab_size": 8192}
-DENSE = "dense" + FAST
-
-#: Why the counted operations and bytes grow as they do, by axis.
-REASONS = {
-    "experts": "an expert has 1/N of the width, so operations fall towards attention's alone, "
-    "while the weights of all experts in use are read",
-    "experts of one size": "a token visits one expert of the same size, so operations stay, "
-    "while each expert in use adds weights to read and has fewer tokens in its product",
-    "tokens": "weights are read once for all tokens, so few tokens cost more each; attention "
-    "grows with the square of the length",
-    "sentences": "weights are read once for all sentences, so few of them cost more each",
-    "length": "weights are read once for all tokens, and attention grows with the square of the "
-    "length",
-    "layers": "each layer costs the same but for the last, which serves first tokens alone",
-}
-
-
-class Point(NamedTuple):
-    """One setting: which axis it belongs to, its value there, and all sizes."""
-
-    axis: str
-    value: int
-    n: int = 8
-    length: int = 64
-    n_layers: int = 2
-    n_experts: int = 4
-    expert_size: int | None = None  # the width over the number of experts
-
-    @property
-    def name(self) -> str:
-        """How it is called among settings."""
-        return f"{self.axis} = {self.value}"
-
-
-def points(width: int = SHAPE["intermediate_size"]) -> list[Point]:
-    """All settings, axis by axis."""
-    counts = (1, 2, 4, 8, 16, 32, 64)
-    grown = {
-        "experts": [{"n_experts": N} for N in counts],
-        "experts of one size": [{"n_experts": N, "expert_size": width // 4} for N in counts],
-        "tokens": [{"n": n, "length": 8 * n} for n in (1, 2, 4, 8, 16)],
-        "sentences": [{"n": n} for n in (1, 2, 4, 8, 16, 32)],
-        "length": [{"length": T} for T in (16, 32, 64, 128, 256, 512)],
-        "layers": [{"n_layers": L} for L in (1, 2, 3, 4, 6)],
+def scaling_points(width: int) -> dict[str, Sizes]:
+    """Sizes that differ from the usual ones, by "axis = value"; ``width`` is the dense FFN's."""
+    axes: dict[str, dict[int, Sizes]] = {
+        "experts": {N: {"n_experts": N} for N in (1, 2, 4, 8, 16, 32, 64)},
+        "experts of one size": {
+            N: {"n_experts": N, "expert_size": width // 4} for N in (1, 2, 4, 8, 16, 32, 64)
+        },
+        "tokens": {8 * n * n: {"n": n, "length": 8 * n} for n in (1, 2, 4, 8, 16)},
+        "sentences": {n: {"n": n} for n in (1, 2, 4, 8, 16, 32)},
+        "length": {T: {"length": T} for T in (16, 32, 64, 128, 256, 512)},
+        "layers": {L: {"n_layers": L} for L in (1, 2, 3, 4, 6)},
     }
-    return [Point(axis, _value(sizes), **sizes) for axis, steps in grown.items() for sizes in steps]
+    return {
+        f"{axis} = {value}": changed
+        for axis, points in axes.items()
+        for value, changed in points.items()
+    }
 
 
-def _value(sizes: dict[str, int]) -> int:
-    if {"n", "length"} <= set(sizes):
-        return sizes["n"] * sizes["length"]
-    return next(iter(sizes.values()))
-
-
-def models(point: Point, shape: dict[str, int] = SHAPE) -> dict[str, nn.Module]:
-    """The MoE of a point, dense BERT and the equal-FLOP limit, all accelerated."""
-    shape = {**shape, "num_hidden_layers": point.n_layers}
-    size = point.expert_size or shape["intermediate_size"] // point.n_experts
-    narrow = {**shape, "intermediate_size": size}
+def scaling_models(
+    shape: Sizes, *, n_layers: int = 2, n_experts: int = 4, expert_size: int | None = None
+) -> dict[str, nn.Module]:
+    """The MoE of one point, dense BERT and the equal-FLOP limit, all accelerated."""
+    shape = {**shape, "num_hidden_layers": n_layers}
+    size = expert_size or shape["intermediate_size"] // n_experts
     built = {
-        DENSE: harness.models(shape, only=("dense",))["dense"],
-        LIMIT + FAST: harness.models(narrow, only=("dense",))["dense"],
-        MOE: moebert(shape, n_experts=point.n_experts, expert_size=size),
+        "dense": bert(shape),
+        LIMIT: bert({**shape, "intermediate_size": size}),
+        HASH: moebert(shape, n_experts=n_experts, expert_size=size),
     }
-    return {name: accelerate(model) for name, model in built.items()}
+    return {name + FAST: accelerate(model) for name, model in built.items()}
 
 
-def measured_bench_scaling(
-    chosen: Sequence[Point],
-    shape: dict[str, int],
-    *,
-    repeats: int,
-    works: dict[tuple[str, str], roofline.Work],
-) -> Iterator[pd.DataFrame]:
-    """Timings of each point, one after the other; ``works`` is filled with what each has to do."""
-    sizes, built = None, {}
-    for point in chosen:
-        if point[4:] != sizes:
-            built.clear()  # before the next ones are built
-            sizes, built = point[4:], models(point, shape)
-        inputs = zipf(shape["vocab_size"], n=point.n, length=point.length)
-        timings = time_variants(built, inputs, repeats=repeats)
-        for name, model in built.items():
-            works[point.name, name] = roofline.work(model, inputs)
-        median = 1000 * timings.groupby("variant", sort=False)["seconds"].median()
-        print(
-            f"{point.name}: " + ", ".join(f"{v} {ms:.1f} ms" for v, ms in median.items()),
-            flush=True,
-        )
-        named = timings.assign(axis=point.axis, value=point.value, setting=point.name)
-        yield named[["axis", "value", "setting", "variant", "repeat", "seconds"]]
-
-
-def measure_bench_scaling(
-    shape: dict[str, int] = SHAPE, *, repeats: int = 7, chosen: Sequence[Point] | None = None
-) -> pd.DataFrame:
-    """All timings: ``axis``, ``value``, ``setting``, ``variant``, ``repeat``, ``seconds``."""
-    chosen = points(shape["intermediate_size"]) if chosen is None else chosen
-    frames = [*measured_bench_scaling(chosen, shape, repeats=repeats, works={})]
-    return pd.concat(frames, ignore_index=True)
-
-
-def summary(
-    timings: pd.DataFrame,
-    works: Mapping[tuple[str, str], roofline.Work],
-    ceiling: roofline.Ceilings,
-) -> pd.DataFrame:
-    """:func:`bench.summary` of each point with ``axis``, ``value`` and the roofline's columns."""
-    table = harness.summary(timings, against=DENSE, limits={MOE: LIMIT + FAST})
-    rows = roofline.table(table, works, ceiling)
-    where = timings.drop_duplicates("setting")[["setting", "axis", "value"]]
-    return table.merge(rows, on=["setting", "variant"]).merge(where, on="setting")
+def _with_axis(table: pd.DataFrame) -> pd.DataFrame:
+    parts = table["setting"].str.partition(" = ")
+    return table.assign(axis=parts[0], value=parts[2].astype(int))
 
 
 def slopes(table: pd.DataFrame) -> pd.DataFrame:
-    """How fast time grows along each axis, beside operations and bytes: exponents of power laws.
+    """Exponents of the power laws by which time, operations and bytes grow along each axis.
 
     Args:
-        table: From :func:`summary`.
+        table: Columns ``axis``, ``variant``, ``value``, ``median_ms``, ``flops``, ``bytes`` and
+            ``in_turn_ms``.
 
     Returns:
-        One row an axis and variant: ``exponent``, the least-squares slope of log time over log
-        value, with its 95 % t interval ``low`` to ``high`` over the points (wide where the law
-        is no power); ``flops`` and ``bytes``, the counts' own; ``in_turn``, that of the time
-        that operations and bytes would take one after the other; and ``words``.
+        A row for each axis and variant with three values or more: ``exponent``, the least-squares
+        slope of log time over log value, with its 95 % t interval ``low`` to ``high``; ``flops``,
+        ``bytes`` and ``in_turn``, the slopes of these; and ``words``.
     """
     rows = []
     for (axis, variant), part in table.groupby(["axis", "variant"], sort=False):
-        x = np.log(part["value"].to_numpy(float))
-        if len(x) < 3:
+        if len(part) < 3:
             continue
-        fit = stats.linregress(x, np.log(part["median_ms"]))
-        half = fit.stderr * stats.t.ppf(0.975, len(x) - 2)
-        own = {
-            name: stats.linregress(x, np.log(part[column].astype(float))).slope
-            for name, column in (("flops", "flops"), ("bytes", "bytes"), ("in_turn", "in_turn_ms"))
-        }
-        words = (
-            f"{axis}, {variant}: time goes with the power {fit.slope:.2f} "
-            f"({fit.slope - half:.2f} to {fit.slope + half:.2f}), operations "
-            f"{own['flops']:.2f}, bytes {own['bytes']:.2f}, both in turn "
-            f"{own['in_turn']:.2f}: {REASONS[str(axis)]}"
+        logs = np.log(part[["value", "median_ms", "flops", "bytes", "in_turn_ms"]].astype(float))
+        fit, *others = (stats.linregress(logs["value"], logs[name]) for name in logs.columns[1:])
+        half = fit.stderr * stats.t.ppf(0.975, len(part) - 2)
+        row = {"exponent": fit.slope, "low": fit.slope - half, "high": fit.slope + half}
+        row |= {n: o.slope for n, o in zip(("flops", "bytes", "in_turn"), others, strict=True)}
+        words = "{axis}, {variant}: time grows with the power {exponent:.2f} ({low:.2f} to "
+        words += (
+            "{high:.2f}), operations {flops:.2f}, bytes {bytes:.2f}, both in turn {in_turn:.2f}"
         )
-        rows.append(
-            {
-                "axis": axis,
-                "variant": variant,
-                "exponent": fit.slope,
-                "low": fit.slope - half,
-                "high": fit.slope + half,
-                **own,
-                "words": words,
-            }
-        )
+        row |= {"axis": axis, "variant": variant}
+        rows.append({**row, "words": words.format(**row)})
     return pd.DataFrame(rows)
 
 
-def main_bench_scaling(
-    *, shape: dict[str, int] = SHAPE, repeats: int = 7, out: Path | None = None
-) -> bool:
-    """``moebert bench scaling``: time every point, print the exponents, keep the record.
-
-    Returns:
-        Whether all points were timed; Ctrl-C keeps those that were.
-    """
-    conditions = harness.prepare()
-    print(
-        f"hidden size {shape['hidden_size']}, FFN {shape['intermediate_size']}, float32, "
-        f"{torch.get_num_threads()} threads; {repeats} interleaved rounds",
-        flush=True,
-    )
-    ceiling = roofline.ceilings()
-    works: dict[tuple[str, str], roofline.Work] = {}
-    chosen = points(shape["intermediate_size"])
-    timings, complete = harness.gather(
-        measured_bench_scaling(chosen, shape, repeats=repeats, works=works)
-    )
-    table = summary(timings, works, ceiling)
-    fits = slopes(table)
-    print()
-    for row in fits[fits["variant"] == MOE].itertuples():
-        print(row.words)
-    harness.keep(
-        "scaling",
-        timings,
-        table,
-        out=out,
-        complete=complete,
-        shape=shape,
-        ceilings=ceiling.record(),
-        slopes=fits.to_dict("records"),
-        conditions=conditions,
-    )
-    return complete
+# The models and batches that are timed.
 
 
-# How fast a forward pass is on a GPU, in bfloat16, beside compiled dense models.
-
-COMPILED = ", compiled"
-COMPILER = partial(torch.compile, dynamic=False)
-AGAINST = "dense" + COMPILED
-BATCHES = (1, 32, 128, 512)  # of 128 tokens; 1 is Fig. 4's
-
-#: A MoE should have this share of the speed of either equal-FLOP limit.
-WISHES_bench_cuda: list[harness.Wish] = [
-    *((f"{n} x 128", MOE, LIMIT + how, 0.85) for n in BATCHES for how in (COMPILED, FAST)),
-    *(("GLUE-like", MOE, LIMIT + how, 0.85) for how in (COMPILED, FAST)),
-    *((setting, MOE, AGAINST, None) for setting in ("32 x 128", "GLUE-like", "512 x 128")),
-]
+def cpu_models(shape: Sizes) -> dict[str, nn.Module]:
+    """Ordinary models, accelerated ones that share their parameters, and some in bfloat16."""
+    built = models(shape)
+    fast = {name + FAST: accelerate(built[name]) for name in ("dense", LIMIT, HASH, GATE)}
+    half = {"dense, bf16": copy.deepcopy(built["dense"]).bfloat16()}
+    for name in ("dense", LIMIT, HASH):
+        half[name + HALF] = accelerate(built[name], dtype=torch.bfloat16)
+    return {**built, **fast, **half}
 
 
-def settings_bench_cuda(
-    vocab: int = VOCAB, *, device: str = "cuda", scale: int = 1
-) -> dict[str, Inputs]:
-    """Full batches of 1 to 512 sentences, and a GLUE-like one; ``scale`` divides, for tests."""
-    long = 128 // scale
-    found = {f"{n} x 128": zipf(vocab, n=max(n // scale, 1), length=long) for n in BATCHES}
-    found["GLUE-like"] = glue_like(vocab, n=32 // scale, longest=long)
-    return {setting: _to(inputs, device) for setting, inputs in found.items()}
-
-
-def variants_bench_cuda(
-    shape: dict[str, int] = BASE,
-    *,
-    device: str = "cuda",
-    compiler: Callable[[nn.Module], nn.Module] = COMPILER,
+def gpu_models(
+    shape: Sizes, *, device: str = "cuda", compiler: Callable[..., nn.Module] = torch.compile
 ) -> dict[str, nn.Module]:
-    """Dense and equal-FLOP models ordinary, compiled and accelerated; MoEBERT; the release's.
-
-    MoEBERT's experts run in one grouped product (transformers' ``grouped_mm``).
-
-    Args:
-        shape: BERT's sizes.
-        device: Where.
-        compiler: Compiles a model.
-    """
-    names = ("dense", LIMIT, RELEASE, "moebert hash-random")
-    built = harness.models(shape, only=names)
+    """Models in bfloat16: ordinary, compiled and accelerated; experts in one grouped product."""
+    torch._dynamo.config.recompile_limit = 64  # each setting has shapes of its own
+    built = models(shape, only=("dense", LIMIT, RELEASE, HASH))
     built = {name: model.to(device, torch.bfloat16) for name, model in built.items()}
-    built["moebert hash-random"].set_experts_implementation("grouped_mm")
-    found = dict(built)
-    found |= {name + COMPILED: compiler(built[name]) for name in ("dense", LIMIT)}
-    fast = ("dense", LIMIT, "moebert hash-random")
-    return found | {name + FAST: accelerate(built[name]) for name in fast}
+    built[HASH].set_experts_implementation("grouped_mm")
+    compiled = {name + COMPILED: compiler(built[name], dynamic=False) for name in ("dense", LIMIT)}
+    fast = {name + FAST: accelerate(built[name]) for name in ("dense", LIMIT, HASH)}
+    return {**built, **compiled, **fast}
 
 
-def main_bench_cuda(
-    *,
-    shape: dict[str, int] = BASE,
-    batch: int | None = None,
-    length: int | None = None,
-    repeats: int | None = None,
-    out: Path | None = None,
-) -> bool:
-    """``moebert bench inference --device cuda``: as ``bench_inference.main``, on a GPU.
+def models(shape: Sizes, *, only: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    """The models of Fig. 4 in eval mode, by name: those of ``only``, or all.
+
+    ``dense`` is BERT; ``half depth`` is DistilBERT, half of the layers; ``equal FLOPs`` is BERT
+    with an FFN as narrow as one expert, the limit of any router; the ``moebert`` ones have 4
+    experts of a quarter; ``release style`` computes the hash-routed one as the paper's code does.
+    """
+    torch.manual_seed(0)
+    makers = {
+        "dense": partial(bert, shape),
+        LIMIT: partial(bert, {**shape, "intermediate_size": shape["intermediate_size"] // 4}),
+        "half depth": partial(distilbert, shape),
+        HASH: partial(moebert, shape),
+        GATE: partial(moebert, shape, routing="gate-sentence"),
+    }
+    built = {name: make() for name, make in makers.items() if not only or name in only}
+    if not only or RELEASE in only:
+        built[RELEASE] = reference_release(built.get(HASH) or moebert(shape))
+    return built
+
+
+def bert(shape: Sizes) -> nn.Module:
+    """A BERT with random weights."""
+    return _varied(BertForSequenceClassification(BertConfig(**shape)))
+
+
+def distilbert(shape: Sizes) -> nn.Module:
+    """A DistilBERT with random weights and half of the layers."""
+    config = DistilBertConfig(
+        vocab_size=shape["vocab_size"],
+        dim=shape["hidden_size"],
+        n_layers=max(shape["num_hidden_layers"] // 2, 1),
+        n_heads=shape["num_attention_heads"],
+        hidden_dim=shape["intermediate_size"],
+    )
+    return _varied(DistilBertForSequenceClassification(config))
+
+
+def moebert(
+    shape: Sizes, *, routing: str = "hash-random", n_experts: int = 4, expert_size: int = 0
+) -> MoEBertForSequenceClassification:
+    """A MoEBERT with random weights and, in each layer, a random hash table or a gate."""
+    size = expert_size or shape["intermediate_size"] // n_experts
+    experts = {"n_experts": n_experts, "expert_size": size, "n_shared": 0, "routing": routing}
+    model = MoEBertForSequenceClassification(MoEBertConfig(**shape, **experts))
+    if routing == "hash-random":
+        for index, layer in enumerate(moe_layers(model)):
+            table = random_table(shape["vocab_size"], n_experts, seed=index)
+            layer.router.tid2eid.copy_(table.view(-1, 1))
+    return _varied(model)
+
+
+@torch.no_grad()
+def _varied(model: nn.Module) -> nn.Module:
+    """In eval mode, with LayerNorms and biases that differ: otherwise a mix-up would not show."""
+    for name, values in model.named_parameters():
+        if values.dim() == 1 or "LayerNorm" in name or "bias" in name:
+            values.add_(0.1 * torch.randn_like(values))
+    return model.eval()
+
+
+class ReferenceFFN(MoEOutput):
+    """A reference implementation of the paper's released layer, to compare speed with.
+
+    It sorts the padded batch by expert, splits it, calls one expert after the other with its
+    LayerNorm, and sorts the results back. Hash routing only.
+    """
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Both arguments are the attention output, ``(B, T, D)``; so is the shape of the result."""
+        chosen = self.router(hidden_states, self.context.input_ids, self.context.mask).experts[:, 0]
+        order = chosen.argsort(0)
+        counts = F.one_hot(chosen, self.experts.num_experts).sum(0).tolist()
+        parts = input_tensor.flatten(0, 1)[order].split(counts)
+        norms = self.LayerNorm.weight.unbind(0), self.LayerNorm.bias.unbind(0)
+        outputs = []
+        for x, w1, b1, w2, b2, *norm in zip(parts, *self.experts.unbound(), *norms, strict=True):
+            y = F.linear(self.experts.act_fn(F.linear(x, w1, b1)), w2, b2)
+            outputs.append(
+                F.layer_norm(self.dropout(y) + x, x.shape[1:], *norm, self.LayerNorm.eps)
+            )
+        return torch.vstack(outputs)[order.argsort(0)].view_as(input_tensor)
+
+
+def reference_release(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a hash-routed MoEBERT that computes its layers as the paper's code does.
 
     Raises:
-        UserError: torch sees no GPU, or a model answers wrongly.
+        ValueError: the model has no experts, a gate, or one LayerNorm for all experts.
     """
-    if not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; leave it out to measure the CPU")
-    conditions = harness.prepare()
-    vocab = shape.get("vocab_size", VOCAB)
-    batches = settings_bench_cuda(vocab)
-    if batch is not None or length is not None:
-        batches = {name: _to(inputs, "cuda") for name, inputs in one(vocab, batch, length).items()}
-    print(
-        f"BERT with hidden size {shape['hidden_size']} and {shape['num_hidden_layers']} layers, "
-        f"bfloat16, {torch.cuda.get_device_name()}",
-        flush=True,
-    )
-    torch._dynamo.config.recompile_limit = 64  # each setting is a shape of its own
-    models = variants_bench_cuda(shape)
-    timings, complete = harness.gather(measured(models, batches, repeats=repeats, against=AGAINST))
-    units = {setting: len(inputs["input_ids"]) for setting, inputs in batches.items()}
-    table = harness.summary(timings, against=AGAINST, limits=limits(models), units=units)
-    targets = harness.judge(timings, WISHES_bench_cuda)
-    harness.say(targets)
-    what = "inference-cuda" if batch is None and length is None else "inference-one-cuda"
-    harness.keep(
-        what,
-        timings,
-        table,
-        targets=targets,
-        out=out,
-        complete=complete,
-        shape=shape,
-        tokens=tokens(batches),
-        conditions=conditions,
-    )
-    return complete
+    layers = moe_layers(model)
+    if not layers or any(layer.gated or not layer.per_expert for layer in layers):
+        raise ValueError(f"expected a MoEBERT with hash routing, not {type(model).__name__}")
+    model = copy.deepcopy(model)
+    for layer in moe_layers(model):
+        layer.__class__ = ReferenceFFN
+    return model
 
 
-def _to(inputs: Inputs, device: str) -> Inputs:
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+def fig4_batches(vocab: int, *, device: str = "cpu", scale: int = 1) -> dict[str, Inputs]:
+    """Full batches, a GLUE-like one and a single sentence (Fig. 4); large ones for a GPU.
+
+    Args:
+        vocab: Number of token ids.
+        device: "cpu" or "cuda".
+        scale: Divides sentences and lengths; for tests.
+    """
+    full = (
+        [(32, 128), (1, 64), (1, 128)] if device == "cpu" else [(n, 128) for n in (1, 32, 128, 512)]
+    )
+    made = {
+        f"{n} x {T}": zipf(vocab, n=max(n // scale, 1), length=T // scale, device=device)
+        for n, T in full
+    }
+    return made | {
+        "GLUE-like": glue_like(vocab, n=32 // scale, longest=128 // scale, device=device)
+    }
+
+
+def zipf(vocab: int, *, n: int, length: int, device: str = "cpu") -> Inputs:
+    """``n`` sentences of ``length`` tokens, as unevenly frequent as words: ``input_ids``.
+
+    The frequency of the r-th token is proportional to 1/r (Zipf's law); token 0 is padding.
+    """
+    generator = torch.Generator().manual_seed(0)
+    frequencies = 1 / torch.arange(1, vocab, dtype=torch.float64)
+    ids = torch.multinomial(frequencies, n * length, replacement=True, generator=generator)
+    return {"input_ids": 1 + ids.view(n, length).to(device)}
+
+
+def glue_like(vocab: int, *, n: int = 32, longest: int = 128, device: str = "cpu") -> Inputs:
+    """A batch padded as GLUE's are: ``input_ids`` and ``attention_mask``, ``(n, longest)``.
+
+    Lengths are evenly spaced quantiles of a log-normal distribution; 32 sentences of at most 128
+    tokens have 40 on average.
+    """
+    spread, steps = 0.635, stats.norm.ppf((np.arange(n) + 0.5) / n)
+    lengths = np.round(longest * np.exp(spread * (steps - steps[-1]))).clip(min=3)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(longest) < torch.tensor(lengths)[order, None]).long().to(device)
+    ids = zipf(vocab, n=n, length=longest, device=device)["input_ids"]
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def _tokens(inputs: Inputs) -> int:
+    """Tokens of a batch without padding."""
+    return int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())

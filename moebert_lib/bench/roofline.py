@@ -1,10 +1,9 @@
-"""What a machine allows: operations and bytes of a forward pass against two measured ceilings.
+"""Operations and bytes of a forward pass, beside the measured ceilings of this machine (roofline).
 
-No call is faster than its operations at the machine's best rate, nor than its bytes at the
-memory's. Operations: per token and layer ``4D^2 + 2TD`` multiplications of attention and ``2DK``
-of a feed-forward layer (notebook 07), two operations each. Bytes: every weight that is used
-once, and every intermediate result written once and read once; a cache may spare some of the
-latter, biases and embeddings are left out.
+No call is faster than its operations at the best rate of arithmetic, or than its bytes at the best
+rate of memory. Per token and layer there are ``4D^2 + 2TD`` multiplications of attention and
+``2DK`` of a feed-forward layer, two operations each. Bytes: every weight in use, read once, and
+every intermediate result, written once and read once; biases and embeddings are left out.
 """
 
 import time
@@ -12,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from moebert_lib.bench.harness import time_interleaved, zipf
+from moebert_lib.bench.harness import time_interleaved
 from moebert_lib.data.batching import Packing
 from moebert_lib.method.routing import HashRouter
 from moebert_lib.model.accelerate import PackedBert
@@ -25,63 +25,58 @@ from moebert_lib.model.cpu_kernels import Kernels, PreparedLayer
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Best rates of this machine, with the threads torch has.
+    """Best rates of this machine with the threads that torch has.
 
     Attributes:
-        float32: Of a large matrix product, operations a second.
+        float32: Operations a second of a large matrix product.
         bfloat16: The same in bfloat16.
-        bandwidth: Of memory, bytes a second.
+        bandwidth: Bytes a second of memory.
     """
 
     float32: float
     bfloat16: float
     bandwidth: float
 
+    record = asdict
+
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second in this dtype."""
         return self.bfloat16 if dtype == torch.bfloat16 else self.float32
 
-    record = asdict
+    def __str__(self) -> str:
+        return (
+            f"this machine: {self.float32 / 1e9:,.0f} GFLOP/s in float32, "
+            f"{self.bfloat16 / 1e9:,.0f} in bfloat16, {self.bandwidth / 1e9:,.1f} GB/s of memory"
+        )
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one call does: operations, bytes that move, and the dtype of both."""
-
-    flops: int
-    bytes: int
-    dtype: torch.dtype = torch.float32
-
-
-def ceilings(*, size: int = 2048, megabytes: int = 256, seconds: float = 0.4) -> Ceilings:
-    """Measure the ceilings: the best of many tries, about two seconds in all.
+def measure_ceilings(*, size: int = 2048, megabytes: int = 256, seconds: float = 0.4) -> Ceilings:
+    """Measure the ceilings: the best of many tries, two seconds in all.
 
     Args:
-        size: Of square matrices.
-        megabytes: Of the buffer that is read and copied: many times a processor's cache.
+        size: Rows and columns of the matrices.
+        megabytes: Size of the buffer that is read and copied; many times the cache.
         seconds: For each of five measurements.
     """
+
+    @torch.inference_mode()
+    def product(dtype: torch.dtype, prepack: bool) -> float:
+        x, layer = torch.rand(size, size, dtype=dtype), nn.Linear(size, size, dtype=dtype)
+        linear = Kernels(dtype=dtype, prepack=prepack).layers(layer)
+        return 2 * size**3 / _fastest(lambda: linear(x), seconds)
+
     numbers = torch.rand(megabytes * 2**20 // 4)
-    copy = torch.empty_like(numbers)
-    moved = {2 * numbers.nbytes: lambda: copy.copy_(numbers), numbers.nbytes: numbers.sum}
+    target = torch.empty_like(numbers)
+    copied = 2 * numbers.nbytes / _fastest(lambda: target.copy_(numbers), seconds)
     return Ceilings(
-        float32=max(
-            _gemm(size, torch.float32, packed=packed, seconds=seconds) for packed in (False, True)
-        ),
-        bfloat16=_gemm(size, torch.bfloat16, packed=True, seconds=seconds),
-        bandwidth=max(n / _best(call, seconds) for n, call in moved.items()),
+        float32=max(product(torch.float32, prepack) for prepack in (False, True)),
+        bfloat16=product(torch.bfloat16, True),
+        bandwidth=max(copied, numbers.nbytes / _fastest(numbers.sum, seconds)),
     )
 
 
-@torch.inference_mode()
-def _gemm(size: int, dtype: torch.dtype, *, packed: bool, seconds: float) -> float:
-    x = torch.rand(size, size, dtype=dtype)
-    linear = Kernels(dtype=dtype, prepack=packed).layers(nn.Linear(size, size, dtype=dtype))
-    return 2 * size**3 / _best(lambda: linear(x), seconds)
-
-
-def _best(call: Callable[[], Any], seconds: float) -> float:
-    """Seconds of the fastest of all calls that fit in a time, at least two."""
+def _fastest(call: Callable[[], Any], seconds: float) -> float:
+    """Seconds of the fastest of all calls that fit in the time, at least two."""
     call()
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < 2 or time.perf_counter() < end:
@@ -91,186 +86,168 @@ def _best(call: Callable[[], Any], seconds: float) -> float:
     return min(taken)
 
 
-def layer_work(
-    D: int,
-    K: int,
-    lengths: Sequence[int],
-    *,
-    touched: int = 1,
-    first: bool = False,
-    gated: bool = False,
-    item: int = 4,
-) -> tuple[int, int]:
-    """Operations and bytes of one layer.
+@dataclass(frozen=True)
+class Work:
+    """Operations of a call, bytes that it moves, and the dtype of both."""
+
+    flops: int
+    bytes: int
+    dtype: torch.dtype = torch.float32
+
+
+def ffn_work(D: int, K: int, tokens: int, *, experts: int = 1) -> tuple[int, int]:
+    """Operations of a feed-forward layer, and numbers read or written.
 
     Args:
         D: Hidden size.
-        K: Neurons that a token uses: the FFN's width, or one expert's.
-        lengths: Tokens of each sentence, padding included where it is computed.
-        touched: Experts that serve any token; their weights are read.
-        first: Only first tokens are wanted of it; others give keys and values alone.
-        gated: A gate looks at all tokens, so that attention cannot leave any out.
-        item: Bytes of a number.
+        K: Neurons that a token uses, the FFN's width or one expert's.
+        tokens: Number of tokens.
+        experts: Experts that any token visits; their weights are read.
     """
-    N, B = sum(lengths), len(lengths)
-    asking = B if first and not gated else N  # tokens with queries
-    served = B if first else N
-    pairs = sum(lengths) if asking == B and first else sum(T * T for T in lengths)
-    products = 2 * N * D * D + 2 * asking * D * D + 2 * pairs * D + 2 * served * D * K
-    weights = 4 * D * D + 2 * D * K * touched
-    between = 2 * N * D + asking * (2 * D + 2 * D) + served * (K + 2 * D)
-    return 2 * products, item * (weights + 2 * between)
+    return 4 * tokens * D * K, 2 * D * K * experts + 2 * tokens * (K + 2 * D)
+
+
+def attention_work(D: int, lengths: Sequence[int], *, queries: Sequence[int]) -> tuple[int, int]:
+    """Operations of attention, and numbers read or written.
+
+    Args:
+        D: Hidden size.
+        lengths: Tokens of each sentence, padding included where it is computed.
+        queries: Tokens of each sentence that look at the others.
+    """
+    N, asking = sum(lengths), sum(queries)
+    pairs = sum(q * T for q, T in zip(queries, lengths, strict=True))
+    products = 2 * N * D * D + 2 * asking * D * D + 2 * pairs * D
+    return 2 * products, 4 * D * D + 2 * (2 * N * D + 4 * asking * D)
 
 
 def work(model: nn.Module, inputs: Mapping[str, Tensor]) -> Work:
-    """What a forward pass of a model of :mod:`bench_models`, accelerated or not, has to do.
+    """Count a forward pass of a BERT, DistilBERT or MoEBERT, accelerated or not.
 
-    A sentence gate is taken to touch one expert for each sentence, or all.
+    An accelerated model computes no padding, and its last layer for first tokens alone. A sentence
+    gate is assumed to send each sentence to another expert.
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     base, config = model.base_model, model.config
     packed = isinstance(base, PackedBert)
-    lengths = [ids.shape[1]] * len(ids)
-    if packed and mask is not None:
-        lengths = mask.sum(1).tolist()
-    dtype = packed and base.kernels.dtype or model.dtype
-    D, n_layers = config.hidden_size, config.num_hidden_layers
+    if not packed or mask is None:
+        mask = torch.ones_like(ids)
+    lengths = mask.sum(1).tolist()
+    dtype = (packed and base.kernels.dtype) or model.dtype
     routers = [module.router for module in model.modules() if hasattr(module, "router")]
-    K = config.expert_size if routers else getattr(config, "intermediate_size", None)
-    K = K or config.hidden_dim  # DistilBERT's name for it
-    flops, moved = 0, 0
-    for index in range(n_layers):
-        first = packed and index == n_layers - 1
+    D, K = config.hidden_size, _width(config)
+    flops = numbers = 0
+    for index in range(config.num_hidden_layers):
+        first = packed and index == config.num_hidden_layers - 1
         router = routers[index] if routers else None
         gated = router is not None and not isinstance(router, HashRouter)
-        served = ids[:, :1] if first and not gated else ids
-        real = None if mask is None or not packed else mask[:, : served.shape[1]]
-        more = layer_work(
-            D,
-            K,
-            lengths,
-            touched=_touched(router, served, real),
-            first=first,
-            gated=gated,
-            item=dtype.itemsize,
-        )
-        flops, moved = flops + more[0], moved + more[1]
+        columns = slice(1) if first and not gated else slice(None)
+        experts = _visited(router, ids[:, columns], mask[:, columns])
+        queries = [1] * len(ids) if first and not gated else lengths
+        tokens = len(ids) if first else sum(lengths)
+        parts = attention_work(D, lengths, queries=queries), ffn_work(D, K, tokens, experts=experts)
+        flops += sum(part[0] for part in parts)
+        numbers += sum(part[1] for part in parts)
     head = D * D + D * config.num_labels
-    return Work(flops + 2 * len(ids) * head, moved + head * model.dtype.itemsize, dtype)
+    moved = numbers * dtype.itemsize + head * model.dtype.itemsize
+    return Work(flops + 2 * len(ids) * head, moved, dtype)
 
 
-def _touched(router: nn.Module | None, ids: Tensor, mask: Tensor | None) -> int:
+def _width(config: Any) -> int:
+    """Neurons that a token uses; DistilBERT has a name of its own for them."""
+    names = ("expert_size", "intermediate_size", "hidden_dim")
+    return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+def _visited(router: nn.Module | None, ids: Tensor, mask: Tensor) -> int:
+    """Experts that any token visits."""
     if router is None:
         return 1
     if isinstance(router, HashRouter):
-        served = ids if mask is None else ids[mask.bool()]
-        return len(router.tid2eid[served].unique())
+        return len(router.tid2eid[ids[mask.bool()]].unique())
     return min(router.gate.out_features, len(ids))
 
 
 def table(
-    summary: pd.DataFrame, works: Mapping[tuple[str, str], Work], ceiling: Ceilings
+    summary: pd.DataFrame, works: Mapping[tuple[Any, str], Work], ceilings: Ceilings
 ) -> pd.DataFrame:
-    """Each call that was timed beside what the machine allows.
+    """Each timed variant beside what the machine allows.
 
     Args:
         summary: Columns ``setting``, ``variant``, ``median_ms``.
-        works: What each setting and variant has to do.
-        ceiling: Of the machine that it was timed on.
+        works: Work of each setting and variant.
+        ceilings: Of the machine that it was timed on.
 
     Returns:
         ``setting``, ``variant``, ``flops``, ``bytes``, ``intensity`` (operations a byte),
         ``attainable`` and ``achieved`` (operations a second), ``share`` of the attainable,
-        ``bound`` ("compute" or "memory"), ``least_ms`` where memory and arithmetic overlap, and
-        ``in_turn_ms`` where one waits for the other.
+        ``bound`` ("compute" or "memory"), ``least_ms`` if memory and arithmetic overlap, and
+        ``in_turn_ms`` if one waits for the other.
     """
-    rows = []
-    for row in summary.itertuples():
-        done = works[row.setting, row.variant]
-        rate = ceiling.rate(done.dtype)
-        intensity = done.flops / done.bytes
-        attainable = min(rate, intensity * ceiling.bandwidth)
-        achieved = done.flops / (row.median_ms / 1000)
-        compute, memory = done.flops / rate, done.bytes / ceiling.bandwidth
-        rows.append(
-            {
-                "setting": row.setting,
-                "variant": row.variant,
-                "flops": done.flops,
-                "bytes": done.bytes,
-                "intensity": intensity,
-                "attainable": attainable,
-                "achieved": achieved,
-                "share": achieved / attainable,
-                "bound": "compute" if compute >= memory else "memory",
-                "least_ms": 1000 * max(compute, memory),
-                "in_turn_ms": 1000 * (compute + memory),
-            }
-        )
-    return pd.DataFrame(rows)
+    rows = summary[["setting", "variant"]].copy()
+    counted = [works[pair] for pair in rows.itertuples(index=False, name=None)]
+    rows["flops"] = [each.flops for each in counted]
+    rows["bytes"] = [each.bytes for each in counted]
+    rows["intensity"] = rows["flops"] / rows["bytes"]
+    compute = rows["flops"] / [ceilings.rate(each.dtype) for each in counted]
+    memory = rows["bytes"] / ceilings.bandwidth
+    least = np.maximum(compute, memory)
+    rows["attainable"] = rows["flops"] / least
+    rows["achieved"] = rows["flops"] / (summary["median_ms"] / 1000)
+    rows["share"] = rows["achieved"] / rows["attainable"]
+    rows["bound"] = np.where(compute >= memory, "compute", "memory")
+    return rows.assign(least_ms=1000 * least, in_turn_ms=1000 * (compute + memory))
 
 
-def why(rows: pd.DataFrame, setting: str, variant: str, limit: str, *, measured: float) -> str:
-    """One sentence: how near a variant can come to its limit's speed, and how near it came.
+def explain(rows: pd.DataFrame, setting: Any, variant: str, limit: str, *, measured: float) -> str:
+    """Say how near a MoE can come to the speed of its limit, and how near it came.
 
     Args:
         rows: From :func:`table`.
-        setting: Of both.
-        variant: A MoE.
-        limit: Dense, with as many operations.
+        setting: Of both variants.
+        variant: The MoE.
+        limit: A dense model with as many operations.
         measured: Its speed over the limit's, as timed.
     """
-    found = rows[rows["setting"] == setting].set_index("variant")
-    own, other = found.loc[variant], found.loc[limit]
-    best, in_turn = other["least_ms"] / own["least_ms"], other["in_turn_ms"] / own["in_turn_ms"]
+    part = rows[rows["setting"] == setting].set_index("variant")
+    moe, dense = part.loc[variant], part.loc[limit]
+    best, in_turn = (dense[name] / moe[name] for name in ("least_ms", "in_turn_ms"))
     return (
-        f"{setting}: {variant} computes {own['flops'] / other['flops']:.2f} times as much as "
-        f"{limit} and moves {own['bytes'] / other['bytes']:.2f} times the bytes, since the "
-        f"weights of every expert in use are read. Its speed could be {best:.2f} of the "
-        f"limit's if reading hides behind computing, {in_turn:.2f} if one waits for the other; "
-        f"it is {measured:.2f}."
+        f"{setting}: {variant} computes {moe['flops'] / dense['flops']:.2f} times as much as "
+        f"{limit} and moves {moe['bytes'] / dense['bytes']:.2f} times the bytes, since the "
+        f"weights of every expert in use are read. It can reach {best:.2f} of the limit's speed "
+        f"if reading overlaps with computing, {in_turn:.2f} if one waits for the other; it "
+        f"reaches {measured:.2f}."
     )
 
 
-def points(
-    built: Mapping[str, nn.Module],
-    *,
-    tokens: Sequence[int] = (16, 64, 256, 1024),
-    repeats: int = 5,
+def time_feed_forward(
+    models: Mapping[str, nn.Module], ids: Sequence[Tensor], *, repeats: int = 5
 ) -> pd.DataFrame:
-    """Time the feed-forward layers of models alone, one after the other as in a pass.
-
-    All run through the same kernels. With few tokens each weight that is read serves few of
-    them, and of four experts each serves a quarter of those.
+    """Time the feed-forward layers of models alone, one after the other, in the same kernels.
 
     Args:
-        built: Models of :mod:`bench_models`, dense or MoEBERT with a hash, not accelerated.
-        tokens: How many go through at once.
+        models: BERTs, or MoEBERTs with a hash, not accelerated; by variant.
+        ids: Token ids ``(n,)`` to send through at once; each is a setting.
         repeats: Timed rounds.
 
     Returns:
-        Columns ``variant``, ``tokens``, ``repeat``, ``seconds``, ``flops`` and ``bytes`` of all
-        layers: each weight in use read once, each state written once and read once.
+        Columns ``variant``, ``repeat``, ``seconds``, ``tokens``, and ``flops`` and ``bytes`` of
+        all layers.
     """
-    frames, ready = [], {name: _prepared(model) for name, model in built.items()}
-    for n in tokens:
-        calls, works = {}, {}
-        for name, model in built.items():
-            ids = zipf(model.config.vocab_size, n=1, length=n)["input_ids"][0]
-            calls[name] = _ffn(model, ids, ready[name])
-            works[name] = _ffn_work(model, ids)
-        timings = time_interleaved(calls, repeats=repeats).assign(tokens=n)
-        for column, of in (("flops", 0), ("bytes", 1)):
-            timings[column] = [works[name][of] for name in timings["variant"]]
+    frames = []
+    for tokens in ids:
+        calls = {name: _feed_forward(model, tokens) for name, model in models.items()}
+        timings = time_interleaved(calls, repeats=repeats).assign(tokens=len(tokens))
+        works = {name: _layers_work(model, tokens) for name, model in models.items()}
+        timings["flops"] = [works[name].flops for name in timings["variant"]]
+        timings["bytes"] = [works[name].bytes for name in timings["variant"]]
         frames.append(timings)
     return pd.concat(frames, ignore_index=True)
 
 
-def _prepared(model: nn.Module) -> list[PreparedLayer]:
-    return [PreparedLayer(layer, Kernels()) for layer in model.base_model.encoder.layer]
-
-
-def _ffn(model: nn.Module, ids: Tensor, layers: list[PreparedLayer]) -> Callable[[], Tensor]:
+def _feed_forward(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    layers = [PreparedLayer(layer, Kernels()) for layer in model.base_model.encoder.layer]
     packing = Packing.of(torch.ones(1, len(ids)))
     states = torch.rand(len(ids), model.config.hidden_size, dtype=model.dtype)
 
@@ -284,12 +261,12 @@ def _ffn(model: nn.Module, ids: Tensor, layers: list[PreparedLayer]) -> Callable
     return call
 
 
-def _ffn_work(model: nn.Module, ids: Tensor) -> tuple[int, int]:
-    config, n = model.config, len(ids)
-    D, K = config.hidden_size, getattr(config, "expert_size", config.intermediate_size)
-    flops, moved = 0, 0
+def _layers_work(model: nn.Module, ids: Tensor) -> Work:
+    flops = numbers = 0
     for layer in model.base_model.encoder.layer:
-        touched = _touched(getattr(layer.output, "router", None), ids, None)
-        flops += 2 * n * 2 * D * K
-        moved += model.dtype.itemsize * (2 * D * K * touched + 2 * n * (K + 2 * D))
-    return flops, moved
+        router = getattr(layer.output, "router", None)
+        experts = _visited(router, ids, torch.ones_like(ids))
+        D, K = model.config.hidden_size, _width(model.config)
+        more = ffn_work(D, K, len(ids), experts=experts)
+        flops, numbers = flops + more[0], numbers + more[1]
+    return Work(flops, numbers * model.dtype.itemsize, model.dtype)

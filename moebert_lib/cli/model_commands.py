@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -20,16 +21,15 @@ from moebert_lib.config.errors import UserError
 ROUTINGS = ("hash-random", "hash-cluster", "gate-token", "gate-sentence", "hash-balance")
 MAX_LENGTH = 512  # tokens that BERT takes
 
-#: What ``moebert bench`` measures: its options beside ``--out``, and the function that runs it.
+#: What ``moebert bench`` measures: the module and the function that declare it.
 BENCHMARKS = {
-    "inference": (("batch", "length", "repeats", "device"), "inference.main"),
-    "training": (("repeats",), "training.main"),
-    "importance": (("repeats",), "importance.main"),
-    "scaling": (("repeats",), "inference.main_bench_scaling"),
-    "widgets": (("repeats",), "workflow.main_bench_widgets"),
-    "batch": (("runs",), "workflow.main"),
+    "inference": ("inference", "inference"),
+    "training": ("training_and_importance", "training"),
+    "importance": ("training_and_importance", "importance"),
+    "scaling": ("inference", "scaling"),
+    "widgets": ("sweeps_and_widgets", "redrawing"),
+    "batch": ("sweeps_and_widgets", "sweeping"),
 }
-CUDA_BENCHMARK = "inference.main_bench_cuda"
 
 
 def add_commands(commands: Any) -> None:
@@ -337,30 +337,28 @@ def _add_bench(commands: Any) -> None:
 
 def bench(args: argparse.Namespace) -> int:
     """Measure speed on this machine; return 130 where Ctrl-C ended it early."""
-    accepted, function = BENCHMARKS[args.what]
+    module, function = BENCHMARKS[args.what]
+    declare = getattr(importlib.import_module(f"moebert_lib.bench.{module}"), function)
     options = {}
     for name in ("batch", "length", "repeats", "runs", "device"):
         value = getattr(args, name)
-        if value is not None and name not in accepted:
+        if value is not None and name not in inspect.signature(declare).parameters:
             raise UserError(f"moebert bench {args.what} has no option --{name}")
         if value is not None:
             options[name] = value
     if options.get("length", 1) > MAX_LENGTH:
         raise UserError(f"--length {args.length}: BERT takes at most {MAX_LENGTH} tokens")
-    if args.out is not None:
-        if args.out.is_dir() or not args.out.absolute().parent.is_dir():
-            raise UserError(f"--out {args.out}: expected a file in an existing folder")
-        options["out"] = args.out
-    if options.pop("device", "cpu") == "cuda":
-        function = CUDA_BENCHMARK
-    module, name = function.split(".")
-    measure = getattr(importlib.import_module(f"moebert_lib.bench.{module}"), name)
+    out = args.out
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out {out}: expected a file in an existing folder")
+    from moebert_lib.bench import harness
+
     try:
-        complete = measure(**options)
+        complete = harness.run(declare(**options), out=out)
     except KeyboardInterrupt:
         say("stopped; nothing was kept")
         return 130
-    return 130 if complete is False else 0
+    return 0 if complete else 130
 
 
 def doctor(args: argparse.Namespace) -> int:

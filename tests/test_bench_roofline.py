@@ -7,12 +7,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moebert_lib.bench import harness, roofline
-from moebert_lib.bench.harness import glue_like, moebert, zipf
+from moebert_lib.bench import inference, roofline
+from moebert_lib.bench.inference import glue_like, moebert, zipf
 from moebert_lib.bench.roofline import Ceilings, Work
 from moebert_lib.model.accelerate import accelerate
 
-TINY, VOCAB = harness.TINY_SHAPE, harness.TINY_SHAPE["vocab_size"]
+TINY, VOCAB = inference.TINY, inference.TINY["vocab_size"]
 GATES = 2 * 32 * 4  # a gate's operations for each state that it looks at, here 4 experts of 32
 
 
@@ -31,7 +31,7 @@ KINDS = [("half depth", False), *((name, fast) for name in FAST for fast in (Fal
 @pytest.mark.parametrize("inputs", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize(("name", "fast"), KINDS)
 def test_operations_are_those_that_torch_counts(name, fast, inputs):
-    model = harness.models(TINY, only=(name,))[name]
+    model = inference.models(TINY, only=(name,))[name]
     if fast:
         model = accelerate(model, prepack=False)
     gate = GATES * 2 * len(inputs["input_ids"]) if "gate" in name else 0
@@ -40,19 +40,19 @@ def test_operations_are_those_that_torch_counts(name, fast, inputs):
 
 def test_a_layer_of_one_sentence_by_hand():
     """D = 2, K = 3, two tokens: 4 D^2 = 16 and 2 T D = 8 and 2 D K = 12 for each of them."""
-    flops, moved = roofline.layer_work(2, 3, [2], touched=4)
-    assert flops == 2 * 2 * (16 + 8 + 12)
-    weights = 16 + 4 * 12
-    between = 2 * (3 * 2 + 2 + 2 + 2 + 3 + 2 + 2)  # q k v, context, a, norm, h, y, norm
-    assert moved == 4 * (weights + 2 * between)
+    attention, moved = roofline.attention_work(2, [2], queries=[2])
+    assert attention == 2 * 2 * (16 + 8)
+    assert moved == 16 + 2 * 2 * (3 * 2 + 2 + 2 + 2)  # q k v, context, a, norm
+    ffn, moved = roofline.ffn_work(2, 3, 2, experts=4)
+    assert ffn == 2 * 2 * 12 and moved == 4 * 12 + 2 * 2 * (3 + 2 + 2)  # h, y, norm
 
 
 def test_the_last_layer_works_for_first_tokens_alone():
     """Two sentences of 2 and 3 tokens: keys and values of 5, the rest of 2."""
-    flops, _ = roofline.layer_work(2, 3, [2, 3], first=True)
-    assert flops == 2 * (5 * 8 + 2 * 8 + 2 * 5 * 2 + 2 * 12)
-    gated, _ = roofline.layer_work(2, 3, [2, 3], first=True, gated=True)
-    assert gated == 2 * (5 * 16 + 2 * (4 + 9) * 2 + 2 * 12)
+    flops, _ = roofline.attention_work(2, [2, 3], queries=[1, 1])
+    assert flops == 2 * (5 * 8 + 2 * 8 + 2 * 5 * 2)
+    gated, _ = roofline.attention_work(2, [2, 3], queries=[2, 3])
+    assert gated == 2 * (5 * 16 + 2 * (4 + 9) * 2)
 
 
 def test_experts_count_where_a_token_visits_them():
@@ -68,7 +68,7 @@ def test_experts_count_where_a_token_visits_them():
 
 
 def test_bfloat16_moves_half_of_the_bytes():
-    model, inputs = harness.models(TINY, only=("dense",))["dense"], zipf(VOCAB, n=2, length=8)
+    model, inputs = inference.models(TINY, only=("dense",))["dense"], zipf(VOCAB, n=2, length=8)
     full, half = (
         roofline.work(accelerate(model, dtype=dtype), inputs) for dtype in (None, torch.bfloat16)
     )
@@ -94,20 +94,21 @@ def test_the_lower_ceiling_binds(rows):
 
 
 def test_why_names_work_bytes_and_both_bounds(rows):
-    said = roofline.why(rows, "s", "moe", "limit", measured=0.375)
+    said = roofline.explain(rows, "s", "moe", "limit", measured=0.375)
     assert "computes 1.00 times as much as limit and moves 4.00 times the bytes" in said
-    assert "0.50 of the limit's if reading hides" in said and "it is 0.38" in said
+    assert "can reach 0.50 of the limit's speed" in said and "reaches 0.38" in said
 
 
 def test_ceilings_are_rates_of_this_machine():
-    found = roofline.ceilings(size=64, megabytes=1, seconds=0.01)
+    found = roofline.measure_ceilings(size=64, megabytes=1, seconds=0.01)
     assert found.float32 > 1e7 and found.bfloat16 > 1e6 and found.bandwidth > 1e7
 
 
 def test_points_are_the_feed_forward_layers_alone():
     """Two layers of 32 x 64 and of 4 experts of 32 x 16, for one token and for many."""
-    built = harness.models(TINY, only=("dense", "moebert hash-random"))
-    found = roofline.points(built, tokens=(1, 64), repeats=2)
+    built = inference.models(TINY, only=("dense", "moebert hash-random"))
+    ids = [zipf(VOCAB, n=1, length=n)["input_ids"][0] for n in (1, 64)]
+    found = roofline.time_feed_forward(built, ids, repeats=2)
     one = found[found["repeat"] == 0].set_index(["tokens", "variant"])
     assert len(found) == 8 and (found["seconds"] > 0).all()
     assert one.loc[(1, "dense"), "flops"] == 2 * 2 * 2 * 32 * 64
@@ -120,10 +121,10 @@ def test_points_are_the_feed_forward_layers_alone():
 
 @pytest.mark.parametrize("name", ["dense", "moebert hash-random"])
 def test_points_compute_what_the_models_layers_do(name):
-    model = harness.models(TINY, only=(name,))[name].double()
+    model = inference.models(TINY, only=(name,))[name].double()
     ids = zipf(VOCAB, n=1, length=9)["input_ids"][0]
     torch.manual_seed(5)
-    found = roofline._ffn(model, ids, roofline._prepared(model))()
+    found = roofline._feed_forward(model, ids)()
     torch.manual_seed(5)
     x = torch.rand(1, 9, 32, dtype=torch.float64)
     with torch.no_grad():
