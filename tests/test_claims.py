@@ -42,7 +42,7 @@ def test_printed_steps_by_hand():
 
 def test_every_arm_is_a_run_that_some_notebook_asks_for():
     sweeps = dict(fractions=[24, 8, 4, 2], numbers=[1, 2, 4, 8], thirds=[0, 1, 2, 3])
-    asked = [*ablations.ablations(SETTINGS, WIDTH, **sweeps).values()]
+    asked = [*ablations.ablations(SETTINGS, **sweeps).values()]
     asked += [
         *ablations.routers(SETTINGS).values(),
         *ablations.results(SETTINGS, ["library"]).values(),

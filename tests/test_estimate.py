@@ -93,6 +93,10 @@ def test_activations_of_a_transformer_are_the_usual_count():
     assert activation_bytes(shape, 8, 128, 3072, bf16=False) == 2 * usual
 
 
+def student(settings: Settings) -> cost.Cost:
+    return cost.Run("student", settings).cost
+
+
 def default(**changes) -> Settings:
     return Settings.at("quick").but(**changes)
 
@@ -101,30 +105,30 @@ def default(**changes) -> Settings:
     "more", [{"epochs": 1.0}, {"expert_size": 512, "n_shared": 512}, {"max_eval_examples": 601}]
 )
 def test_more_work_costs_more_time(more):
-    less, larger = cost.student(default()), cost.student(default(**more))
-    assert larger.flops > less.flops and larger.passes >= less.passes
+    less, larger = student(default()), student(default(**more))
+    assert larger.flops > less.flops
 
 
 @pytest.mark.parametrize("more", [{"batch_size": 64}, {"n_experts": 4}])
 def test_larger_batches_and_more_experts_take_more_memory(more):
     base = default(n_experts=2, expert_size=384)
-    less, larger = cost.student(base), cost.student(base.but(**more))
+    less, larger = student(base), student(base.but(**more))
     assert larger.cpu_bytes > less.cpu_bytes and larger.gpu_bytes > less.gpu_bytes
     assert less.gpu_bytes < less.cpu_bytes
 
 
 def test_plain_training_spares_the_teachers_pass():
     settings = default(max_eval_examples=8)
-    with_teacher, plain = (cost.student(settings.but(distill=which)) for which in ("all", "none"))
+    with_teacher, plain = (student(settings.but(distill=which)) for which in ("all", "none"))
     shape = encoder_layouts.shape(settings.model)
-    once = forward_flops(shape, cost.MEAN_TOKENS["library"], shape.neurons)
+    once = forward_flops(shape, cost.SIZES["library"].tokens, shape.neurons)
     assert with_teacher.flops - plain.flops == pytest.approx(256 * once)
 
 
 def test_two_experts_a_token_cost_as_one_of_twice_the_width():
     gate = default(routing="gate-token", n_experts=2, expert_size=384, n_shared=0, distill="none")
     two, wide = gate.but(gate_top_k=2), gate.but(expert_size=768)
-    assert cost.student(two).flops == cost.student(wide).flops
+    assert student(two).flops == student(wide).flops
 
 
 def test_known_sizes_are_the_papers_as_far_as_it_prints_them():
@@ -132,7 +136,7 @@ def test_known_sizes_are_the_papers_as_far_as_it_prints_them():
         release = 0.2 if task == "stsb" else 0.05  # its 7k are those of an earlier release
         assert cost.SIZES[task][0] == pytest.approx(train, rel=release)
         assert cost.SIZES[task][1] == pytest.approx(validation, rel=0.05)
-    assert {task: cost.SIZES[task] for task in paper_numbers.TABLE5} == paper_numbers.TABLE5
+    assert {task: cost.SIZES[task][:2] for task in paper_numbers.TABLE5} == paper_numbers.TABLE5
 
 
 def test_examples_are_capped_or_counted_in_files(tiny_glue):
@@ -143,13 +147,6 @@ def test_examples_are_capped_or_counted_in_files(tiny_glue):
         for name in ("train", "validation")
     ]
     assert cost.examples(at) == tuple(map(len, lines))
-
-
-def test_a_gpu_is_bound_by_launches_where_batches_are_small():
-    tiny = cost.Cost(flops=1e6, passes=100, cpu_bytes=0, gpu_bytes=0)
-    large = tiny._replace(flops=1e16)
-    assert cost.gpu_seconds(tiny) == cost.RUN_SECONDS + 100 * cost.GPU_PASS
-    assert cost.gpu_seconds(large) == cost.RUN_SECONDS + 1e16 / cost.GPU_FLOPS
 
 
 def test_the_processors_speed_is_measured_and_plausible():

@@ -39,6 +39,7 @@ def usual(plan, task, model=BASE):
     varied = (
         "n_experts",
         "ranking",
+        "grouping",
         "routing",
         "distill",
         "preset",
@@ -119,6 +120,12 @@ def test_two_points_are_one_run_exactly_if_the_store_has_one_key_for_them():
         base.but(teacher_seed=1),
         base.but(n_seeds=5),
         base.but(max_grad_norm=2.0),
+        base.but(grouping="kmeans-weights"),
+        base.but(grouping="kmeans-weights", split_seed=3),
+        base.but(grouping="coactivation"),
+        base.but(grouping="coactivation", split_seed=3),
+        base.but(routing="gate-token"),
+        base.but(routing="gate-token", gate_top_k=2),
     ]
     for one, other in itertools.combinations(points, 2):
         same = cost.Run("student", one).key() == cost.Run("student", other).key()
@@ -127,7 +134,7 @@ def test_two_points_are_one_run_exactly_if_the_store_has_one_key_for_them():
 
 def test_the_default_is_in_every_figure_and_one_setting_changes():
     settings = Settings.at("paper")
-    grid = ablations.ablations(settings, 3072)
+    grid = ablations.ablations(settings)
     base = settings.but(expert_size=768, n_shared=512, split_seed=0)
     for name, points in grid.items():
         assert base in points
@@ -139,13 +146,13 @@ def test_the_default_is_in_every_figure_and_one_setting_changes():
 
 
 def test_numbers_of_experts_that_the_layer_cannot_fill_are_left_out():
-    grid = ablations.ablations(Settings.at("smoke"), 64, numbers=[1, 2, 500])
+    grid = ablations.ablations(Settings.at("smoke"), numbers=[1, 2, 500])
     assert {point.n_experts for point in grid["figure2b"]} == {1, 2}
 
 
 def test_empty_lists_are_the_papers_points_at_its_scale_and_fewer_below():
-    whole = ablations.ablations(Settings.at("paper"), 3072)
-    fewer = ablations.ablations(Settings.at("quick"), 1536)
+    whole = ablations.ablations(Settings.at("paper"))
+    fewer = ablations.ablations(Settings.at("quick"))
     assert {p.expert_size for p in whole["figure2a"]} == set(FIGURES["figure2a"])
     assert {p.n_experts for p in whole["figure2b"]} == set(FIGURES["figure2b"])
     assert {p.n_shared for p in whole["figure2c"]} == set(FIGURES["figure2c"])
@@ -160,8 +167,7 @@ def test_table_3_spans_the_papers_tasks_at_its_scale_only():
 
 def test_the_routers_are_those_of_the_library():
     assert ablations.ROUTINGS == ROUTINGS
-    asked = ablations.routers(Settings.at("smoke"))["figure3c"]
-    assert [point.routing for point in asked[::2]] == list(ROUTINGS)
+    assert list(ablations.routers(Settings.at("smoke"))) == list(ROUTINGS)
 
 
 def test_beyond_the_paper_are_words_by_clusters_and_two_experts_a_token():
@@ -182,19 +188,15 @@ def test_a_notebook_asked_for_twice_adds_nothing(moebert_home):
     assert again[:-1] == once and again[-1] == [] and all(once)
 
 
-def test_a_notebook_of_ones_own_asks_for_nothing():
-    assert ablations.asked("mine", Settings.at("smoke"), {}, 64) == ([], [])
-
-
 def test_a_plan_reads_as_one_line_for_each_group_and_a_sum(moebert_home):
     paths = [path for path in NOTEBOOKS if path.stem[:2] in ("00", "03")]
     jobs = planning.plan(paths, scale="smoke")
     lines = list(cost.lines(jobs, ["to run", "to run"]))
     assert lines[0] == "00_the_idea: to run" and lines[1].strip() == "trains nothing"
     (plain,) = [line for line in lines if "distill=none" in line]
-    assert "seeds 0-1" in plain and "batch 16" in plain and "CPU" in plain and "GPU" in plain
+    assert "seeds 0-1" in plain and "batch 16" in plain and "CPU" in plain
     (total,) = [line for line in lines if line.startswith("in all")]
-    assert "1 teacher, 1 scoring, 4 students" in total
+    assert "1 teacher, 1 scoring, 4 conversions, 4 students" in total
     assert any("factor of about three" in line for line in lines)
 
 
@@ -231,7 +233,8 @@ def test_every_task_that_a_grid_reads_is_checked_when_planned(moebert_home, tiny
 
 def test_the_explorer_shares_its_points_of_four_experts_with_notebook_2():
     settings = Settings.at("quick")
-    found = ablations.conversions(settings, 1536)
+    grid = ablations.explorer(settings)
+    found = [point for points in grid.values() for point in points]
     four = {(s.n_shared, s.seed) for s in found if s.n_experts == 4}
     assert four == set(itertools.product((0, 128, 256, 353), (0, 1)))
     assert len(found) == 16 and {s.n_experts * s.expert_size for s in found} == {1536}
@@ -239,7 +242,7 @@ def test_the_explorer_shares_its_points_of_four_experts_with_notebook_2():
 
 def test_the_explorers_conversions_are_plain_whatever_the_settings():
     other = Settings.at("quick", ranking="random", routing="gate-token", preset="release")
-    for point in ablations.conversions(other, 1536):
+    for point in itertools.chain.from_iterable(ablations.explorer(other).values()):
         assert (point.ranking, point.routing, point.gate_scaling) == (
             "importance",
             "hash-random",
@@ -249,7 +252,7 @@ def test_the_explorers_conversions_are_plain_whatever_the_settings():
 
 
 def test_constructions_vary_one_thing_each_and_none_shared_has_no_inverse(moebert_home):
-    small = ablations.constructions(Settings.at("small"), 1536)
+    small = ablations.constructions(Settings.at("small"))
     assert [name for name in small if "inverse" in name] == ["inverse"]
     assert len(small) == 2 * len(ablations.CONSTRUCTIONS) - 1
     beside = ablations.deals_beside(small)
@@ -262,6 +265,4 @@ def test_constructions_vary_one_thing_each_and_none_shared_has_no_inverse(moeber
 
 
 def test_quick_shares_in_every_construction(moebert_home):
-    assert list(ablations.constructions(Settings.at("quick"), 1536)) == list(
-        ablations.CONSTRUCTIONS
-    )
+    assert list(ablations.constructions(Settings.at("quick"))) == list(ablations.CONSTRUCTIONS)

@@ -56,7 +56,7 @@ def test_source_holds_no_outputs_and_no_trace_of_a_run(path):
     assert not [cell.id for cell in cells if cell.outputs or cell.execution_count]
     kept = {key for cell in notebook.cells for key in cell.metadata}
     assert kept <= {"tags", "jupyter"}
-    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert set(notebook.metadata) <= {"kernelspec", "language_info", "moebert"}
     assert "version" not in notebook.metadata.get("language_info", {})
 
 

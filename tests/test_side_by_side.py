@@ -1,5 +1,6 @@
 """Different notebooks side by side: how many, in which order, and what runs alone."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,17 @@ def home(tmp_path, monkeypatch) -> Path:
     folder = fixture_home.make(tmp_path / "home", {"00_the_idea": "plain", "01_slow": "settings"})
     monkeypatch.setenv("MOEBERT_HOME", str(folder))
     return folder
+
+
+def declared(source: str, **metadata) -> str:
+    """A notebook that says something to the library in its metadata."""
+    notebook = json.loads(source)
+    notebook["metadata"]["moebert"] = metadata
+    return json.dumps(notebook)
+
+
+def declare(path: Path, **metadata) -> None:
+    path.write_text(declared(path.read_text(), **metadata))
 
 
 def planned(*names, **parameters):
@@ -44,7 +56,7 @@ def test_alone_is_one_run_at_a_time_with_all_cores():
 
 
 def test_timings_are_taken_last_and_alone(home, monkeypatch):
-    monkeypatch.setattr(local_pool, "TIMED", {"00_the_idea"})
+    declare(home / "notebooks" / "00_the_idea.ipynb", timed=True)
     said, engine = [], Local(2)
     local_pool.run(
         planned("00_the_idea", "01_slow"), engine=engine, publishing=False, echo=said.append
@@ -65,8 +77,8 @@ def test_what_asks_for_most_is_started_first():
 def test_a_new_record_of_a_benchmark_makes_a_new_run_of_the_notebook_that_draws_it(home):
     def keys():
         jobs = planned("00_the_idea", "01_slow")  # without settings, and with
-        names = ("07_speed", "08_release")
-        return [replace(job, name=name).key() for name in names for job in jobs]
+        timed = [replace(job, source=declared(job.source, timed=True)) for job in jobs]
+        return [job.key() for job in (*timed, *jobs)]
 
     before = keys()
     for place in ("figures/bench/inference.json", "runs/bench-inference-1.json"):

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -80,27 +81,76 @@ def library_modules() -> dict[str, Path]:
     return paths
 
 
-def imported(tree: ast.AST) -> set[str]:
-    """This library's modules that a parsed text imports, anywhere in it.
+def local_names(tree: ast.AST) -> dict[str, str]:
+    """The names that a parsed text imports from this library, each with its full dotted name.
 
-    A public name of ``moebert_lib`` counts as the module that holds it, and ``import moebert_lib``
-    as the modules of all public names.
+    Example:
+        >>> local_names(ast.parse("from moebert_lib.plots import routing as r"))
+        {'r': 'moebert_lib.plots.routing'}
     """
-    modules, names = library_modules(), set()
+    names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name == "moebert_lib":
-                    names |= set(PUBLIC.values())
-                names.add(alias.name.removeprefix("moebert_lib."))
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moebert_lib"):
-            base = node.module.removeprefix("moebert_lib").removeprefix(".")
-            names.add(base)
+                top = alias.name.partition(".")[0]
+                names[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
-                names.add(f"{base}.{alias.name}" if base else alias.name)
-                if not base and alias.name in PUBLIC:
-                    names.add(PUBLIC[alias.name])
-    return names & modules.keys()
+                names[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return {name: full for name, full in names.items() if full.split(".")[0] == "moebert_lib"}
+
+
+def dotted(node: ast.AST, names: Mapping[str, str]) -> str:
+    """What an expression such as ``r.loads`` names in this library; "" for anything else.
+
+    Args:
+        node: Of a parsed text.
+        names: From :func:`local_names`.
+
+    Example:
+        >>> dotted(ast.parse("r.loads", mode="eval").body, {"r": "moebert_lib.plots.routing"})
+        'moebert_lib.plots.routing.loads'
+    """
+    if isinstance(node, ast.Name):
+        return names.get(node.id, "")
+    owner = dotted(node.value, names) if isinstance(node, ast.Attribute) else ""
+    return f"{owner}.{node.attr}" if owner else ""
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """This library's modules that a parsed text imports, or reaches through a folder's name.
+
+    A public name of ``moebert_lib`` counts as the module that defines it. A folder counts as the
+    modules that the text names, as in ``plots.routing.loads``, and where its name stands alone, as
+    all of its modules.
+    """
+    names, nodes = local_names(tree), list(ast.walk(tree))
+    owners = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    chains = {dotted(node, names) for node in nodes if id(node) not in owners}
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    brought = {full for full in {*names.values(), *plain} if not _is_folder(full)}
+    return set().union(*map(_modules_of, filter(None, chains | brought)))
+
+
+def _is_folder(full_name: str) -> bool:
+    return full_name == "moebert_lib" or full_name in {
+        f"moebert_lib.{name.partition('.')[0]}" for name in library_modules()
+    }
+
+
+def _modules_of(full_name: str) -> set[str]:
+    """The module that holds a dotted name; all modules of a folder."""
+    top, _, below = full_name.partition(".")
+    if top != "moebert_lib":
+        return set()
+    parts, modules = below.split("."), library_modules()
+    if parts[0] in PUBLIC:
+        return {PUBLIC[parts[0]]}
+    prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+    module = next((prefix for prefix in prefixes if prefix in modules), None)
+    if module:
+        return {module}
+    return {name for name in modules if not below or name.startswith(f"{parts[0]}.")}
 
 
 def reached(*names: str, but: tuple[str, ...] = ()) -> list[str]:

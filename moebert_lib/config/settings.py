@@ -37,7 +37,7 @@ class Settings(BaseModel):
     "the paper's proportion" for ``expert_size`` and ``n_shared``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     # What is run
     scale: Scale = "quick"

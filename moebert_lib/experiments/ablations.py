@@ -1,22 +1,27 @@
-"""The runs that notebooks ask for, declared once: a notebook runs them, a plan lists them.
+"""The experiments that notebooks run, as named sets of settings.
 
-Every point is a complete, validated experiment. Points that several notebooks ask for are
-equal, so the store runs them once.
+A notebook takes its experiments from :func:`points` by name, and a plan lists them by asking the
+same function. Each point is a complete, validated experiment. Points that several notebooks ask
+for are equal, so the store runs them once. A plan reads this file, so it imports no torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
+from pydantic import AfterValidator, Field, ValidationError, validate_call
+
+from moebert_lib.config.errors import UserError, nearest
 from moebert_lib.config.paper_numbers import TABLE7
 from moebert_lib.config.presets import LARGE
 from moebert_lib.config.settings import PaperRouting, Settings
 from moebert_lib.data.tasks import TASKS
+from moebert_lib.method.encoder_layouts import shape
 
 Grid = dict[str, list[Settings]]
 
-ROUTINGS: tuple[str, ...] = get_args(PaperRouting)  # not routing.ROUTINGS: a plan needs no torch
+ROUTINGS: tuple[str, ...] = get_args(PaperRouting)  # not routing.ROUTINGS, which needs torch
 
 #: Tasks of Table 3 (no distillation) and Table 4 (BERT-large).
 TABLE3_TASKS = ("rte", "mnli", "squad_v2")
@@ -41,17 +46,191 @@ PLAIN = ("routing", "ranking", "shared_neurons", "expert_layer_norm", "gate_scal
 #: Of an expert, from nothing to nearly all: what notebooks 1 and 2 let experts share.
 SHARED_PARTS = (0, 1 / 3, 2 / 3, 0.92)
 
+RANKINGS = ("importance", "random", "inverse")
+
+
+class RunSet(NamedTuple):
+    """A named set of experiments, and how far each of them is taken.
+
+    Attributes:
+        stage: ``importance``: the teacher's neurons are scored; ``converted``: the teacher is
+            converted and evaluated; ``student``: the converted model is trained as well.
+        grid: Lists the experiments: settings and a notebook's parameters to a :data:`Grid`.
+    """
+
+    stage: str
+    grid: Callable[..., Grid]
+
+
+#: Every set by name. The functions below that are marked with a stage enter themselves.
+SETS: dict[str, RunSet] = {}
+
+
+def _taken_to(stage: str) -> Callable:
+    def register(grid: Callable[..., Grid]) -> Callable[..., Grid]:
+        SETS[grid.__name__] = RunSet(stage, validate_call(grid))
+        return grid
+
+    return register
+
+
+def points(name: str, settings: Settings, **parameters: Any) -> Grid:
+    """The experiments of a named set.
+
+    A plan finds this call in a notebook's code: write the name as text, pass the notebook's
+    ``settings``, and its parameters by keyword.
+
+    Args:
+        name: One of :data:`SETS`, such as ``ablations``.
+        settings: The default configuration.
+        parameters: What the set's function takes further, such as ``fractions``.
+
+    Raises:
+        UserError: no set of this name, with the nearest one; or a parameter that it does not
+            take, or outside its range.
+
+    Example:
+        >>> list(points("routers", Settings.at("smoke")))
+        ['hash-random', 'hash-balance', 'gate-token', 'gate-sentence']
+    """
+    if name not in SETS:
+        raise UserError(f"no set of experiments '{name}'; {nearest(name, SETS)}")
+    try:
+        return SETS[name].grid(settings, **parameters)
+    except ValidationError as error:
+        first = error.errors()[0]
+        parameter, reason = first["loc"][0], first["msg"].removeprefix("Value error, ")
+        value = parameters.get(parameter)
+        raise UserError(f"{parameter}={value!r}: {reason[0].lower()}{reason[1:]}") from None
+
+
+def _several(values: list[int]) -> list[int]:
+    if len(values) == 1 or len({*values}) < len(values):
+        raise ValueError("expected two or more different numbers")
+    return values
+
+
+def _task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(f"no task '{name}'; {nearest(name, TASKS)}")
+    return name
+
+
+# Types of parameters. An empty list stands for the scale's own values.
+Fractions = Annotated[list[Annotated[int, Field(ge=2)]], AfterValidator(_several)]
+Numbers = Annotated[list[Annotated[int, Field(ge=1)]], AfterValidator(_several)]
+Thirds = Annotated[list[Annotated[int, Field(ge=0, le=3)]], AfterValidator(_several)]
+Tasks = list[Annotated[str, AfterValidator(_task)]]
+
 
 def over_seeds(settings: Settings) -> list[Settings]:
-    """The experiment with ``n_seeds`` seeds; a random deal is drawn anew for each."""
+    """The experiment with ``n_seeds`` seeds; a random ranking is drawn anew for each."""
     seeds = [settings.seed + k for k in range(settings.n_seeds)]
     return [settings.but(seed=seed, split_seed=seed) for seed in seeds]
 
 
-def ladder(settings: Settings) -> Grid:
-    """Notebook 3: distilled, and trained as long on the task loss alone (Table 3)."""
-    full = settings.distill if settings.distill != "none" else "all"
-    return {which: over_seeds(settings.but(distill=which)) for which in (full, "none")}
+def with_sizes(settings: Settings) -> Settings:
+    """The settings with the sizes of experts spelled out."""
+    size, shared = settings.sizes(_width(settings))
+    return settings.but(expert_size=size, n_shared=shared)
+
+
+def _width(settings: Settings) -> int:
+    return shape(settings.model).neurons
+
+
+def _one_teacher(settings: Settings) -> Settings:
+    """The settings with the teacher's seed fixed, so that other seeds share the teacher."""
+    return settings.but(teacher_seed=settings.dense_seed)
+
+
+# Notebook 1: importance.
+
+
+@_taken_to("importance")
+def importance(settings: Settings, other_tasks: Tasks = ()) -> Grid:
+    """The main task and those to compare it with; offline the built-in ones unless named."""
+    built_in = [name for name, task in TASKS.items() if task.source == "built-in"]
+    others = other_tasks or (built_in if settings.offline else [])
+    return {name: [on_task(settings, name)] for name in dict.fromkeys([settings.task, *others])}
+
+
+@_taken_to("converted")
+def explorer(settings: Settings) -> Grid:
+    """Conversions by importance, whose accuracy the explorer shows beside the sizes of experts.
+
+    2, 4 and 8 experts that fill the layer between them, none to nearly all of each shared, and
+    hash routing; two routing tables where notebook 2 asks for the same runs, with the settings'
+    own number of experts. A teacher's scores decide all else.
+    """
+    plain = {name: Settings.model_fields[name].default for name in PLAIN}
+    base, width = _one_teacher(settings).but(**plain), _width(settings)
+    grid = {}
+    for n in (n for n in (2, 4, 8) if n <= width):
+        size, tables = width // n, 2 if n == settings.n_experts else 1
+        grid[f"{n} experts"] = [
+            base.but(n_experts=n, expert_size=size, seed=settings.seed + k, n_shared=shared)
+            for shared in (round(size * part) for part in SHARED_PARTS)
+            for k in range(tables)
+        ]
+    return grid
+
+
+# Notebook 2: experts, before any training. All have one teacher.
+
+
+@_taken_to("converted")
+def rankings(settings: Settings) -> Grid:
+    """By each ranking as many conversions as ``n_random_splits``."""
+    base = _one_teacher(settings)
+    return {ranking: _draws(base, settings.n_random_splits, ranking) for ranking in RANKINGS}
+
+
+@_taken_to("converted")
+def rankings_by_shared(settings: Settings) -> Grid:
+    """By neurons shared: two conversions by each ranking."""
+    width, base = _width(settings), _one_teacher(settings)
+    n, (size, _) = settings.n_experts, settings.sizes(width)
+    least = max(0, -((width - n * size) // max(n - 1, 1)))  # with fewer, the layer is too narrow
+    grid = {}
+    for shared in sorted({max(least, round(size * part)) for part in SHARED_PARTS}):
+        sized = base.but(n_shared=shared)
+        grid[f"{shared} shared"] = [
+            point for ranking in RANKINGS for point in _draws(sized, 2, ranking)
+        ]
+    return grid
+
+
+def _draws(settings: Settings, n: int, ranking: str) -> list[Settings]:
+    """With ``n`` routing tables, and as many random rankings."""
+    return [settings.but(ranking=ranking, seed=settings.seed + k, split_seed=k) for k in range(n)]
+
+
+@_taken_to("converted")
+def untrained_constructions(settings: Settings) -> Grid:
+    """:func:`constructions` with one teacher."""
+    return constructions(_one_teacher(settings))
+
+
+# Notebook 3: distillation.
+
+
+@_taken_to("student")
+def distillation(settings: Settings) -> Grid:
+    """The experiment itself; then over seeds distilled, and on the task loss alone (Table 3)."""
+    layers = settings.distill if settings.distill != "none" else "all"
+    arms = {"distilled": layers, "task loss only": "none"}
+    over = {name: over_seeds(settings.but(distill=which)) for name, which in arms.items()}
+    return {"main": [settings], **over}
+
+
+@_taken_to("converted")
+def untrained_rankings(settings: Settings) -> Grid:
+    """The conversions that notebook 3 compares with its students: random and inverse."""
+    return {name: over_seeds(settings.but(ranking=name)) for name in ("random", "inverse")}
+
+
+# Notebook 4: ablations.
 
 
 def expert_sizes(settings: Settings, width: int, fraction: int) -> tuple[int, int]:
@@ -64,74 +243,68 @@ def expert_sizes(settings: Settings, width: int, fraction: int) -> tuple[int, in
     return (narrow, shared if narrow == size else -(-2 * narrow // 3))
 
 
+@_taken_to("student")
 def ablations(
     settings: Settings,
-    width: int,
     *,
-    fractions: Sequence[int] = (),
-    numbers: Sequence[int] = (),
-    thirds: Sequence[int] = (),
+    fractions: Fractions = (),
+    numbers: Numbers = (),
+    thirds: Thirds = (),
 ) -> Grid:
-    """Notebook 4: Figures 2a-c and 3a-b, one setting changed at a time.
+    """Figures 2a-c and 3a-b, by figure: one setting changed at a time.
 
     Args:
         settings: The default configuration, part of every figure.
-        width: Neurons of a dense FFN.
-        fractions: Fig. 2a: ``width`` over the expert size; two thirds are shared throughout.
-            None here and below: the paper's points at scale ``paper``, else fewer.
+        fractions: Fig. 2a: the layer's width over the expert size; two thirds are shared
+            throughout. None here and below: the paper's points at scale ``paper``, else fewer.
         numbers: Fig. 2b: experts; those that the layer cannot fill are left out.
         thirds: Fig. 2c: shared thirds of an expert.
+
+    Raises:
+        UserError: fewer than two of the given numbers of experts fit.
     """
     whole = not settings.offline
     fractions = fractions or ((24, 8, 4, 2) if settings.scale == "paper" else (8, 4, 2))
-    numbers = numbers or ((1, 2, 4, 8) if whole else (1, 4, 8))
+    counts = numbers or ((1, 2, 4, 8) if whole else (1, 4, 8))
     thirds = thirds or ((0, 1, 2, 3) if whole else (0, 2, 3))
-    size, shared = settings.sizes(width)
-    base = settings.but(expert_size=size, n_shared=shared)
+    width, base = _width(settings), with_sizes(settings)
+    size, shared = base.expert_size, base.n_shared
     widths = [expert_sizes(settings, width, f) for f in fractions if width // f]
-    fitting = [n for n in numbers if shared + n * (size - shared) <= width]
+    most = (width - shared) // (size - shared) if size > shared else width
+    fitting = [n for n in counts if n <= most]
+    if numbers and len(fitting) < 2:
+        raise UserError(
+            f"numbers={list(numbers)}: expected two or more from 1 to {most}, which is what fits"
+        )
     varied = {
         "figure2a": [base.but(expert_size=k, n_shared=s) for k, s in widths],
         "figure2b": [base.but(n_experts=n) for n in fitting],
         "figure2c": [base.but(n_shared=size * t // 3) for t in thirds],
-        "figure3a": [base.but(ranking=deal) for deal in ("importance", "random", "inverse")],
+        "figure3a": [base.but(ranking=ranking) for ranking in RANKINGS],
         "figure3b": [base.but(distill=which) for which in ("all", "skip", "last")],
     }
-    return {
-        name: [run for point in points for run in over_seeds(point)]
-        for name, points in varied.items()
-    }
+    return {name: _over_seeds(values) for name, values in varied.items()}
 
 
-def conversions(settings: Settings, width: int) -> list[Settings]:
-    """Notebook 1: untrained conversions by importance, whose accuracy stands beside a deal.
+def _over_seeds(several: Iterable[Settings]) -> list[Settings]:
+    return list(chain.from_iterable(map(over_seeds, several)))
 
-    2, 4 and 8 experts that fill the layer between them, none to nearly all of each shared, and
-    hash routing; two routing tables where notebook 2 asks for the same runs, with the settings'
-    own number. A teacher's scores decide all else.
 
-    Args:
-        settings: The default configuration.
-        width: Neurons of a dense FFN.
+@_taken_to("student")
+def plain_training(settings: Settings) -> Grid:
+    """Table 3 by task: with and without distillation.
+
+    At scale ``paper`` on the paper's three tasks, if the experiment is on one of them.
     """
-    plain = {name: Settings.model_fields[name].default for name in PLAIN}
-    fair = settings.but(teacher_seed=settings.dense_seed, **plain)
-    return [
-        fair.but(
-            n_experts=n,
-            expert_size=width // n,
-            seed=settings.seed + k,
-            n_shared=round(width // n * part),
-        )
-        for n in (2, 4, 8)
-        if n <= width
-        for part in SHARED_PARTS
-        for k in range(1 + (n == settings.n_experts))
-    ]
+    whole = settings.scale == "paper" and settings.task in TABLE3_TASKS
+    names = [t for t in TABLE3_TASKS if t in tasks(settings)] if whole else [settings.task]
+    both = [with_sizes(settings).but(distill=which) for which in ("all", "none")]
+    return {name: _over_seeds(on_task(point, name) for point in both) for name in names}
 
 
-def constructions(settings: Settings, width: int) -> Grid:
-    """Notebooks 2 and 4: every way to build experts, with shared neurons and without.
+@_taken_to("student")
+def constructions(settings: Settings) -> Grid:
+    """Every way to build experts, with shared neurons and without, by name.
 
     The offline scales leave out those without, which take most of the time. Nor is there an
     inverse one: with none shared it deals the same hands, to experts of other numbers.
@@ -139,43 +312,62 @@ def constructions(settings: Settings, width: int) -> Grid:
     Returns:
         Runs by ``"<way>"`` and ``"<way>, none shared"``.
     """
-    size, shared = settings.sizes(width)
+    base = with_sizes(settings)
     grid = {}
-    for n in (shared, 0)[: 1 if settings.offline or not shared else 2]:
-        base = settings.but(expert_size=size, n_shared=n)
+    for n in (base.n_shared, 0)[: 1 if settings.offline or not base.n_shared else 2]:
         for name, changes in CONSTRUCTIONS.items():
             if n or name != "inverse":
-                grid[name + (", none shared" if not n else "")] = over_seeds(base.but(**changes))
+                points = over_seeds(base.but(n_shared=n, **changes))
+                grid[name + (", none shared" if not n else "")] = points
     return grid
 
 
 def deals_beside(names: Iterable[str]) -> dict[str, str]:
-    """The deal that each of :func:`constructions` is held against: with as many shared."""
+    """The deal that each of :func:`constructions` is compared with: with as many shared."""
     return {n: "deal, none shared" if n.endswith("none shared") else "deal" for n in names}
 
 
+# Notebook 5: routing.
+
+
+@_taken_to("converted")
+def untrained_routers(settings: Settings) -> Grid:
+    """Every router of the paper, and both gates with the release's scaling."""
+    gates = [router for router in ROUTINGS if router.startswith("gate-")]
+    places = [(router, "inside") for router in ROUTINGS] + [(gate, "outside") for gate in gates]
+    return {
+        f"{router}, {place}": [settings.but(routing=router, gate_scaling=place)]
+        for router, place in places
+    }
+
+
+@_taken_to("student")
 def routers(settings: Settings) -> Grid:
-    """Notebook 5: Figure 3c, and the token gate that the paper leaves out."""
-    return {"figure3c": [run for r in ROUTINGS for run in over_seeds(settings.but(routing=r))]}
+    """Figure 3c by router, and the token gate that the paper leaves out."""
+    return {router: over_seeds(settings.but(routing=router)) for router in ROUTINGS}
 
 
+@_taken_to("student")
 def beyond_routers(settings: Settings) -> Grid:
-    """Notebook 5: a hash by clusters of words and two experts a token, beside their usual forms."""
+    """A hash by clusters of words and two experts a token, beside their usual forms."""
     hashes, gate = ("hash-random", "hash-cluster"), settings.but(routing="gate-token")
     named = {routing: settings.but(routing=routing) for routing in hashes}
     named |= {f"gate-token, k = {k}": gate.but(gate_top_k=min(k, gate.n_experts)) for k in (1, 2)}
     return {name: over_seeds(point) for name, point in named.items()}
 
 
-def tasks(settings: Settings, asked: Sequence[str] = ()) -> list[str]:
-    """Tasks of notebook 6: the main one, and those asked for, or all that scale and data have."""
+# Notebook 6: results.
+
+
+def tasks(settings: Settings, names: Sequence[str] = ()) -> list[str]:
+    """The main task, and those named, or all that the scale and its data have."""
     if settings.data_dir:
         there = [name for name in TASKS if (Path(settings.data_dir) / name).is_dir()]
     elif settings.offline:
         there = [name for name, task in TASKS.items() if task.source == "built-in"]
     else:
         there = list(TABLE7)
-    return list(dict.fromkeys([settings.task, *(asked or there)]))
+    return list(dict.fromkeys([settings.task, *(names or there)]))
 
 
 def on_task(settings: Settings, task: str) -> Settings:
@@ -194,32 +386,12 @@ def on_task(settings: Settings, task: str) -> Settings:
     return other.but(**less, epochs=other.epochs * max(again, 1.0))
 
 
-def plain_training(settings: Settings) -> Grid:
-    """Notebook 4: Table 3 by task, with and without distillation.
-
-    At scale ``paper`` on the paper's three tasks, if the experiment is on one of them.
-    """
-    whole = settings.scale == "paper" and settings.task in TABLE3_TASKS
-    names = [t for t in TABLE3_TASKS if t in tasks(settings)] if whole else [settings.task]
-    both = [settings.but(distill=which) for which in ("all", "none")]
-    return {
-        name: [run for point in both for run in over_seeds(on_task(point, name))] for name in names
-    }
-
-
-def others(settings: Settings, asked: Sequence[str] = ()) -> list[Settings]:
-    """Notebook 1: tasks to compare with; if none is asked for, the built-in ones offline."""
-    built_in = [name for name, task in TASKS.items() if task.source == "built-in"]
-    names = asked or (built_in if settings.offline else [])
-    return [on_task(settings, name) for name in dict.fromkeys(names) if name != settings.task]
-
-
 def results(settings: Settings, names: Sequence[str]) -> Grid:
-    """Notebook 6: Tables 1 and 2 over tasks, Table 3's plain training, Table 4's BERT-large.
+    """Tables 1 and 2 over tasks, Table 3's plain training, Table 4's BERT-large.
 
     Without distillation the paper has three tasks; scale ``small`` trains all of its own, since a
-    claim over tasks needs them, and the offline scales only the main one. So it is with the deals
-    of Figure 3a, which the paper has for one task.
+    claim over tasks needs them, and the offline scales only the main one. So it is with the
+    rankings of Figure 3a, which the paper has for one task.
     """
     base = settings.but(distill="all")
     each = {task: on_task(base, task) for task in names}
@@ -227,39 +399,38 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
     plain = [task for task in names if not paper or task in TABLE3_TASKS]
     plain = [settings.task] if settings.offline else plain
     large = [task for task in names if paper and task in TABLE4_TASKS]
-    dealt = names if settings.scale == "small" else []
+    ranked = names if settings.scale == "small" else []
+    others = [each[task].but(ranking=name) for task in ranked for name in ("random", "inverse")]
     return {
-        "tables 1 and 2": [run for task in names for run in over_seeds(each[task])],
-        "table3": [run for task in plain for run in over_seeds(each[task].but(distill="none"))],
-        "deals": [
-            run
-            for task in dealt
-            for deal in ("random", "inverse")
-            for run in over_seeds(each[task].but(ranking=deal))
-        ],
-        "table4": [
-            run
-            for task in large
-            for run in over_seeds(base.on(task, model=LARGE, expert_size=None))
-        ],
+        "tables 1 and 2": _over_seeds(each[task] for task in names),
+        "table3": _over_seeds(each[task].but(distill="none") for task in plain),
+        "deals": _over_seeds(others),
+        "table4": _over_seeds(base.on(task, model=LARGE, expert_size=None) for task in large),
     }
 
 
-def claims(settings: Settings, names: Sequence[str], width: int, *, ablate: bool = True) -> Grid:
+@_taken_to("student")
+def claims(settings: Settings, *, names: Tasks = (), ablate: bool = True) -> Grid:
     """All that notebook 6 judges: :func:`results`, and on the main task notebooks 4's and 5's runs.
 
     Args:
         settings: The default configuration.
-        names: Tasks.
-        width: Neurons of a dense FFN.
+        names: Tasks beside the main one; none: all that scale and data have.
         ablate: Whether to ask for the runs of notebooks 4 and 5.
     """
-    more = ablations(settings, width) | routers(settings) if ablate else {}
-    return results(settings, names) | more
+    grid = results(settings, tasks(settings, names))
+    if ablate:
+        figure3c = list(chain.from_iterable(routers(settings).values()))
+        grid |= ablations(settings) | {"figure3c": figure3c}
+    return grid
 
 
+# Notebook 8: the release.
+
+
+@_taken_to("student")
 def switches(settings: Settings) -> Grid:
-    """Notebook 8: one switch at a time where paper and release differ, then all of them.
+    """One switch at a time where paper and release differ, then all of them.
 
     Gates have a baseline of their own, since where they scale matters to nothing else. What a
     teacher with dropout says, or one whose padding counts, is never kept for other students.
@@ -281,33 +452,7 @@ def switches(settings: Settings) -> Grid:
     return {name: over_seeds(point) for name, point in points.items()}
 
 
-def asked(
-    notebook: str, settings: Settings, parameters: Mapping[str, Any], width: int
-) -> tuple[list[Settings], list[Settings]]:
-    """What a notebook asks for: experiments whose neurons are scored, and students.
-
-    Args:
-        notebook: Its name, ``04_ablations``; others than the workbook's ask for nothing.
-        settings: As the notebook makes them.
-        parameters: Its own parameters by name.
-        width: Neurons of a dense FFN.
-    """
-    sizes = {n: parameters[n] for n in ("fractions", "numbers", "thirds") if n in parameters}
-    if notebook == "01_importance":
-        return [settings, *others(settings, parameters.get("other_tasks", ()))], []
-    if notebook == "02_experts":
-        return [settings.but(teacher_seed=settings.dense_seed)], []
-    grid: Grid = {}
-    if notebook == "03_distillation":
-        grid = ladder(settings)
-    elif notebook == "04_ablations":
-        grid = ablations(settings, width, **sizes) | plain_training(settings)
-        grid |= constructions(settings, width)
-    elif notebook == "05_routing":
-        grid = routers(settings) | beyond_routers(settings)
-    elif notebook == "06_results":
-        names = tasks(settings, parameters.get("tasks", ()))
-        grid = claims(settings, names, width, ablate=parameters.get("ablate", True))
-    elif notebook.startswith("08_"):
-        grid = switches(settings)
-    return [], list(chain.from_iterable(grid.values()))
+@_taken_to("importance")
+def importance_splits(settings: Settings) -> Grid:
+    """Importance scored on the training split, as in the paper, and on validation (release)."""
+    return {name: [settings.but(importance_split=name)] for name in ("train", "validation")}

@@ -110,17 +110,21 @@ class Source:
         return self.accuracy[(known == known[first]).all(1)]
 
 
-def from_settings(settings: Settings) -> Source:
+def from_settings(settings: Settings, conversions: ablations.Grid | None = None) -> Source:
     """The scores of an experiment's teacher, with all that the explorer shows of them.
 
-    Teacher, scores, excitation and the conversions of ``grids.conversions`` come from the
-    store or are made now.
+    Teacher, scores, excitation and conversions come from the store or are made now.
+
+    Args:
+        settings: The experiment.
+        conversions: Whose accuracy is shown; those of ``ablations.explorer`` by default.
     """
-    width = teacher.importance(settings).scores.shape[1]
+    teacher.importance(settings)
     neuron_measurements.excitation(settings)
-    points = ablations.conversions(settings, width)
-    print(f"· accuracy right after conversion, for {len(points)} deals", flush=True)
-    student.grid(points, run=student.conversion)
+    conversions = conversions or ablations.points("explorer", settings)
+    count = sum(map(len, conversions.values()))
+    print(f"· accuracy right after conversion, for {count} partitions", flush=True)
+    student.compare(conversions, run=student.conversion)
     store = committed_results.open_store()
     scored = store.find(importance_key(settings))
     return _source(store, scored, _by_kind(store), settings.scale)

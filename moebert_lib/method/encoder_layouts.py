@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from moebert_lib.config.presets import BASE, SHAPES, Shape
+from moebert_lib.config.errors import UserError
+from moebert_lib.config.presets import BASE, MINILM, SHAPES, TINY, Shape
+from moebert_lib.config.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -118,10 +120,12 @@ def width(config: Any) -> int:
 
 
 def shape(model: str) -> Shape:
-    """Sizes of a model that the scales name, or of an encoder saved in a folder.
+    """Sizes of a model that the scales name, or of an encoder in a folder or the hub's cache.
 
     BERT-base's for any other name: nothing is downloaded to find out.
     """
+    if model in SHAPES:
+        return SHAPES[model]
     names = (
         "num_hidden_layers",
         "hidden_size",
@@ -131,11 +135,22 @@ def shape(model: str) -> Shape:
         "max_position_embeddings",
     )
     try:
-        config = json.loads((Path(model).expanduser() / "config.json").read_text("utf-8"))
+        config = json.loads(_config_file(model).read_text("utf-8"))
         encoder = family(config["model_type"])
         return Shape(*(config[encoder.key(name)] for name in names))
-    except (OSError, ValueError, KeyError, TypeError):  # no folder, or no such model
-        return SHAPES.get(model, SHAPES[BASE])
+    except (OSError, ValueError, KeyError, TypeError):  # no such folder, or no such model
+        return SHAPES[BASE]
+
+
+def _config_file(model: str) -> Path:
+    """A model's ``config.json``, in a folder or in the hub's cache."""
+    in_folder = Path(model).expanduser() / "config.json"
+    if in_folder.is_file():
+        return in_folder
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(model, "config.json")
+    return Path(cached) if isinstance(cached, str) else in_folder
 
 
 def parameters(sizes: Shape, *, n_experts: int = 0, expert_size: int = 0) -> tuple[int, int]:
@@ -153,6 +168,40 @@ def parameters(sizes: Shape, *, n_experts: int = 0, expert_size: int = 0) -> tup
     expert = 2 * D * neurons + neurons + D + 2 * D  # with LayerNorm
     rest = embeddings + pooler + sizes.layers * attention
     return rest + sizes.layers * expert, rest + sizes.layers * expert * max(n_experts, 1)
+
+
+def check(settings: Settings) -> None:
+    """Refuse a model that cannot be had, is of no known family, or too narrow for experts.
+
+    Raises:
+        UserError: naming the model and what was expected.
+    """
+    folder = Path(settings.model).expanduser()
+    if not folder.is_dir():
+        if not settings.offline or settings.model in (MINILM, TINY):
+            return
+        if settings.model in SHAPES:
+            raise UserError(
+                f"model '{settings.model}' comes from the hub, scale {settings.scale} "
+                "is offline; take --scale small, or name a folder"
+            )
+        raise UserError(
+            f"no folder '{settings.model}', and scale {settings.scale} is offline; "
+            "name a folder that holds a saved BERT"
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{folder} holds no readable config.json; expected a saved BERT") from None
+    try:
+        settings.fit(config[family(config.get("model_type")).key("intermediate_size")])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if settings.cache_teacher and config["model_type"] != "bert":
+        raise UserError(
+            f"cache_teacher=True is for BERTs, and {folder} is a model of type "
+            f"'{config['model_type']}'; expected cache_teacher=False"
+        )
 
 
 def ffn(layer: "nn.Module") -> FFN | None:

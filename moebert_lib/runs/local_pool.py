@@ -27,7 +27,7 @@ from moebert_lib.config.file_io import write_bytes, write_json
 from moebert_lib.config.provenance import cores, digest, file_digest, versions
 from moebert_lib.runs import cost, execution
 from moebert_lib.runs.execution import WARNING, NotebookFailed
-from moebert_lib.runs.plan import TIMED, Job, asked, describe
+from moebert_lib.runs.plan import Job, asked, describe
 from moebert_lib.store.committed_results import ROWS
 from moebert_lib.store.store import Entry, StageKey, Store
 
@@ -369,13 +369,18 @@ def _in_turn(jobs: Sequence[Job], missing: Sequence[int], workers: int) -> list[
     """
     if workers == 1 or len({jobs[index].name for index in missing}) < 2:
         return list(missing)
-    return sorted(missing, key=lambda index: -sum(map(len, asked(jobs[index]))))
+    return sorted(missing, key=lambda index: -_students(jobs[index]))
+
+
+def _students(job: Job) -> int:
+    """How many models a job asks to train."""
+    return sum(stage == "student" for stage, _ in asked(job))
 
 
 def _make(jobs, keys, missing: Sequence[int], progress: "_Progress", *, force: bool):
     """Number and result of each missing job, as the engine gets them done; timings at the end."""
     engine = progress.engine
-    timed = [index for index in missing if jobs[index].name in TIMED]
+    timed = [index for index in missing if jobs[index].timed]
     parts = [(engine, [index for index in missing if index not in timed])]
     parts.append((engine.alone() if isinstance(engine, Local) else engine, timed))
     for engine, numbers in parts:

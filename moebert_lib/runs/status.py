@@ -14,7 +14,6 @@ from moebert_lib.config.provenance import to_json
 from moebert_lib.config.settings import Settings
 from moebert_lib.runs import local_pool
 from moebert_lib.runs.execution import failed_in
-from moebert_lib.runs.plan import FOLDERS
 from moebert_lib.store.store import Entry, StageKey, Store
 
 SWEEP, TABLE, MEANS = "sweep.json", "table.csv", "means.csv"  # of a folder in runs/sweeps/
@@ -171,9 +170,7 @@ MODULE, VERSION, INPUT, PART = "module", "version", "input", "part of a key as a
 VALUES = ("parameters", "settings")
 PARTS = ("cells", "code", "versions", "inputs")
 #: How a line names them where their own name says too little.
-SAID = {"cells": "notebook code", "code": "library", "model": "weights"} | {
-    name: f"files of {name}" for name in FOLDERS
-}
+SAID = {"cells": "notebook code", "code": "library", "model": "weights"}
 #: Values and modules that decide a digest of inputs: where one differs, the digest tells nothing
 #: about the files. "code" and "settings" are those parts as a whole.
 DECIDE = {
@@ -313,7 +310,7 @@ def _values(key: dict, old: dict) -> list[Difference]:
     for name in {**new, **stored}:
         if not _equal(new, stored, name):
             here, there = new.get(name), stored.get(name)
-            usual = INPUT if name in FOLDERS and here and there else VALUE
+            usual = INPUT if _are_files(here) and _are_files(there) else VALUE
             kind = GONE if name not in new else NEW if name not in stored else usual
             found.append(Difference(kind, name, here, there))
     return found
@@ -373,8 +370,17 @@ def _line(group: list[Difference], width: int | None) -> str:
         old=_some([f"{name}={shown(one.old)}" for name, one in pairs], " "),
         modules=_some([name + _fate(one) for name, one in pairs]),
         versions=_some([f"{name} {version(one.old)} -> {version(one.new)}" for name, one in pairs]),
-        parts=_some([f"{SAID.get(one.name, name)} changed" for name, one in pairs], "; "),
+        parts=_some([f"{_named_part(name, one)} changed" for name, one in pairs], "; "),
     )
+
+
+def _named_part(name: str, one: Difference) -> str:
+    return f"files of {name}" if _are_files(one.new) else SAID.get(one.name, name)
+
+
+def _are_files(value: Any) -> bool:
+    """Whether a parameter's value in a key is the digests of a folder's files."""
+    return isinstance(value, dict) and bool(value)
 
 
 def _fate(one: Difference) -> str:
