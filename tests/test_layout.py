@@ -16,7 +16,7 @@ ROOMS = (
 
 TOP_LEVEL = set(
     "notebooks moebert_lib figures tests environment.yml README.md pyproject.toml constraints.txt "
-    "Makefile LICENSE CHANGELOG.md CONTRIBUTING.md .ci .github .gitignore "
+    "Makefile LICENSE CHANGELOG.md CONTRIBUTING.md CITATION.cff .ci .github .gitignore "
     ".pre-commit-config.yaml".split()
 )
 

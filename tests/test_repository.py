@@ -85,10 +85,16 @@ def test_the_command_is_installed():
     assert command.value == "moebert_lib.cli.main:main"
 
 
-def test_workflows_test_the_oldest_and_the_newest_python():
+def test_workflows_test_every_python_of_the_classifiers():
     named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     matrix = yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]["test"]["strategy"]
-    assert matrix["matrix"]["python"] == [named[0], named[-1]]
+    assert matrix["matrix"]["python"] == named
+
+
+def test_the_citation_names_the_version_and_the_licence():
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert citation["version"] == PROJECT["version"] and citation["license"] == PROJECT["license"]
+    assert f"## {citation['version']} ({citation['date-released']})" in text("CHANGELOG.md")
 
 
 def test_ci_ends_with_the_test_command_of_the_readme():
