@@ -9,6 +9,7 @@ Importing this package registers MoEBERTs of all families with transformers' ``A
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,14 +38,34 @@ PUBLIC = {
 __all__ = sorted(PUBLIC)
 
 
+def lazy_files(folder: str, path: str) -> tuple[Callable, Callable]:
+    """``__getattr__`` and ``__dir__`` of a package that imports its modules when they are named.
+
+    Args:
+        folder: The package's ``__name__``, such as ``moebert_lib.plots``.
+        path: Its ``__file__``.
+    """
+    names = sorted({file.stem for file in Path(path).parent.glob("[a-z]*")})
+
+    def load(name: str):
+        if name not in names:
+            raise AttributeError(f"{folder} has no '{name}'; it has {', '.join(names)}")
+        return importlib.import_module(f"{folder}.{name}")
+
+    return load, lambda: names
+
+
+_folder, _folders = lazy_files(__name__, __file__)
+
+
 def __getattr__(name: str):
     if name in PUBLIC:
         return getattr(importlib.import_module(f"moebert_lib.{PUBLIC[name]}"), name)
-    raise AttributeError(f"module 'moebert_lib' has no attribute '{name}'")
+    return _folder(name)
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*globals(), *__all__, *_folders()]
 
 
 def _is_command() -> bool:

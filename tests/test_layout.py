@@ -1,11 +1,15 @@
 """The shape of the project: rooms, sizes, names, and nothing of one machine in it."""
 
+import ast
 import re
 import socket
+import subprocess
+import sys
 
 import pytest
 from checkout import LIBRARY, ROOT, files, text, tree
 
+import moebert_lib
 from moebert_lib.config.provenance import imported, library_modules
 
 #: A folder imports from itself and from the folders before it.
@@ -61,3 +65,45 @@ def test_no_file_names_this_host_or_checkout():
 def test_folders_beside_the_checkout_are_named_by_ci_alone():
     outside = re.compile(r"\.\./[s]hared")
     assert [str(path) for path in files() if outside.search(text(path))] == [".ci/run"]
+
+
+IMPORTS = {
+    "from moebert_lib.plots import routing as r": {"plots.routing"},
+    "import moebert_lib.plots.style": {"plots.style"},
+    "from moebert_lib import plots\nplots.routing.loads(plots.style)": {
+        "plots.routing",
+        "plots.style",
+    },
+    "from moebert_lib import plots": set(),  # loads no file by itself
+    "from moebert_lib import plots\nshow(plots)": {
+        name for name in library_modules() if name.startswith("plots.")
+    },
+    "from moebert_lib import accelerate": {"model.accelerate"},
+    "import moebert_lib\nmoebert_lib.accelerate(m)": {"model.accelerate"},
+    "import moebert_lib as m\nm.plots.routing.loads(x)": {"plots.routing"},
+    "import moebert_lib as m\nshow(m)": set(library_modules()),
+    "import numpy, os.path\nfrom plots import routing": set(),
+}
+
+
+@pytest.mark.parametrize("text", IMPORTS)
+def test_what_a_text_reaches_is_found_through_every_kind_of_import(text):
+    assert imported(ast.parse(text)) == IMPORTS[text]
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_a_folder_loads_its_files_when_they_are_named(name):
+    folder = getattr(moebert_lib, name)
+    files = {module.partition(".")[2] for module in library_modules() if module.startswith(name)}
+    assert set(dir(folder)) >= files - {""}
+    with pytest.raises(AttributeError, match="it has"):
+        folder.nothing  # noqa: B018 (the access is what is tested)
+
+
+def test_importing_a_folder_imports_no_file_of_it():
+    code = (
+        "import sys; sys.orig_argv[1:3] = ['-m', 'moebert_lib']\n"
+        "from moebert_lib import plots, training\n"
+        "sys.exit(any(m.startswith(('moebert_lib.plots.', 'torch')) for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,3 +2,7 @@
 
 Each file declares its commands' options beside the functions that run them.
 """
+
+from moebert_lib import lazy_files
+
+__getattr__, __dir__ = lazy_files(__name__, __file__)

@@ -6,3 +6,7 @@ formula of the paper is one function: ``importance.example_importance`` (Eq. 4),
 ``routing.random_table`` and ``balanced_table`` (hashes), ``routing.gate_route`` (Eq. 3), and
 ``distillation_loss`` (Eqs. 5-7).
 """
+
+from moebert_lib import lazy_files
+
+__getattr__, __dir__ = lazy_files(__name__, __file__)
