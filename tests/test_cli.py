@@ -13,7 +13,7 @@ import fixture_home
 import pytest
 
 from moebert_lib.bench import harness
-from moebert_lib.cli import main
+from moebert_lib.cli import doctor, main
 from moebert_lib.config.errors import CHECKOUT
 from moebert_lib.explore import explorer_page
 from moebert_lib.publish import site
@@ -173,6 +173,14 @@ def test_doctor_says_ok_or_what_to_do(home, capsys):
     assert status == 1 and all(re.match(r"(ok|PROBLEM) +\w+ +\S", line) for line in lines)
     assert any(line.startswith("PROBLEM data") and "sst2" in line for line in lines)
     assert any(re.match(r"ok +kernel", line) for line in lines)
+    assert [line.split()[1] for line in lines[:3]] == ["versions", "bfloat16", "machine"]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_doctor_says_whether_the_processor_has_bfloat16(supported, monkeypatch):
+    capabilities = {"avx2": True, "avx512_bf16": supported, "amx_bf16": False}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    assert doctor.bfloat16().startswith("processor has" if supported else "processor lacks")
 
 
 def test_convert_makes_a_model_that_transformers_loads(tmp_path, tiny_bert, monkeypatch, capsys):
@@ -264,7 +272,9 @@ def test_site_and_widgets_are_given_what_was_asked_for(home, monkeypatch, capsys
         return home / "index.html"
 
     monkeypatch.setattr(site, "build", build)
-    monkeypatch.setattr(harness, "run", lambda made, *, out: asked.update(repeats=made.repeats))
+    monkeypatch.setattr(
+        harness, "run", lambda made, *, out: asked.update(repeats=made.repeats) or True
+    )
     assert main.main(["site", "--out", "public"]) == 0
     assert capsys.readouterr().out.split() == ["site", "index.html"]
     assert main.main(["bench", "widgets", "--repeats", "3"]) == 0

@@ -1,130 +1,126 @@
-"""What a run needs of this machine, checked: each line is a fact, or says what to do."""
+"""Check what a run needs of this machine, one line for each check."""
 
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.presets import MINILM
 from moebert_lib.config.provenance import cores
 from moebert_lib.config.settings import Settings
-from moebert_lib.data import tasks
 
-WANTED_MEMORY = 6  # GiB, the most that a quick run takes
-
-
-class Check(NamedTuple):
-    """One line: what was looked at, what to do about it ("" if nothing), what was found."""
-
-    name: str
-    problem: str
-    fact: str
+MEMORY = 6  # GiB, the most that a run at scale quick takes
 
 
-def checks(data_dir: str = "") -> Iterator[Check]:
-    """All checks, one at a time; ``data_dir`` adds one for that folder."""
-    yield _python()
-    yield _versions()
-    yield _weights()
-    yield _kernel()
-    yield Check("cores", "", f"{cores()}; {platform.machine()}, {platform.system()}")
-    yield _memory()
-    yield _runs()
-    if data_dir:
-        yield _data(data_dir)
+def checks(data_dir: str = "") -> Iterator[tuple[str, bool, str]]:
+    """Name, whether all is well, and the fact or what to do; ``data_dir`` adds a check."""
+    made = [versions, bfloat16, machine, disk, kernel, weights, hub]
+    for check in made + [partial(data, Path(data_dir))] * bool(data_dir):
+        name = getattr(check, "__name__", "data")
+        try:
+            yield name, True, check()
+        except UserError as problem:
+            yield name, False, str(problem)
 
 
-def _python() -> Check:
-    old = sys.version_info < (3, 11)
-    return Check("python", "install Python 3.11 or newer" if old else "", platform.python_version())
-
-
-def _versions() -> Check:
+def versions() -> str:
+    """Installed packages beside the pins of constraints.txt."""
     path = home() / "constraints.txt"
     if not path.is_file():
-        return Check("versions", f"no {path}; run from a checkout", "")
-    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text("utf-8"), re.MULTILINE))
-    differ, matching = [], 0
-    for name, pinned in pins.items():
-        try:
-            installed = metadata.version(name).partition("+")[0]  # local tag: how torch was built
-        except metadata.PackageNotFoundError:
-            continue
-        matching += installed == pinned
-        differ += [f"{name} {installed}, pinned {pinned}"] if installed != pinned else []
-    problem = f"{'; '.join(differ[:4])}: numbers may differ; make run installs the pins"
-    return Check("versions", problem if differ else "", f"{matching} as pinned in constraints.txt")
+        raise UserError(f"there is no {path}; run from a checkout")
+    pins = re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text("utf-8"), re.MULTILINE)
+    installed = {part.metadata["Name"].lower(): part.version for part in metadata.distributions()}
+    installed = {name: installed[name].partition("+")[0] for name, _ in pins if name in installed}
+    differ = [f"{n} {installed[n]}, not {v}" for n, v in pins if installed.get(n, v) != v]
+    if differ:
+        raise UserError(f"{'; '.join(differ[:4])}: results may differ; make run installs the pins")
+    python = platform.python_version()
+    return f"Python {python}, {len(installed)} packages as pinned in constraints.txt"
 
 
-def _weights() -> Check:
-    try:
-        from moebert_lib.data import pretrained_weights
+def bfloat16() -> str:
+    """Whether the processor computes in bfloat16 or emulates it."""
+    import torch
 
-        pretrained_weights.find(MINILM)
-        return Check("weights", "", f"{MINILM}, digest as pinned")
-    except UserError as error:
-        return Check("weights", str(error), "")
-
-
-def _kernel() -> Check:
-    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
-
-    before = os.environ.get("JUPYTER_PREFER_ENV_PATH")
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # as the kernels of a run are found
-    try:
-        argv = KernelSpecManager().get_kernel_spec("python3").argv
-    except NoSuchKernel:
-        return Check("kernel", "python -m ipykernel install --sys-prefix", "")
-    finally:
-        del os.environ["JUPYTER_PREFER_ENV_PATH"]
-        if before is not None:
-            os.environ["JUPYTER_PREFER_ENV_PATH"] = before
-    ours = Path(argv[0]).name.startswith("python") and (
-        not Path(argv[0]).is_absolute() or Path(argv[0]) == Path(sys.executable)
-    )
-    problem = f"python3 is {argv[0]}; run python -m ipykernel install --sys-prefix"
-    return Check("kernel", "" if ours else problem, "python3, of this environment")
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    in_hardware = any(capabilities[name] for name in capabilities if name.endswith("bf16"))
+    advice = "-p dtype=bfloat16 is faster" if in_hardware else "leave dtype at float32"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"processor {'has' if in_hardware else 'lacks'} it: {advice}; GPU: {gpu}"
 
 
-def _memory() -> Check:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (AttributeError, ValueError, OSError):
-        return Check("memory", "", "not known on this system")
-    short = total < WANTED_MEMORY
-    problem = f"{total:.0f} GiB; a quick run takes up to {WANTED_MEMORY} GiB: close other programs"
-    return Check("memory", problem if short else "", f"{total:.0f} GiB")
+def machine() -> str:
+    """Cores and threads of a run, and memory."""
+    import psutil
+
+    total = psutil.virtual_memory().total / 2**30
+    if total < MEMORY:
+        raise UserError(f"{total:.0f} GiB of memory; scale quick takes up to {MEMORY} GiB")
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    return f"{cores()} cores, threads of each run: {threads}, {total:.0f} GiB of memory"
 
 
-def _runs() -> Check:
+def disk() -> str:
+    """Whether results can be written, and the free space."""
     folder = home() / "runs"
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not os.access(existing, os.W_OK | os.X_OK):
-        return Check("runs", f"{existing} is not writable; set MOEBERT_HOME to one that is", "")
-    space = os.statvfs(existing) if hasattr(os, "statvfs") else None
-    free = f", {space.f_bavail * space.f_frsize / 2**30:.0f} GiB free" if space else ""
-    return Check("runs", "", f"{folder}{free}")
+        raise UserError(f"{existing} is not writable; set MOEBERT_HOME to a folder that is")
+    return f"{folder}, {shutil.disk_usage(existing).free / 2**30:.0f} GiB free"
 
 
-def _data(data_dir: str) -> Check:
-    from moebert_lib.data import loading
+def kernel() -> str:
+    """Whether notebooks run in this environment."""
+    from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
-    folder = Path(data_dir).expanduser().resolve()
-    if not folder.is_dir():
-        return Check("data", f"no folder {folder}", "")
-    found, said = [], ""
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # as runs look for kernels
+    try:
+        program = KernelSpecManager().get_kernel_spec("python3").argv[0]
+    except NoSuchKernel:
+        program = "missing"
+    if Path(program).name.startswith("python") and program in (Path(program).name, sys.executable):
+        return "python3, of this environment"
+    raise UserError(f"python3 is {program}; run python -m ipykernel install --sys-prefix")
+
+
+def weights() -> str:
+    """Whether the weights of scale quick are there, with the right digest."""
+    from moebert_lib.data import pretrained_weights
+
+    pretrained_weights.find(MINILM)
+    return f"{MINILM}, digest as pinned"
+
+
+def hub() -> str:
+    """Whether the Hugging Face hub answers; only scale paper and its tasks need it."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "not used: HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=3)
+    except Exception as error:
+        return f"no answer ({type(error).__name__}); only downloads need it, such as scale paper's"
+    return f"{constants.ENDPOINT} answers"
+
+
+def data(folder: Path) -> str:
+    """Whether the tasks in a folder can be read."""
+    from moebert_lib.data import loading, tasks
+
+    folder = folder.expanduser().resolve()
+    readable = []
     for name, task in tasks.TASKS.items():
-        if task.source == "built-in" or not (folder / name).is_dir():
-            continue
-        try:
+        if task.source != "built-in" and (folder / name).is_dir():
             loading.check(Settings.at("small", task=name, data_dir=str(folder)))
-            found.append(name)
-        except UserError as error:
-            said = said or str(error)
-    nothing = f"{folder} holds no GLUE task; expected {folder}/sst2/train.jsonl and the like"
-    return Check("data", said or ("" if found else nothing), f"{folder}: {', '.join(found)}")
+            readable.append(name)
+    if not readable:
+        raise UserError(f"no task in {folder}; expected {folder}/sst2/train.jsonl and the like")
+    return f"{folder}: {', '.join(readable)}"

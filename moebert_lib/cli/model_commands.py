@@ -39,7 +39,7 @@ def add_commands(commands: Any) -> None:
     _add_bench(commands)
     command = commands.add_parser(
         "doctor",
-        help="check Python, versions, weights, kernel, memory and folders",
+        help="check versions, processor, memory, disk, kernel, weights and data",
         description="Check what a run needs. Each line is ok or says what to do.",
         example="moebert doctor --data-dir DIR",
     )
@@ -366,7 +366,7 @@ def doctor(args: argparse.Namespace) -> int:
     from moebert_lib.cli.doctor import checks
 
     n_problems = 0
-    for name, problem, fact in checks(args.data_dir):
-        n_problems += bool(problem)
-        say(f"{'PROBLEM' if problem else 'ok':8}{name:12}{problem or fact}")
+    for name, well, message in checks(args.data_dir):
+        n_problems += not well
+        say(f"{'ok' if well else 'PROBLEM':8}{name:12}{message}")
     return 1 if n_problems else 0
