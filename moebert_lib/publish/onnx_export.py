@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.utils import ModelOutput
 
 from moebert_lib.config.errors import UserError
 
@@ -27,11 +28,7 @@ IMPLEMENTATION = "moebert-rows"  # transformers' name for the way experts are co
 
 
 def check() -> None:
-    """Check that the packages are there.
-
-    Raises:
-        UserError: one is missing.
-    """
+    """Raise UserError if a package is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"ONNX needs {', '.join(missing)}; pip install 'moebert[onnx]'")
@@ -52,7 +49,8 @@ def export(model: PreTrainedModel, batch: dict[str, Tensor], path: Path) -> None
     check()
     traced = copy.deepcopy(model).cpu().float().eval()
     traced.set_experts_implementation(IMPLEMENTATION)
-    names = _outputs(model)
+    spans = hasattr(model, "qa_outputs")
+    names = ["start_logits", "end_logits"] if spans else ["logits"]
     values = tuple(tensor.cpu() for tensor in batch.values())
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
     with _quiet():
@@ -68,14 +66,20 @@ def export(model: PreTrainedModel, batch: dict[str, Tensor], path: Path) -> None
     program.save(path)
 
 
-def logits(path: Path, batch: dict[str, Tensor]) -> Tensor:
-    """Logits of an exported model, ``(B, C)``; for spans ``(B, T, 2)``, start and end."""
-    import onnxruntime
+class OnnxModel(nn.Module):
+    """An exported model in ONNX Runtime, called as the model that it was exported from."""
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inputs = {name: values.cpu().numpy() for name, values in batch.items()}
-    outputs = [torch.as_tensor(values) for values in session.run(None, inputs)]
-    return outputs[0] if len(outputs) == 1 else torch.stack(outputs, -1)
+    def __init__(self, path: Path):
+        import onnxruntime
+
+        super().__init__()
+        self.session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def forward(self, **batch: Tensor) -> ModelOutput:
+        inputs = {name: values.cpu().numpy() for name, values in batch.items()}
+        names = [output.name for output in self.session.get_outputs()]
+        values = [torch.as_tensor(value) for value in self.session.run(None, inputs)]
+        return ModelOutput(zip(names, values, strict=True))
 
 
 class _Graph(nn.Module):
@@ -88,10 +92,6 @@ class _Graph(nn.Module):
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         output = self.model(**dict(zip(self.inputs, values, strict=True)))
         return tuple(output[name] for name in self.outputs)
-
-
-def _outputs(model: nn.Module) -> list[str]:
-    return ["start_logits", "end_logits"] if hasattr(model, "qa_outputs") else ["logits"]
 
 
 def _rows(experts: nn.Module, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

@@ -5,8 +5,10 @@ model with a file of scores, without data. :func:`write` makes the folder and ch
 it, :func:`push` uploads the folder to the hub.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,10 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class ConvertedModel:
-    """A MoEBERT to share, with what it was made from.
+    """A MoEBERT to share, the dense model and scores that it was made from, and inputs for checks.
 
-    Attributes:
-        dense: The fine-tuned model that was converted.
-        tokenizer: Of both models.
-        scores: Of the dense model's neurons.
-        untrained: The MoEBERT right after the conversion.
-        model: The MoEBERT to share; the same object as ``untrained`` if it was not trained.
-        batch: Inputs for the checks: at least two sentences of different lengths.
-        facts: What the model card says, by the names in its template.
+    ``untrained`` is the MoEBERT right after the conversion; if it was not trained, ``model`` is the
+    same object. ``facts`` are what the card says, by the names in its template.
     """
 
     dense: PreTrainedModel
@@ -316,84 +312,63 @@ def run_checks(converted: ConvertedModel, folder: Path) -> list[CheckResult]:
     """Run every check that fits the model, those that fail included.
 
     Args:
-        converted: The model; its ``batch`` is what the checks compute with.
+        converted: The model.
         folder: Where it was saved. If ``model.onnx`` is there, it is compared with the model.
     """
     dense, untrained, model = converted.dense, converted.untrained, converted.model
-    batch, scores = converted.batch, converted.scores
+    batch, scores = converted.batch, converted.scores.scores
+    single = to_moebert(dense, converted.scores, n_experts=1)
     saved = type(model).from_pretrained(folder).to(model.device)
-    as_one_expert = to_moebert(dense, scores, n_experts=1)
-    conversion = THIS if model is untrained else ITS_CONVERSION
-    by_hash = model.config.routing.startswith("hash")
+    before = THIS if model is untrained else ITS_CONVERSION
+    same = partial(_run, THIS, checks.same_logits)
     results = [
-        _run(
-            "the dense model, as one expert",
-            checks.one_expert_is_dense,
-            dense,
-            as_one_expert,
-            batch,
-        ),
+        _run("the dense model, as one expert", checks.one_expert_is_dense, dense, single, batch),
         _run("the dense model", checks.permuting_neurons_changes_nothing, dense, batch),
-        _run(conversion, checks.experts_hold_the_dense_neurons, untrained, dense),
-        _run(conversion, checks.deal_follows_scores, untrained, scores.scores),
+        _run(before, checks.experts_hold_the_dense_neurons, untrained, dense),
+        _run(before, checks.deal_follows_scores, untrained, scores),
     ]
     if model is not untrained:
-        results.append(_run(THIS, checks.deal_follows_scores, model, scores.scores))
+        results.append(_run(THIS, checks.deal_follows_scores, model, scores))
     results += [
         _run(THIS, checks.experts_serve_their_tokens, model, batch),
         _run(THIS, checks.padding_changes_nothing, model, batch),
-        _run(THIS, _same_when_loaded, model, saved, batch),
+        same("saved and loaded, the model gives the same logits", model, saved, batch, tolerance=0),
     ]
     if isinstance(dense.base_model, BertModel) and not model.config.padding_in_balance:
-        results.append(_run(THIS, _same_when_accelerated, model, batch))
-    if by_hash:
+        claim, fast = "accelerated, the model gives the same logits", accelerate(model)
+        results.append(same(claim, model, fast, batch, tolerance=TOLERANCE))
+    if model.config.routing.startswith("hash"):
         results.append(_run(THIS, checks.same_token_same_expert, model, batch))
         results.append(_run(THIS, checks.training_leaves_tables, untrained, model))
     else:
         results.append(_run(THIS, checks.gate_takes_its_favourite, model, batch))
     if (folder / onnx_export.FILE).is_file():
-        results.append(_run(THIS, _same_as_onnx, model, folder / onnx_export.FILE, batch))
+        graph, cpu = onnx_export.OnnxModel(folder / onnx_export.FILE), copy.deepcopy(model).cpu()
+        for n, sentences in ((len(batch["input_ids"]), "all"), (1, "one"), (2, "two")):
+            claim = f"the ONNX graph gives the model's logits for {sentences} of the sentences"
+            part = _first(batch, n)
+            results.append(same(claim, cpu, graph, part, tolerance=TOLERANCE))
     return results
 
 
-def _run(on: str, check: Callable[..., checks.Check], *args: object) -> CheckResult:
+def _first(batch: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+    """The first ``n`` sentences of a batch, as long as the longest of them, on the CPU."""
+    longest = int(batch["attention_mask"][:n].sum(1).max())
+    return {name: values[:n, :longest].cpu() for name, values in batch.items()}
+
+
+def _run(
+    on: str, check: Callable[..., checks.Check], *args: object, **options: object
+) -> CheckResult:
     """The result of one check; a check that fails raises its result."""
     try:
-        result, holds = check(*args), True
+        result, holds = check(*args, **options), True
     except AssertionError as error:
         result, holds = error.args[0], False
     if not isinstance(result, checks.Check):
         return CheckResult(str(result), on, None, None, holds)
     difference = result.difference if np.isfinite(result.difference) else None
     return CheckResult(result.claim, on, difference, result.tolerance, holds)
-
-
-def _same_when_loaded(model: PreTrainedModel, saved: PreTrainedModel, batch: dict) -> checks.Check:
-    claim = "saved and loaded, the model gives the same logits bit for bit"
-    return checks.same_logits(claim, model, saved, batch=batch, tolerance=0)
-
-
-def _same_when_accelerated(model: PreTrainedModel, batch: dict) -> checks.Check:
-    claim = "accelerated, the model gives the same logits"
-    return checks.same_logits(claim, model, accelerate(model), batch=batch, tolerance=TOLERANCE)
-
-
-def _same_as_onnx(model: PreTrainedModel, path: Path, batch: dict[str, Tensor]) -> checks.Check:
-    """ONNX Runtime against PyTorch: the whole batch, its first sentence, and its first two."""
-    mask, gaps = batch["attention_mask"].bool(), []
-    for n in (len(mask), 1, 2):
-        longest = int(mask[:n].sum(1).max())
-        part = {name: values[:n, :longest] for name, values in batch.items()}
-        with torch.no_grad():
-            output = model(**part)
-        logits = output.get("logits")
-        if logits is None:
-            logits = torch.stack([output["start_logits"], output["end_logits"]], -1)
-        gap = (onnx_export.logits(path, part) - logits.cpu()).abs()
-        real = part["attention_mask"].bool().cpu()
-        gaps.append(float((gap if "logits" in output else gap[real]).max()))
-    claim = "the ONNX graph gives the model's logits, for any batch size and length"
-    return checks.equal(claim, gaps, [0.0] * len(gaps), tolerance=TOLERANCE)
 
 
 def write_card(folder: Path, facts: dict[str, Any], results: list[CheckResult]) -> None:
