@@ -72,7 +72,7 @@ def _is_command() -> bool:
     """Whether this process is the ``moebert`` command, or one that runs notebooks for it."""
     by_script = Path(sys.argv[0]).name in ("moebert", "moebert.exe") if sys.argv else False
     module = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] else ""
-    return by_script or module in ("moebert_lib", "moebert_lib.runs.execution")
+    return by_script or module == "moebert_lib"
 
 
 if not _is_command():  # the command imports torch and transformers only where it needs them

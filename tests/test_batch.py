@@ -101,7 +101,7 @@ def test_a_run_is_made_once_and_its_figures_published_and_restored(home):
     jobs = planned("01", label=attack)
     (entry,) = local_pool.run(jobs, echo=lines.append)
     assert row_of(entry)["label"] == attack and row_of(entry)["settings"]["scale"] == "smoke"
-    assert {"notebook.ipynb", "notebook.html", "log.txt"} <= set(os.listdir(entry.folder))
+    assert set(os.listdir(entry.folder)) == {"notebook.ipynb", "log.txt", "figures", "entry.json"}
     assert "    · settings read" in lines and not any("quiet" in line for line in lines)
     published = local_pool.published(jobs[0])
     about = local_pool.read_provenance(published)["figure1.png"]
@@ -120,9 +120,9 @@ def test_a_failed_run_says_where_and_keeps_its_copy_but_no_entry(home):
         local_pool.run(planned("02"))
     assert str(caught.value) == "notebook 02_fails, cell 3: ValueError: seed 0"
     assert "is not allowed" in caught.value.copy.read_text()
-    assert Store().entries() == [] and not (home / "figures").exists()
+    assert Store().entries() == [] and not (home / "runs" / "figures").exists()
     assert list((home / "runs" / "tmp").iterdir()) == []
-    assert [run["notebook"] for run in local_pool.failed_runs()] == ["02_fails"]
+    assert [run["notebook"] for run in execution.failed_runs()] == ["02_fails"]
 
 
 def test_a_failure_is_forgotten_once_the_notebook_is_mended(home):
@@ -130,10 +130,10 @@ def test_a_failure_is_forgotten_once_the_notebook_is_mended(home):
     for _ in range(2):
         with pytest.raises(NotebookFailed):
             local_pool.run(planned("02"))
-    assert len(local_pool.failed_runs()) == 1
+    assert len(execution.failed_runs()) == 1
     edited(path, "seed == 0", "seed == 9")
     local_pool.run(planned("02"))
-    assert len(Store().entries()) == 1 and local_pool.failed_runs() == []
+    assert len(Store().entries()) == 1 and execution.failed_runs() == []
 
 
 def test_a_failure_that_another_process_met_meanwhile_is_told_and_not_met_again(home):
@@ -141,13 +141,13 @@ def test_a_failure_that_another_process_met_meanwhile_is_told_and_not_met_again(
     before = time.time() - 1
     with pytest.raises(NotebookFailed):
         execution.make(job)
-    first = (execution.kept(job) / execution.FAILED).stat().st_mtime_ns
+    first = (execution.failure_folder(job) / execution.FAILED).stat().st_mtime_ns
     with pytest.raises(NotebookFailed, match="cell 3: ValueError: seed 0"):
         execution.make(job, since=before)
-    assert (execution.kept(job) / execution.FAILED).stat().st_mtime_ns == first
+    assert (execution.failure_folder(job) / execution.FAILED).stat().st_mtime_ns == first
     with pytest.raises(NotebookFailed):
         execution.make(job, since=time.time())
-    assert (execution.kept(job) / execution.FAILED).stat().st_mtime_ns > first
+    assert (execution.failure_folder(job) / execution.FAILED).stat().st_mtime_ns > first
 
 
 def test_after_a_failure_the_others_can_still_run(home):
@@ -155,7 +155,7 @@ def test_after_a_failure_the_others_can_still_run(home):
     failure, entry = local_pool.run(planned("02", "00"), keep_going=True, echo=lines.append)
     assert isinstance(failure, NotebookFailed) and entry.row["notebook"] == "00_the_idea"
     assert [entry.key.choices["notebook"] for entry in Store().entries()] == ["00_the_idea"]
-    assert (home / "figures" / "figure0.csv").is_file()
+    assert (home / "runs" / "figures" / "figure0.csv").is_file()
 
 
 @pytest.mark.parametrize(
@@ -227,19 +227,21 @@ def test_publishing_removes_what_an_earlier_run_of_the_same_notebook_left(tmp_pa
 
 def test_only_quick_as_it_comes_is_published_as_the_workbooks_own(home):
     def place(**values):
-        return local_pool.published(planned("01", **values)[0]).relative_to(home).as_posix()
+        return (
+            local_pool.published(planned("01", **values)[0]).relative_to(home / "runs").as_posix()
+        )
 
     assert place(scale="quick") == "figures"
     assert place(scale="quick", task="acceptability") == "figures/quick-acceptability"
     assert place(scale="smoke") == "figures/smoke-library"
-    assert local_pool.published(planned("00")[0]) == home / "figures"
+    assert local_pool.published(planned("00")[0]) == home / "runs" / "figures"
 
 
 def test_variants_are_published_apart_under_what_was_changed(home, tiny_glue):
     def place(**values):
         return (
             local_pool.published(planned("01", **values)[0])
-            .relative_to(home / "figures")
+            .relative_to(home / "runs" / "figures")
             .as_posix()
         )
 
@@ -248,7 +250,7 @@ def test_variants_are_published_apart_under_what_was_changed(home, tiny_glue):
     where = dict(scale="small", data_dir=str(tiny_glue))
     assert place(**where) == "small-sst2" and place(**where, task="rte") == "small-rte"
     plain = local_pool.destination(None, changed={"n_shared": 9})
-    assert plain == home / "figures" / "changed-n_shared9"
+    assert plain == home / "runs" / "figures" / "changed-n_shared9"
 
 
 @given(label=st.text(min_size=1), other=st.text(min_size=1))
@@ -268,9 +270,9 @@ def test_the_kernel_is_offline_at_scales_that_promise_it(tmp_path, monkeypatch, 
     assert env["MOEBERT_FIGURES"] == str(tmp_path) and "MPLBACKEND" not in env
 
 
-def test_tee_logs_everything_and_passes_on_whole_progress_lines():
+def test_the_output_log_keeps_everything_and_passes_on_whole_progress_lines():
     log, lines = io.StringIO(), []
-    tee = execution.Tee(log, lines.append)
+    tee = execution.OutputLog(log, lines.append)
     for piece in ("a\n· ha", "lf\nb · c\n", "· last"):
         tee.write(piece)
     assert lines == ["· half"] and log.getvalue() == "a\n· half\nb · c\n· last"

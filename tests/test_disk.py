@@ -188,8 +188,11 @@ def test_tidy_removes_what_killed_processes_left_and_nothing_else(runs):
     died = subprocess.Popen([sys.executable, "-c", ""])
     died.wait(60)
     yesterday = time.time() - 2 * file_io.DAY
-    gone = [runs.root / f"report.html.{died.pid}.tmp", runs.root / f"old.{os.getpid()}.tmp"]
-    kept = [runs.root / f"new.{os.getpid()}.tmp", runs.root / "report.html", runs.root / "a.tmp"]
+    old = file_io.unfinished(runs.root / "old")
+    gone = [runs.root / f"report.html.{file_io.HOST}-{died.pid}.tmp", old]
+    elsewhere = runs.root / f"report.html.other_{file_io.HOST}-{died.pid}.tmp"
+    new = file_io.unfinished(runs.root / "new")
+    kept = [new, elsewhere, runs.root / "report.html", runs.root / "a.tmp"]
     for path in gone + kept:
         path.touch()
     os.utime(gone[1], (yesterday, yesterday))

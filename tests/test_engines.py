@@ -1,135 +1,212 @@
-"""The local engine: what dies is asked again, what is stopped leaves nothing behind."""
+"""The local pool: every run has a result, what dies is run once more, a stop leaves nothing."""
 
-import os
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import psutil
 import pytest
 
 from moebert_lib.config.errors import UserError
-from moebert_lib.runs import cost, local_pool
-from moebert_lib.runs.local_pool import Event, Local
+from moebert_lib.config.file_io import Unwritable
+from moebert_lib.runs import cost, execution, local_pool
+from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.runs.local_pool import Local
+from moebert_lib.store import run_outputs
+from moebert_lib.store.store import Entry, StageKey, Store
 
-#: Stands in for ``moebert_lib.runs.execution``: a request is Python that gives ``outcome``.
-STAND_IN = """
-import json, os, sys
-for line in sys.stdin:
-    space = {"say": lambda text: print(json.dumps({"say": text}), flush=True)}
-    exec(json.loads(line)["code"], space)
-    print(json.dumps({"outcome": space.get("outcome", {"status": "done"})}), flush=True)
-"""
+
+@dataclass
+class StandIn:
+    """A job whose run is a function of the keyword arguments of ``Local.make``."""
+
+    name: str
+    run: object
+    values: dict
+
+    def key(self):
+        return StageKey("notebook", {"notebook": self.name})
+
+
+class Pool(Local):
+    """Makes a stand-in's run in this process."""
+
+    def make(self, job, **how):
+        return job.run(**how)
 
 
 @pytest.fixture(autouse=True)
-def stand_in(tmp_path, monkeypatch):
-    """Workers that run the code they are sent, started the same way as the real ones."""
-    package = tmp_path / "moebert_lib"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "runs").mkdir()
-    (package / "runs" / "__init__.py").write_text("")
-    (package / "runs" / "execution.py").write_text(STAND_IN)
-    monkeypatch.setattr(local_pool, "CHECKOUT", tmp_path)
-    monkeypatch.chdir(tmp_path)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
 
 
-def asked(*codes):
-    return [{"code": textwrap.dedent(code)} for code in codes]
+def entry(name="x"):
+    return Entry(StageKey("notebook", {"notebook": name}), None, {}, 1.0, False)
 
 
-def never(index):
-    return False
+def jobs(*runs):
+    return [StandIn(f"{n:02}", run, {}) for n, run in enumerate(runs)]
 
 
-def events(engine, requests, busy=never) -> list[Event]:
-    return list(engine.run(requests, busy=busy))
+def done(**how):
+    return entry()
 
 
-def outcomes(found):
-    return {event.index: event.outcome for event in found if event.outcome}
+def fails(error):
+    def run(**how):
+        raise error
+
+    return run
+
+
+def results(pool, runs, **how):
+    return dict(pool.run(jobs(*runs), **how))
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_every_request_is_answered_once_and_what_it_says_comes_before(workers):
-    found = events(Local(workers), asked(*[f"say('{n}')" for n in range(5)]))
-    assert sorted(outcomes(found)) == list(range(5))
-    assert all(outcome == {"status": "done"} for outcome in outcomes(found).values())
-    for index in range(5):
-        own = [event for event in found if event.index == index]
-        assert own[0].started and own[1].line == str(index) and own[2].outcome
+def test_every_run_has_one_result_and_its_lines_come_before(workers):
+    seen = []
+
+    def talks(say, **how):
+        say("· half")
+        return entry()
+
+    made = Pool(workers).run(
+        jobs(*[talks] * 5),
+        started=lambda index: seen.append((index, "started")),
+        say=lambda index, line: seen.append((index, line)),
+    )
+    for index, result in made:
+        assert isinstance(result, Entry)
+        assert [what for number, what in seen if number == index] == ["started", "· half"]
+        seen.append((index, "end"))
+    assert sorted(index for index, what in seen if what == "end") == list(range(5))
 
 
-def test_no_requests_start_nothing():
-    assert events(Local(2), []) == []
+def test_no_jobs_start_nothing():
+    assert results(Pool(2), []) == {}
 
 
-def test_one_process_answers_several_requests():
-    found = events(Local(1), asked(*["import os; say(str(os.getpid()))"] * 3))
-    assert len({event.line for event in found if event.line}) == 1
+def test_lines_are_passed_on_in_the_callers_thread():
+    threads = set()
+
+    def talks(say, **how):
+        say("· line")
+        return entry()
+
+    results(Pool(2), [talks] * 4, say=lambda index, line: threads.add(threading.get_ident()))
+    assert threads == {threading.get_ident()}
 
 
-def test_a_process_that_dies_is_replaced_and_asked_again(tmp_path):
-    once = f"""
-        import os, pathlib, signal
-        mark = pathlib.Path({str(tmp_path / "mark")!r})
-        if not mark.exists():
-            mark.touch(); os.kill(os.getpid(), signal.SIGKILL)
-    """
-    found = events(Local(1), asked(once, ""))
-    assert {outcome["status"] for outcome in outcomes(found).values()} == {"done"}
-    assert any("signal 9" in (event.line or "") for event in found)
+@pytest.mark.parametrize(
+    "error, state",
+    [
+        (NotebookFailed("x", 3, "ValueError: no"), "failed"),
+        (NotebookFailed("x", None, "the kernel died", "died"), "died"),
+        (UserError("no data"), "not run"),
+        (OSError(12, "Cannot allocate memory"), "not run"),
+        (ZeroDivisionError("a slot"), "failed"),
+        (SystemExit(3), "failed"),
+    ],
+)
+def test_whatever_goes_wrong_the_run_has_a_result_and_the_others_go_on(error, state):
+    found = results(Pool(2), [done, fails(error), done, done])
+    assert sorted(found) == [0, 1, 2, 3] and found[1].state == state
+    assert str(error.args[-1]) in str(found[1]) or str(error) in str(found[1])
+    assert all(isinstance(found[n], Entry) for n in (0, 2, 3))
 
 
-def test_what_dies_every_time_is_given_up_and_the_others_go_on(tmp_path):
-    log = tmp_path / "log"
-    dies = f"open({str(log)!r}, 'a').write('x'); import os; os._exit(3)"
-    found = outcomes(events(Local(1), asked(dies, "")))
-    assert found[0]["status"] == "died" and "exit status 3" in found[0]["error"]
-    assert found[1] == {"status": "done"} and log.read_text() == "x" * (1 + local_pool.RETRIES)
+def test_a_full_disk_ends_the_batch_with_one_line():
+    found = results(Pool(1), [fails(Unwritable("runs cannot be written: no space"))])
+    assert type(found[0]) is UserError and "no space" in str(found[0])
 
 
-def test_a_kernel_that_died_is_tried_again_too(tmp_path):
-    log = tmp_path / "log"
-    code = f"""
-        open({str(log)!r}, 'a').write('x')
-        died = len(open({str(log)!r}).read()) < 2
-        outcome = {{"status": "died", "error": "the kernel died"}} if died else {{"status": "done"}}
-    """
-    assert outcomes(events(Local(1), asked(code)))[0] == {"status": "done"}
+def test_what_dies_is_run_once_more_and_then_given_up():
+    counts = {"once": 0, "always": 0}
+
+    def dies(name, times):
+        def run(**how):
+            counts[name] += 1
+            if counts[name] <= times:
+                raise NotebookFailed(name, None, "the kernel died", "died")
+            return entry()
+
+        return run
+
+    lines = []
+    found = results(
+        Pool(1), [dies("once", 1), dies("always", 9)], say=lambda n, line: lines.append((n, line))
+    )
+    assert isinstance(found[0], Entry) and found[1].state == "died"
+    assert counts == {"once": 2, "always": 2}
+    assert lines == [(n, "· the kernel died; once more") for n in (0, 1)]
 
 
-def test_what_is_no_event_ends_the_process_and_not_the_patience():
-    found = outcomes(events(Local(1), asked("print('noise')", "")))
-    assert found[0]["status"] == "died" and found[1] == {"status": "done"}
+def test_a_cell_that_fails_is_not_run_again():
+    counts = []
+
+    def run(**how):
+        counts.append(1)
+        raise NotebookFailed("x", 1, "ValueError")
+
+    assert results(Pool(1), [run])[0].state == "failed" and len(counts) == 1
 
 
-def test_what_another_batch_is_making_waits_for_the_end():
-    found = events(Local(1), asked("", "", ""), busy=lambda index: index == 0)
-    assert [event.index for event in found if event.started] == [1, 2, 0]
+def test_what_another_batch_is_making_waits_for_the_end(monkeypatch):
+    started = []
+    monkeypatch.setattr(Store, "busy", lambda self, key: key.choices["notebook"] == "00")
+    results(Pool(1), [done] * 3, started=started.append)
+    assert started == [1, 2, 0]
 
 
-def test_closing_the_iterator_ends_every_process():
-    others = psutil.Process().children(recursive=True)  # such as a browser of other tests
-    running = Local(2).run(asked(*["import time; time.sleep(600)"] * 3), busy=never)
-    assert {next(running).started for _ in range(2)} == {True}
-    time.sleep(0.5)
-    mine = set(psutil.Process().children(recursive=True)) - set(others)
-    start = time.monotonic()
-    local_pool.PATIENCE, before = 0.5, local_pool.PATIENCE  # the stand-in does not watch its input
-    try:
-        running.close()
-    finally:
-        local_pool.PATIENCE = before
-    assert time.monotonic() - start < 30
-    assert mine and not psutil.wait_procs(mine, timeout=10)[1]
-    assert not [thread for thread in threading.enumerate() if "serve" in thread.name]
+def test_closing_starts_nothing_more_and_waits_for_what_runs():
+    ended = []
+
+    def run(kernels, **how):
+        assert kernels.stopped.wait(60)
+        ended.append(1)
+        raise NotebookFailed("x", None, "the kernel died", "died")
+
+    made = Pool(2).run(jobs(done, *[run] * 5))
+    next(made)
+    made.close()
+    assert len(ended) <= 2  # those that ran
+    assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
-def test_a_run_has_one_thread_however_many_run_and_a_gpu_to_itself(monkeypatch):
+def test_a_stop_ends_a_wait_for_another_process(tmp_path):
+    from moebert_lib.config import file_io
+
+    key = StageKey("notebook", {"notebook": "00"})
+    cancelled = threading.Event()
+    store = Store(cancelled=cancelled)
+    with file_io.lock(store.root, store.folder(key).name):
+        threading.Timer(0.3, cancelled.set).start()
+        start = time.monotonic()
+        with pytest.raises(file_io.Cancelled):
+            store.make(key, lambda folder: {})
+    assert time.monotonic() - start < 10
+
+
+def test_kernels_that_are_killed_take_their_children_with_them():
+    import subprocess
+    import sys
+    from types import SimpleNamespace
+
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'input()'], stdin=0)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    manager = SimpleNamespace(provisioner=SimpleNamespace(process=process))
+    client = type("Client", (), {"km": manager})()
+    kernels = execution.Kernels()
+    with kernels.running(client):
+        while not (children := psutil.Process(process.pid).children()):
+            time.sleep(0.05)
+        kernels.kill()
+    assert process.wait(10) == -9 and not psutil.wait_procs(children, 10)[1]
+    kernels.kill()  # nothing is left, nothing happens
+
+
+def test_a_run_has_one_thread_however_many_run_and_a_gpu_to_itself(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     local = Local(2, gpus=["2", "5"])
     seen = [local.environment(slot) for slot in range(2)]
@@ -139,17 +216,9 @@ def test_a_run_has_one_thread_however_many_run_and_a_gpu_to_itself(monkeypatch):
         assert Local(workers).environment(0)["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in Local(threads=None).environment(0)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")  # the user's own choice stays
-    assert local.environment(0)["OMP_NUM_THREADS"] == "3"
-
-
-def test_a_process_that_cannot_start_is_an_outcome_and_no_lost_request(monkeypatch):
-    def full(environment):
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr(local_pool, "Worker", full)
-    found = outcomes(events(Local(2), asked("", "", "")))
-    assert sorted(found) == [0, 1, 2]
-    assert all("Cannot allocate memory" in outcome["error"] for outcome in found.values())
+    changes = local.environment(0)
+    kernel = run_outputs.kernel_environment(tmp_path, offline=True, changes=changes)
+    assert kernel["OMP_NUM_THREADS"] == "3" and kernel["CUDA_VISIBLE_DEVICES"] == "2"
 
 
 def test_as_many_workers_as_cores_memory_and_jobs_allow(monkeypatch):
@@ -186,13 +255,3 @@ def test_free_memory_is_no_more_than_the_machine_has():
 def test_no_workers_are_refused():
     with pytest.raises(UserError, match="0 workers"):
         Local(0)
-
-
-def test_the_real_worker_leaves_when_its_input_closes():
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "moebert_lib.runs.execution"]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    process = psutil.Popen(command, stdin=-1, stdout=-1, cwd=root, env=environment)
-    process.stdin.close()
-    assert process.wait(60) == 0 and process.stdout.read() == b""
-    process.stdout.close()

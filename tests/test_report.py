@@ -53,7 +53,6 @@ def executed(folder: Path) -> None:
     """A run's files, as execution would leave them."""
     source = fixture_home.FIXTURES / "settings.ipynb"
     (folder / "notebook.ipynb").write_text(source.read_text())
-    report.write_page(folder / "notebook.ipynb", folder / "notebook.html")
     figures = folder / "figures"
     figures.mkdir()
     (figures / "figure1.png").write_bytes(DOT)
@@ -80,7 +79,7 @@ def page(home) -> str:
         executed(folder)
         return {}
 
-    local_pool.publish(Store().make(key, build), home / "figures")
+    local_pool.publish(Store().make(key, build), home / "runs" / "figures")
     Store().make(
         StageKey("student", {"task": "follows", "seed": 3}), lambda folder: {"accuracy": 0.75}
     )
@@ -176,7 +175,7 @@ def test_nothing_to_report_is_said(home):
 
 
 def test_a_figure_that_is_gone_does_not_break_the_page(page, home):
-    (home / "figures" / "figure1.png").unlink()
+    (home / "runs" / "figures" / "figure1.png").unlink()
     assert Page(report.write_report().read_text()).all("img", "src") == []
 
 

@@ -38,7 +38,7 @@ def home(tmp_path_factory):
 def made(home, tmp_path_factory) -> Path:
     """The site's folder."""
     target = tmp_path_factory.mktemp("made") / "site"
-    return site.build(target, figures=home / "figures" / FIGURES).parent
+    return site.build(target, figures=home / "runs" / "figures" / FIGURES).parent
 
 
 @pytest.fixture(scope="module")
@@ -180,14 +180,17 @@ def test_no_page_is_wider_than_a_phone(made, pages, serve, page):
 
 def test_alt_texts_are_the_figures_findings(home, pages):
     said = {tag["alt"] for tag in pages["figures.html"].select("img")}
-    pngs = [*(home / "figures").glob("*.png"), *(home / "figures" / FIGURES).glob("*.png")]
+    pngs = [
+        *(home / "runs" / "figures").glob("*.png"),
+        *(home / "runs" / "figures" / FIGURES).glob("*.png"),
+    ]
     titles = {Image.open(path).text["Title"] for path in pngs}
     assert said == titles and len(titles) > 10
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home, pages, path):
-    folders = home / "figures", home / "figures" / FIGURES
+    folders = home / "runs" / "figures", home / "runs" / "figures" / FIGURES
     known = [(folder, local_pool.read_provenance(folder)) for folder in folders]
     drawn = [
         folder / name
@@ -201,7 +204,11 @@ def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home,
 
 def test_every_figure_and_table_is_offered_with_its_files(home, pages):
     offered = {tag["href"] for tag in pages["figures.html"].select("a[href^='figures/']")}
-    known = [*local_pool.read_provenance(home / "figures" / FIGURES), "00_deal.png", "00_deal.csv"]
+    known = [
+        *local_pool.read_provenance(home / "runs" / "figures" / FIGURES),
+        "00_deal.png",
+        "00_deal.csv",
+    ]
     assert {f"figures/{name}" for name in known} == offered
 
 
@@ -251,5 +258,5 @@ def test_a_warning_of_sphinx_leaves_the_old_site_as_it_was(home, tmp_path, monke
     monkeypatch.setattr(site_pages, "gallery", lambda ran: "# A\n\n[b](gone.md)")
     monkeypatch.setattr(site_reference, "write", lambda folder, readme: None)
     with pytest.raises(UserError, match="not written: .*"):
-        site.build(old, figures=home / "figures" / FIGURES)
+        site.build(old, figures=home / "runs" / "figures" / FIGURES)
     assert [path.name for path in old.iterdir()] == [site.MARK] and len([*tmp_path.iterdir()]) == 1

@@ -106,7 +106,7 @@ def test_notebooks_of_one_name_in_two_folders_are_told_apart(tmp_path):
         path.write_bytes((fixture_home.FIXTURES / "settings.ipynb").read_bytes())
         jobs.append(sweep.plan({"notebook": str(path), "scale": "smoke"}))
     assert jobs[0].folder != jobs[1].folder
-    assert execution.kept(jobs[0].jobs[0]) != execution.kept(jobs[1].jobs[0])
+    assert execution.failure_folder(jobs[0].jobs[0]) != execution.failure_folder(jobs[1].jobs[0])
     assert jobs[0].jobs[0].key() == jobs[1].jobs[0].key()  # the same code and values: one run
 
 
@@ -162,7 +162,7 @@ def test_a_sweep_runs_leaves_its_table_and_is_reused(home):
     grid = {**SMOKE, "seeds": [1, 0], "settings": {"label": ["a", "<b>"]}}
     lines: list[str] = []
     frame = sweep.sweep(grid, echo=lines.append)
-    assert frame["seed"].tolist() == [1, 1, 0, 0] and set(frame["state"]) == {"done"}
+    assert frame["seed"].tolist() == [1, 1, 0, 0] and set(frame["state"]) == {"done"}, lines
     assert frame["label"].tolist() == ["a", "<b>", "a", "<b>"]
     (folder,) = (home / "runs" / "sweeps").iterdir()
     table = (folder / "table.csv").read_bytes()

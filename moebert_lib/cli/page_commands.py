@@ -87,7 +87,7 @@ def add_commands(commands: Any) -> None:
         "--figures",
         type=Path,
         metavar="DIR",
-        help="folder of the figures and executed notebooks; default: figures/",
+        help="folder of the figures and executed notebooks; default: runs/figures/",
     )
     command.set_defaults(run=site)
 
@@ -105,9 +105,11 @@ def report(args: argparse.Namespace) -> int:
         n = len(differences)
         say(f"{n} files differ" if n else "figures/ matches what the results draw")
         return 1 if n else 0
+    figures = None
     if args.results:
-        say(f"figures   {near(reports.draw(args.results, echo=say))}")
-    say(f"page      {near(reports.write_report())}")
+        figures = reports.draw(args.results, echo=say)
+        say(f"figures   {near(figures)}")
+    say(f"page      {near(reports.write_report(figures))}")
     return 0
 
 

@@ -53,7 +53,8 @@ def add_commands(commands: Any) -> None:
         description="Run 03_distillation, or another notebook, once for each point of a grid. The "
         "grid is a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings "
         "(each a list of values: all combinations are run) and points (a list of sets of values).",
-        example="moebert sweep grid.yaml --dry-run",
+        example="moebert sweep grid.yaml --dry-run\n"
+        "  moebert sweep grid.yaml --only $SLURM_ARRAY_TASK_ID",
     )
     command.add_argument("grid", type=Path, nargs="?", metavar="GRID.yaml")
     command.add_argument(
@@ -67,9 +68,17 @@ def add_commands(commands: Any) -> None:
     )
     command.add_argument("--why", action="store_true", help="the same, with all reasons")
     command.add_argument(
+        "--only",
+        metavar="N",
+        help="run only the points with these numbers, from 0: 7, 0-9 or 0,3,5-7; for array jobs",
+    )
+    command.add_argument(
+        "--count", action="store_true", help="print the number of points; run nothing"
+    )
+    command.add_argument(
         "--retry-failed",
         action="store_true",
-        help="run points that failed before again; without a grid, those of all sweeps",
+        help="run points that failed or died before again; without a grid, those of all sweeps",
     )
     _add_execution_options(command, workers="default: as many as cores and memory allow")
     command.set_defaults(run=sweep)
@@ -150,29 +159,43 @@ def sweep(args: argparse.Namespace) -> int:
     from moebert_lib.runs import sweep as sweeps
     from moebert_lib.store.store import Store
 
-    if args.grid is None and not args.retry_failed:
+    if args.grid is None and (args.only or args.count or not args.retry_failed):
         raise UserError("name a grid, such as grid.yaml (see moebert sweep --help)")
     _check_engine(args)
     grid = args.grid and sweeps.read(args.grid, data_dir=args.data_dir)
     planned = [grid] if grid else sweeps.with_failures()
+    only = sweeps.chosen_points(args.only, len(grid.jobs)) if args.only else None
+    if args.count:
+        say(str(len(grid.jobs if only is None else only)))
+        return 0
     if args.dry_run or args.why:
         for grid in planned:
-            _print_preview(grid, args)
+            _print_preview(grid, args, only)
         return 0
     engine = _engine(args)
-    n_failed = 0
+    all_done = True
     for grid in planned:
         results = sweeps.run(
-            grid, engine=engine, force=args.force, retry_failed=args.retry_failed, echo=say
+            grid,
+            only=only,
+            engine=engine,
+            force=args.force,
+            retry_failed=args.retry_failed,
+            echo=say,
         )
-        failures = [result for result in results if isinstance(result, Exception)]
-        n_failed += len(failures)
-        hint = f", {len(failures)} failed; moebert status lists them" if failures else ""
-        say(f"{len(results) - len(failures)} of {len(results)} done{hint}")
-        say(f"table     {near(grid.folder / inventory.TABLE)}")
-    if Store().entries("notebook"):
+        states = [sweeps.state(result) for result in results]
+        n_done = states.count("done")
+        all_done &= n_done == len(states)
+        others = [f"{states.count(name)} {name}" for name in inventory.STATES if name != "done"]
+        others = [text for text in others if not text.startswith("0 ")]
+        say(", ".join([f"{n_done} of {len(states)} done", *others]))
+        if only is None:
+            say(f"table     {near(grid.folder / inventory.TABLE)}")
+        else:
+            say(f"table     once all {len(grid.jobs)} points are done: moebert sweep {args.grid}")
+    if only is None and Store().entries("notebook"):
         say(f"page      {near(write_report())}")
-    return 1 if n_failed else 0
+    return 0 if all_done else 1
 
 
 def status(args: argparse.Namespace) -> int:
@@ -215,16 +238,18 @@ def _print_plan(jobs: "Sequence[Job]", *, why: bool) -> int:
     return 0
 
 
-def _print_preview(grid: Any, args: argparse.Namespace) -> None:
+def _print_preview(grid: Any, args: argparse.Namespace, only: Sequence[int] | None) -> None:
     """Print what ``moebert sweep`` would do with each point and why, then the cost in all."""
     from moebert_lib.runs import cost, plan
     from moebert_lib.runs import sweep as sweeps
     from moebert_lib.runs.local_pool import fitting
 
     retry = args.retry_failed or args.force
-    preview = list(sweeps.preview(grid.jobs, retry_failed=retry, force=args.force, whole=args.why))
-    for number, (job, action, reason) in enumerate(preview, start=1):
-        say(f"[{number}/{len(preview)}] {action:6} {job.name}{plan.describe(job)}: {reason}")
+    numbers = range(len(grid.jobs)) if only is None else only
+    jobs = [grid.jobs[number] for number in numbers]
+    preview = list(sweeps.preview(jobs, retry_failed=retry, force=args.force, whole=args.why))
+    for number, (job, action, reason) in zip(numbers, preview, strict=True):
+        say(f"{number:4} {action:6} {job.name}{plan.describe(job)}: {reason}")
     to_run = [job for job, action, _ in preview if action == "run"]
     for line in cost.summary(to_run):
         say(line)
@@ -237,8 +262,6 @@ def _print_preview(grid: Any, args: argparse.Namespace) -> None:
 
 
 def _check_engine(args: argparse.Namespace) -> None:
-    if args.engine == "ray" and args.workers is not None:
-        raise UserError("--workers is for --engine local; a Ray cluster decides how many runs fit")
     if args.engine != "ray" and args.address is not None:
         raise UserError("--address is for --engine ray; give both, or neither")
 
@@ -248,7 +271,7 @@ def _engine(args: argparse.Namespace) -> Any:
     if args.engine == "ray":
         from moebert_lib.runs.ray_cluster import Ray
 
-        return Ray(args.address)
+        return Ray(args.address, workers=args.workers)
     from moebert_lib.runs.local_pool import Local, gpus
 
     return Local(args.workers, gpus=gpus()) if args.workers else None

@@ -6,11 +6,13 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import psutil
@@ -24,6 +26,13 @@ WORK = re.compile(r"(.+-[0-9a-f]{16})-[0-9a-f]{8}")  # a folder in tmp/, and its
 FULL = {errno.ENOSPC, errno.EDQUOT}
 FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 DAY = 86_400  # seconds
+POLL = 0.1  # seconds between two looks at a lock that another process has
+HOST = re.sub(r"\W", "_", socket.gethostname())
+TEMPORARY = re.compile(r".+\.(\w+)-(\d+)\.tmp")  # host and process of an unfinished file
+
+
+class Cancelled(UserError):
+    """A wait for a lock was cancelled."""
 
 
 class Unwritable(UserError):
@@ -56,12 +65,20 @@ def try_lock(root: Path, name: str) -> AbstractContextManager | None:
         return None
 
 
-def lock(root: Path, name: str) -> AbstractContextManager:
-    """The same, waited for."""
+def lock(root: Path, name: str, cancelled: Event | None = None) -> AbstractContextManager:
+    """The lock of an entry, waited for until ``cancelled`` is set.
+
+    Raises:
+        Cancelled: it was set while another process had the lock.
+    """
     held = try_lock(root, name)
     if held is None:
         print(f"· waiting for another process that is making {name}", flush=True)
-        held = FileLock(_lock_file(root, name)).acquire()
+    cancelled = cancelled or Event()
+    while held is None:
+        if cancelled.wait(POLL):
+            raise Cancelled(f"stopped while another process was making {name}")
+        held = try_lock(root, name)
     return held
 
 
@@ -136,7 +153,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = unfinished(path)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
@@ -144,6 +161,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def unfinished(path: Path) -> Path:
+    """A name beside ``path`` for this process to write to; :func:`tidy` removes what is left."""
+    return path.with_name(f"{path.name}.{HOST}-{os.getpid()}.tmp")
 
 
 def sync(path: Path) -> None:
@@ -177,10 +199,10 @@ def _unwritable(error: Exception, root: Path) -> str:
 
 
 def _abandoned(path: Path) -> bool:
-    """Whether nobody will finish the file ``<name>.<pid>.tmp``."""
-    pid = path.name.split(".")[-2]
-    dead = pid.isdecimal() and not psutil.pid_exists(int(pid))
-    return dead or time.time() - path.stat().st_mtime > DAY
+    """Whether nobody will finish a file: its process here ended, or it is older than a day."""
+    owner = TEMPORARY.fullmatch(path.name)
+    ended = owner and owner[1] == HOST and not psutil.pid_exists(int(owner[2]))
+    return bool(ended) or time.time() - path.stat().st_mtime > DAY
 
 
 # YAML as people write it by hand: plain values only, and no name twice.

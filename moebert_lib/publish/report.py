@@ -26,7 +26,7 @@ from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import write_bytes
 from moebert_lib.config.provenance import file_digest
 from moebert_lib.publish import findings
-from moebert_lib.runs import export, local_pool, status, sweep
+from moebert_lib.runs import execution, export, local_pool, status, sweep
 from moebert_lib.runs.local_pool import side_by_side
 from moebert_lib.runs.plan import Job
 from moebert_lib.store import committed_results
@@ -88,8 +88,11 @@ library, data and weights stay as they were.</p>
 """
 
 
-def write_report() -> Path:
+def write_report(figures: Path | None = None) -> Path:
     """Write ``runs/report.html`` and return its path.
+
+    Args:
+        figures: The folder whose figures it shows; ``runs/figures`` by default.
 
     Raises:
         UserError: nothing has been run yet.
@@ -99,7 +102,7 @@ def write_report() -> Path:
     entries = Store().entries("notebook")
     if not entries:
         raise UserError("nothing to report yet; run moebert run first")
-    parts = _distinct([part for folder in _folders() for part in _parts(folder, entries)])
+    parts = _distinct([part for folder in _folders(figures) for part in _parts(folder, entries)])
     record = entries[-1].record()
     body = (
         Environment(autoescape=True, trim_blocks=True)
@@ -124,8 +127,18 @@ def write_report() -> Path:
     return target
 
 
-def _folders() -> list[Path]:
-    figures = home() / "figures"
+def notebook_page(entry: Entry) -> Path:
+    """The page of a run's executed notebook, in ``runs/pages``; written where it is missing."""
+    page = home() / "runs" / "pages" / f"{entry.folder.name}.html"
+    notebook = entry.folder / "notebook.ipynb"
+    if not page.is_file() or page.stat().st_mtime < notebook.stat().st_mtime:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_page(notebook, page)
+    return page
+
+
+def _folders(figures: Path | None) -> list[Path]:
+    figures = figures or home() / "runs" / "figures"
     below = sorted(path for path in figures.glob("*") if path.is_dir())
     return [folder for folder in (figures, *below) if local_pool.read_provenance(folder)]
 
@@ -148,7 +161,7 @@ def _parts(folder: Path, entries: list[Entry]) -> list[dict[str, Any]]:
                 "where": where,
                 "title": title(node) if node["cells"] else notebook,
                 "about": _variant(settings, _changed(settings, entry)),
-                "link": _link(entry.folder / "notebook.html") if entry else "",
+                "link": _link(notebook_page(entry)) if entry else "",
                 "figures": [
                     _figure(folder / name, node) for name in names if name.endswith(".png")
                 ],
@@ -262,7 +275,7 @@ def _run(entry: Entry) -> dict[str, str]:
     settings, record = entry.key.choices.get("settings") or {}, entry.record()
     return {
         "notebook": entry.key.choices["notebook"],
-        "link": _link(entry.folder / "notebook.html"),
+        "link": _link(notebook_page(entry)),
         "scale": settings.get("scale", ""),
         "task": settings.get("task", ""),
         "changed": _changed(settings, entry),
@@ -274,7 +287,7 @@ def _run(entry: Entry) -> dict[str, str]:
 
 def _failed() -> list[dict[str, Any]]:
     found = []
-    for run in local_pool.failed_runs():
+    for run in execution.failed_runs():
         copy = Path(run["folder"]) / "notebook.ipynb"
         values = " ".join(f"{name}={value}" for name, value in run["given"].items())
         found.append(run | {"values": values, "link": _link(copy) if copy.is_file() else ""})

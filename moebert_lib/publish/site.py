@@ -86,7 +86,7 @@ def build(target: Path | None = None, *, figures: Path | None = None) -> Path:
         )
     if target.exists() and any(target.iterdir()) and not (target / MARK).is_file():
         raise UserError(f"{target} holds something that is no site; name another folder")
-    ran = executed(figures or home() / "figures")
+    ran = executed(figures or home() / "runs" / "figures")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
         source, made = Path(scratch, "source"), Path(scratch, "html")
@@ -105,7 +105,7 @@ def executed(figures: Path) -> list[Ran]:
     Raises:
         UserError: some have not been run, or what they made is no longer there.
     """
-    own = local_pool.read_provenance(home() / "figures")
+    own = local_pool.read_provenance(home() / "runs" / "figures")
     same = {name: about for name, about in own.items() if not about["settings"]}
     here = local_pool.read_provenance(figures)
     runs = {local_pool.run_of(entry): entry.folder for entry in Store().entries("notebook")}
@@ -113,7 +113,7 @@ def executed(figures: Path) -> list[Ran]:
     for path in notebooks():
         folder, known = figures, _of(here, path.stem)
         if not known:
-            folder, known = home() / "figures", _of(same, path.stem)
+            folder, known = home() / "runs" / "figures", _of(same, path.stem)
         run = runs.get(next(iter(known.values()))["run"]) if known else None
         if run is None or not all((folder / name).is_file() for name in known):
             missing.append(path.stem)

@@ -1,54 +1,61 @@
-"""Run one notebook in a kernel of its own, keep its log, and say where it failed."""
+"""Execute one notebook with papermill in a kernel of its own; keep its results or its failure."""
 
-import json
+import functools
 import logging
 import os
 import re
 import shutil
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TextIO
 
 from moebert_lib.config import file_io
-from moebert_lib.config.errors import UserError
+from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import Unwritable, read_json, write_json
-from moebert_lib.config.provenance import digest
-from moebert_lib.config.settings import Settings
+from moebert_lib.config.provenance import code_digests, digest, library_modules
 from moebert_lib.runs.plan import Job
 from moebert_lib.store import committed_results, run_outputs
-from moebert_lib.store.run_outputs import kernel_environment
-from moebert_lib.store.store import Entry, Store
+from moebert_lib.store.store import Entry, StageKey, Store
 
-WARNING = "moebert: "  # of the library, such as a damaged file that is made again
-SHOWN = ("· ", WARNING)  # lines of a notebook's output that start so are shown while it runs
-KEYS = "kernel.json"  # of the connection to a kernel, while it lives
+WARNING = "moebert: "  # begins a line of the library, such as a damaged file that is made again
+SHOWN = ("· ", WARNING)  # lines of a notebook's output that are printed while it runs
+FAILED = "failed.json"  # beside a failed run's executed copy
+CONNECTION = "kernel.json"  # ports and secret of a running kernel
 WIDGETS = "application/vnd.jupyter.widget-state+json"
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook stopped. One line: notebook, cell as numbered in the executed copy, error.
+    """A notebook did not finish. One line: notebook, cell as numbered in the executed copy, error.
 
-    ``died``: the kernel went, which need not be the notebook's doing.
+    Attributes:
+        state: "failed" (a cell raised), "died" (the kernel process ended, for example out of
+            memory) or "not run" (it could not be started, which has nothing to do with it).
+        copy: The executed copy; None where none was kept.
     """
 
-    def __init__(self, notebook: str, cell: int | None, error: str, *, died: bool = False):
-        self.notebook, self.cell, self.error, self.died = notebook, cell, error, died
-        self.copy: Path | None = None  # the executed copy, once it is kept
-        where = f"notebook {notebook}" + (f", cell {cell}" if cell else "")
-        super().__init__(f"{where}: {error}")
+    def __init__(self, notebook: str, cell: int | None, error: str, state: str = "failed"):
+        self.notebook, self.cell, self.error, self.state = notebook, cell, error, state
+        self.copy: Path | None = None
+        super().__init__(notebook, cell, error, state)  # as a pickle needs them
+
+    def __str__(self) -> str:
+        where = f", cell {self.cell}" if self.cell else ""
+        return f"notebook {self.notebook}{where}: {self.error}"
 
 
-class Tee:
-    """A text sink: everything to a log, each whole line that is shown to ``echo``."""
+class ChangedLibrary(UserError):
+    """The library is not the one that the runs were planned with."""
 
-    def __init__(self, log: TextIO, echo: Callable[[str], Any]):
-        self.log, self.echo, self.rest = log, echo, ""
+
+class OutputLog:
+    """A text stream that writes to a log and passes each whole progress line to ``say``."""
+
+    def __init__(self, log: TextIO, say: Callable[[str], Any]):
+        self.log, self.say, self.rest = log, say, ""
 
     def write(self, text: str) -> None:
         """Log the text and pass on the lines it completes."""
@@ -56,11 +63,44 @@ class Tee:
         *lines, self.rest = re.split(r"[\r\n]", self.rest + text)
         for line in lines:
             if line.startswith(SHOWN):
-                self.echo(line)
+                self.say(line)
 
     def flush(self) -> None:
         """Bring the log on disk up to date."""
         self.log.flush()
+
+
+class Kernels:
+    """The kernels that this process runs now, so that all of them can be stopped."""
+
+    def __init__(self) -> None:
+        self.stopped = threading.Event()
+        self._clients: set[Any] = set()
+
+    @contextmanager
+    def running(self, client: Any) -> Iterator[None]:
+        """Count an nbclient client's kernel as running inside the block."""
+        self._clients.add(client)
+        try:
+            yield
+        finally:
+            self._clients.discard(client)
+
+    def kill(self) -> None:
+        """Start no further run, and kill the kernels that run and the processes they started."""
+        import psutil
+
+        self.stopped.set()
+        for client in list(self._clients):
+            process = getattr(getattr(client.km, "provisioner", None), "process", None)
+            try:
+                kernel = process and psutil.Process(process.pid)
+                for child in kernel.children(recursive=True) if kernel else []:
+                    child.kill()
+                if kernel:
+                    kernel.kill()
+            except psutil.NoSuchProcess:
+                continue
 
 
 def execute(
@@ -70,7 +110,8 @@ def execute(
     *,
     parameters: dict[str, Any],
     environment: Mapping[str, str],
-    echo: Callable[[str], Any] = print,
+    say: Callable[[str], Any] = print,
+    kernels: Kernels | None = None,
 ) -> None:
     """Execute a notebook into ``folder/notebook.ipynb`` and ``folder/log.txt``.
 
@@ -80,65 +121,108 @@ def execute(
         folder: An existing folder; on failure the copy up to the failing cell stays in it.
         parameters: JSON values, injected as literals after the ``parameters`` cell.
         environment: The kernel's whole environment.
-        echo: Receives the progress lines.
+        say: Receives the progress lines.
+        kernels: Where the kernel is registered while it runs.
 
     Raises:
         NotebookFailed: A cell or a widget callback raised, or the kernel died.
         Unwritable: A cell found the disk full, or the store forbidden.
     """
+    load_papermill()
     import papermill
 
     output = folder / "notebook.ipynb"
     output.write_text(source, "utf-8")
-    log_file = (folder / "log.txt").open("w", encoding="utf-8")
-    with log_file as log, _environment(environment), _papermill_logs_to(log):
-        out, err = Tee(log, echo), Tee(log, echo)
-        with _failures(name, output):
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
+        with _papermill_log(log), _notebook_errors(name, output):
             notebook = papermill.execute_notebook(
                 _literal(output),
                 _literal(output),
                 parameters,
+                engine_name="moebert",
                 kernel_name="python3",
                 language="python",
                 progress_bar=False,
                 start_timeout=300,
+                stdout_file=OutputLog(log, say),
+                stderr_file=OutputLog(log, say),
+                environment=dict(environment),
+                kernels=kernels or Kernels(),
                 config=_private(folder),
-                iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
-                stdout_file=out,
-                stderr_file=err,
-                extra_arguments=["--log-level=50"],
             )
-    broken = widget_error(notebook)
-    if broken:
-        raise NotebookFailed(name, None, f"a widget's callback raised {broken}")
+    error = widget_error(notebook)
+    if error:
+        raise NotebookFailed(name, None, f"a widget's callback raised {error}")
+
+
+@functools.cache
+def load_papermill() -> None:
+    """Import papermill, and add the engine ``moebert``: a kernel with an environment of its own.
+
+    To be called before threads start, as threads may see modules that are imported in part.
+    """
+    import nbclient.exceptions  # noqa: F401  needed later, in threads
+    import nbformat  # noqa: F401
+    import papermill.exceptions  # noqa: F401
+    import psutil  # noqa: F401
+    import zmq  # noqa: F401
+    from papermill.clientwrap import PapermillNotebookClient
+    from papermill.engines import Engine, papermill_engines
+
+    class KernelEngine(Engine):
+        @classmethod
+        def execute_managed_notebook(
+            cls,
+            nb_man: Any,
+            kernel_name: str,
+            *,
+            environment: dict[str, str],
+            kernels: Kernels,
+            start_timeout: int,
+            input_path: str,
+            **options: Any,
+        ) -> None:
+            client = PapermillNotebookClient(
+                nb_man,
+                kernel_name=kernel_name,
+                startup_timeout=start_timeout,
+                iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
+                log=logging.getLogger("papermill"),
+                extra_arguments=["--log-level=50"],
+                **options,
+            )
+            with kernels.running(client):
+                client.execute(env=environment)
+
+    papermill_engines.register("moebert", KernelEngine)
 
 
 @contextmanager
-def _failures(name: str, output: Path) -> Iterator[None]:
-    """What papermill raises, as :func:`execute` says it; the kernel's keys are removed."""
+def _notebook_errors(name: str, output: Path) -> Iterator[None]:
+    """Raise papermill's errors as :class:`NotebookFailed`; remove the connection file."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     try:
         yield
     except PapermillExecutionError as error:
-        _of_the_store(error)
+        _raise_store_error(error)
         raise NotebookFailed(name, error.exec_count, _message(error)) from None
     except DeadKernelError:
-        said = "the kernel died, often for want of memory"
-        raise NotebookFailed(name, _last_cell(output), said, died=True) from None
-    except (CellTimeoutError, RuntimeError) as error:  # it does not start, or not answer
-        said = str(error).splitlines()[0]
-        died = isinstance(error, RuntimeError)  # not the notebook's doing
-        raise NotebookFailed(name, _last_cell(output), said, died=died) from None
+        line = "the kernel died, often for want of memory"
+        raise NotebookFailed(name, _last_cell(output), line, state="died") from None
+    except (CellTimeoutError, RuntimeError) as error:  # it does not start, or does not reply
+        line = str(error).splitlines()[0]
+        state = "died" if isinstance(error, RuntimeError) else "failed"
+        raise NotebookFailed(name, _last_cell(output), line, state=state) from None
     finally:
-        (output.parent / KEYS).unlink(missing_ok=True)
+        (output.parent / CONNECTION).unlink(missing_ok=True)
 
 
 def widget_error(notebook: Mapping) -> str:
     """The first error hidden in a notebook's widget state ("" where there is none).
 
-    An exception in a widget callback shows inside the widget and fails no cell.
+    An exception in a widget's callback is shown inside the widget and fails no cell.
     """
     state = notebook["metadata"].get("widgets", {}).get(WIDGETS, {}).get("state", {})
     for widget in state.values():
@@ -151,22 +235,23 @@ def widget_error(notebook: Mapping) -> str:
 def _private(folder: Path) -> Any:
     """Kernel settings that keep others on this machine from reading code and results.
 
-    The file with the kernel's keys lies in the run's folder while the kernel lives. On Linux
-    its sockets have names of their own and no file: a port that is free now may be taken by a
-    kernel that starts at the same moment.
+    The file with the kernel's secret is in the run's folder while the kernel lives. On Linux the
+    sockets have unique names and no file: a free port may be taken by a kernel that starts at the
+    same moment.
     """
     import zmq
     from traitlets.config import Config
 
-    manager = {"connection_file": str(folder / KEYS)}
-    manager |= {"transport_encryption": "auto"} if zmq.has("curve") else {}
+    manager = {"connection_file": str(folder / CONNECTION)}
+    if zmq.has("curve"):
+        manager["transport_encryption"] = "auto"
     if sys.platform == "linux" and zmq.has("ipc"):
         manager |= {"transport": "ipc", "ip": f"@moebert-{uuid.uuid4().hex}"}
     return Config({"KernelManager": manager})
 
 
-def _of_the_store(error: Any) -> None:
-    """Raise a cell's error that is no fault of the notebook as what it was."""
+def _raise_store_error(error: Any) -> None:
+    """Raise a cell's error as Unwritable where the disk is full or forbidden."""
     line = " ".join(str(error.evalue).split())
     full = tuple(f"[Errno {number}]" for number in file_io.FULL)
     if error.ename == "Unwritable" or line.startswith(full):
@@ -179,7 +264,7 @@ def _message(error: Any) -> str:
 
 
 def _last_cell(path: Path) -> int | None:
-    """Number of the code cell that was running; a dead kernel does not tell it."""
+    """Number of the code cell that was started last; a dead kernel does not report it."""
     import nbformat
 
     try:
@@ -191,14 +276,17 @@ def _last_cell(path: Path) -> int | None:
 
 
 def _literal(path: Path) -> str:
-    """A path as papermill wants it: it formats braces away."""
+    """A path for papermill, which formats braces in it."""
     return str(path.resolve()).replace("{", "{{").replace("}", "}}")
 
 
 @contextmanager
-def _papermill_logs_to(log: TextIO) -> Iterator[None]:
-    """What papermill has to say goes to the run's log inside the block, not to the screen."""
-    logger, handler = logging.getLogger("papermill"), logging.StreamHandler(log)
+def _papermill_log(log: TextIO) -> Iterator[None]:
+    """Write what papermill logs in this thread to the run's log, not to the screen."""
+    thread = threading.get_ident()
+    handler = logging.StreamHandler(log)
+    handler.addFilter(lambda record: record.thread == thread)
+    logger = logging.getLogger("papermill")
     logger.addHandler(handler)
     try:
         yield
@@ -206,203 +294,125 @@ def _papermill_logs_to(log: TextIO) -> Iterator[None]:
         logger.removeHandler(handler)
 
 
-@contextmanager
-def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """This process's environment replaced inside the block: the kernel inherits it."""
-    before = dict(os.environ)
-    try:
-        os.environ.clear()
-        os.environ.update(wanted)
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-# A process that makes notebook runs for an engine: requests in, events out, a line each.
-# Run as ``python -m moebert_lib.worker``. It lives while its standard input is open: when the
-# engine goes, however that happens, the pipe closes, and the worker kills its kernel and leaves.
-# What it was making is not in the store then, and will be made anew.
-
-FAILED = "failed.json"  # beside a failed run's executed copy
-
-
-def request(job: Job, *, force: bool = False) -> dict[str, Any]:
-    """A job as JSON values, with the notebook's text: another machine needs no more than it."""
-    return {
-        "name": job.name,
-        "source": job.source,
-        "given": job.given,
-        "parameters": job.parameters,
-        "settings": job.settings and job.settings.model_dump(),
-        "digest": job.key().digest,
-        "force": force,
-        "origin": job.origin,
-    }
-
-
-def answer(asked: dict[str, Any], say: Callable[[str], Any]) -> dict[str, Any]:
-    """Make the run that a :func:`request` asks for; never raises but for a stop.
-
-    Returns:
-        ``status`` "done" or "reused"; or "failed" (the notebook), "died" (its kernel), "refused"
-        (it could not be made, which is not the notebook's doing) or "stopped" (nor can any
-        other), with ``error``, and ``cell`` and ``copy`` where a notebook has them.
-    """
-    settings = asked["settings"] and Settings(**asked["settings"])
-    job = Job(
-        asked["name"],
-        asked["source"],
-        asked["given"],
-        asked["parameters"],
-        settings,
-        asked["origin"],
-    )
-    try:
-        if job.key().digest != asked["digest"]:
-            line = "library, data or weights are not what the run was planned with; run it again"
-            return {"status": "stopped", "error": line}
-        entry = make(job, force=asked["force"], since=time.time(), say=say)
-    except NotebookFailed as failure:
-        status = "died" if failure.died else "failed"
-        copy = str(failure.copy) if failure.copy else None
-        return {"status": status, "error": failure.error, "cell": failure.cell, "copy": copy}
-    except (UserError, OSError) as error:
-        status = "stopped" if isinstance(error, Unwritable) else "refused"
-        return {"status": status, "error": " ".join(str(error).split())}
-    except Exception as error:  # papermill cannot read the notebook, or a page not be written
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        return {"status": "failed", "error": line, "cell": None, "copy": None}
-    return {"status": "reused" if entry.reused else "done", "seconds": entry.seconds}
+# A planned run: made once, then found in the store; failures are remembered.
 
 
 def make(
-    job: Job, *, force: bool = False, since: float | None = None, say: Callable[[str], Any] = print
+    job: Job,
+    *,
+    force: bool = False,
+    since: float | None = None,
+    environment: Mapping[str, str] | None = None,
+    say: Callable[[str], Any] = print,
+    kernels: Kernels | None = None,
 ) -> Entry:
-    """A job's entry of the store, executed first where it is missing.
+    """The stored run of a job, executed first where it is missing.
 
-    The entry keeps the executed notebook, its page and log, its figures, and in its row the
-    numbers that the notebook gave to ``record``.
+    The entry has the executed notebook, its log, its figures, and in its row the numbers that the
+    notebook gave to ``record``.
 
     Args:
         job: What to run.
-        force: Execute even what is stored.
-        since: Seconds as of ``time.time``: a failure that another process met later is not met
-            again but told.
+        force: Execute it even if it is stored.
+        since: Seconds as of ``time.time`` when the batch began. If another process has failed at
+            the same run since then, that failure is raised and the notebook is not executed.
+        environment: Variables of the kernel beside this process's own.
         say: Receives the notebook's progress lines.
+        kernels: Where the kernel is registered while it runs.
 
     Raises:
         NotebookFailed: the executed copy is kept in ``runs/failed``.
+        ChangedLibrary: the library's code has changed since the run was planned.
     """
-    store, key = Store(), job.key()
+    key, kernels = job.key(), kernels or Kernels()
+    store = Store(cancelled=kernels.stopped)
 
     def build(folder: Path) -> dict[str, Any]:
-        from moebert_lib.publish.report import write_page
-
         failure = failed_before(job, since=since) if since else None
-        if failure:
+        if failure and failure.state == "failed":
             raise failure
         figures = folder / "figures"
         figures.mkdir()
         offline = job.settings.offline if job.settings and not committed_results.named() else True
-        environment = kernel_environment(figures, offline=offline)
         try:
-            execute(
-                job.name,
-                job.runs(),
-                folder,
-                parameters=job.given,
-                environment=environment,
-                echo=say,
-            )
+            whole = run_outputs.kernel_environment(figures, offline=offline, changes=environment)
+            how = {"parameters": job.given, "environment": whole}
+            execute(job.name, job.runs(), folder, **how, say=say, kernels=kernels)
         except NotebookFailed as failure:
-            remember(failure, job, folder)
+            if not kernels.stopped.is_set():
+                remember(failure, job, folder)
             raise
-        write_page(folder / "notebook.ipynb", folder / "notebook.html")
-        made = sorted(path.name for path in figures.iterdir())
-        told = {name: value for name, value in job.chosen.items() if name != "data_dir"}
-        return {"notebook": job.name, "figures": made, "changed": told, "metrics": _metrics(folder)}
+        if since and _library_changed(key, since):
+            raise ChangedLibrary("the library has changed since this was planned; run it again")
+        changed = {name: value for name, value in job.chosen.items() if name != "data_dir"}
+        return {
+            "notebook": job.name,
+            "figures": sorted(path.name for path in figures.iterdir()),
+            "changed": changed,
+            "metrics": run_outputs.read_metrics(folder),
+        }
 
     entry = store.make(key, build, force=force)
-    shutil.rmtree(kept(job), ignore_errors=True)
+    shutil.rmtree(failure_folder(job), ignore_errors=True)
     return entry
 
 
-def kept(job: Job) -> Path:
-    """Where a failed run's executed copy is kept: one for each choice of values."""
+def _library_changed(key: StageKey, since: float) -> bool:
+    """Whether the code in a key is no longer the code on disk; unchanged files are not read."""
+    planned = key.origin["code"]
+    newer = any(path.stat().st_mtime > since for path in library_modules().values())
+    return newer and code_digests.__wrapped__(*planned) != planned
+
+
+def failure_folder(job: Job) -> Path:
+    """Where a failed run's executed copy is kept: one folder for each choice of values."""
     return Store().root / "failed" / f"{job.name}-{digest([job.origin, job.parameters])[:16]}"
 
 
-def remember(failure: NotebookFailed, job: Job, folder: Path | None = None) -> None:
-    """Keep how a run failed, and the folder with its executed copy where there is one."""
-    target = kept(job)
-    made = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(target, ignore_errors=True)
-    about = {"notebook": failure.notebook, "cell": failure.cell, "error": failure.error}
-    about |= {"died": failure.died, "given": job.values, "run": job.key().digest}
+def remember(failure: NotebookFailed, job: Job, folder: Path) -> None:
+    """Keep how a run failed, with the folder of its executed copy; sets ``failure.copy``."""
+    target = failure_folder(job)
+    temporary = file_io.unfinished(target)
+    about = {
+        "notebook": failure.notebook,
+        "cell": failure.cell,
+        "error": failure.error,
+        "died": failure.state == "died",
+        "given": job.values,
+        "run": job.key().digest,
+    }
     try:
-        made.mkdir(parents=True)
-        if folder:
-            shutil.copytree(folder, made, dirs_exist_ok=True)
-            failure.copy = target / "notebook.ipynb"
-        write_json(made / FAILED, about)
-        os.rename(made, target)
-    except OSError:  # no room: not to know of a failure costs one more run
-        failure.copy = None
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.copytree(folder, temporary)
+        write_json(temporary / FAILED, about)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+        failure.copy = target / "notebook.ipynb"
+    except OSError:  # no room: the run will be tried again
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def failed_before(job: Job, *, since: float = 0.0) -> NotebookFailed | None:
-    """How this very run failed in a cell before; None if it did not, or its process died."""
-    folder = kept(job)
-    about = failed_in(folder)
-    if about is None or about["died"] or about["run"] != job.key().digest:
+    """How this run failed or died before, unchanged in code and values; None if it did not."""
+    folder = failure_folder(job)
+    about = read_failure(folder)
+    if about is None or about["run"] != job.key().digest:
         return None
     if (folder / FAILED).stat().st_mtime < since:
         return None
-    failure = NotebookFailed(about["notebook"], about["cell"], about["error"])
+    state = "died" if about["died"] else "failed"
+    failure = NotebookFailed(about["notebook"], about["cell"], about["error"], state=state)
     failure.copy = folder / "notebook.ipynb"
     return failure
 
 
-def failed_in(folder: Path) -> dict[str, Any] | None:
+def read_failure(folder: Path) -> dict[str, Any] | None:
     """What :func:`remember` kept in a folder of ``runs/failed``; None where there is nothing."""
     types = {"notebook": str, "error": str, "run": str, "died": bool, "given": dict}
     return read_json(folder / FAILED, types)
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
-    path = folder / run_outputs.FILE
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
-def main() -> None:
-    """Answer requests from standard input until it closes."""
-    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries, kernels and their children print is no event
-    requests: SimpleQueue[str | None] = SimpleQueue()
-    threading.Thread(target=_read, args=(sys.stdin, requests), daemon=True).start()
-    while (line := requests.get()) is not None:
-        outcome = answer(json.loads(line), lambda text: _send(events, {"say": text}))
-        _send(events, {"outcome": outcome})
-
-
-def _read(source: TextIO, requests: "SimpleQueue[str | None]") -> None:
-    for line in source:
-        requests.put(line)
-    import psutil
-
-    children = psutil.Process().children(recursive=True)  # the kernel, and what it started
-    for process in children:
-        process.kill()
-    psutil.wait_procs(children, timeout=5)  # what they locked is free once they are gone
-    os._exit(0)
-
-
-def _send(events: TextIO, event: dict[str, Any]) -> None:
-    events.write(json.dumps(event) + "\n")
-    events.flush()
-
-
-if __name__ == "__main__":
-    main()
+def failed_runs() -> list[dict[str, Any]]:
+    """All remembered failures by name: notebook, cell, error, given values, and the folder."""
+    folders = sorted((home() / "runs" / "failed").glob("*"))
+    failures = [(folder, read_failure(folder)) for folder in folders]
+    return [about | {"folder": str(folder)} for folder, about in failures if about]

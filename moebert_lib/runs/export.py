@@ -1,7 +1,7 @@
-"""Every stored run as a row of one table, merged from any number of stores.
+"""Tables of stored runs: a row for each run, from any number of homes; and committed results.
 
-Of a run only its record is read. Nothing in a store is executed or unpickled, and the table is
-the same in whatever order its stores are named.
+Of a run only its record is read. Nothing in a home is executed or unpickled, and the table is the
+same in whatever order the homes are named.
 """
 
 import io
@@ -10,65 +10,303 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from moebert_lib.config.errors import UserError, home, nearest
 from moebert_lib.config.file_io import write_bytes
-from moebert_lib.config.provenance import digest, to_json
+from moebert_lib.config.provenance import to_json
 from moebert_lib.config.settings import Settings
-from moebert_lib.runs.status import UNSEEN
 from moebert_lib.store.committed_results import FILES, ROWS, CommittedResults, key_of
-from moebert_lib.store.store import RECORD, Store, flat, parse
+from moebert_lib.store.store import ORIGIN, RECORD, Store, flat, parse
 
 if TYPE_CHECKING:
     from pandas import DataFrame, Series
 
-A_STORE = "a MOEBERT_HOME or its runs/ folder"
+SESSIONS = "sessions"  # in runs/: notebooks that were run without the moebert command
+EXPECTED = "a MOEBERT_HOME or its runs/ folder"
+
+#: The first columns and the last; settings, parameters and metrics are between them.
+FIRST = ("kind", "notebook", "scale", "task", "seed")
+LAST = (
+    "digest",
+    "created",
+    "superseded",
+    "seconds",
+    "commit",
+    "cpu",
+    "torch_threads",
+    "torch",
+    "transformers",
+    "data",
+    "store",
+)
+#: What a column is about: the first part of its key, in the order of the columns.
+GROUPS = ("first", "setting", "parameter", "metric", "last")
+#: Names in a key that stand for digests or machinery, which nobody chooses.
+UNSEEN = ORIGIN - {"keep_model"} | {"cells"}
+Key = tuple[str, str]  # a column's group, and the name of its value
+Record = dict[str, Any]
 
 
-class Source(NamedTuple):
-    """A store: what it is called, its runs' names, and how the record of one is read."""
-
-    label: str
-    names: list[str]
-    read: Callable[[str], bytes]
-
-
-def frame(stores: Sequence[str | Path] = (), *, kind: str = "notebook") -> "DataFrame":
+def frame(homes: Sequence[str | Path] = (), *, kind: str = "notebook") -> "DataFrame":
     """One row for each stored run of a kind, ordered by its choices and its digest.
 
     Columns: kind, notebook, scale, task, seed; every other setting in the order of
-    :class:`Settings`, older ones after; parameters of notebooks that are no settings, by name;
-    metrics by name; digest, created (UTC), superseded, seconds, commit, the machine's cpu,
-    versions of torch and transformers, the data's digest, store. Where a name comes twice, the
-    later column is called ``setting.``, ``parameter.`` or ``metric.NAME``. Of a stage's nested
-    key a name means the outermost value. A run is superseded where a newer one has the same
-    values, which then differs in code, data or versions. Lists and dicts are JSON text; numbers
-    that are not finite, or wider than 64 bits, are missing.
+    :class:`Settings`, older ones after; parameters of notebooks that are not settings; metrics;
+    digest, created (UTC), superseded, seconds, commit, the machine's cpu, versions of torch and
+    transformers, the data's digest, store. :func:`column_names` says what becomes of a name that
+    comes twice. Of a stage's nested key a name means the outermost value. A run is superseded
+    where a newer one has the same values, which then differs in code, data or versions. Lists and
+    dicts are JSON text; numbers that are not finite, or wider than 64 bits, are missing.
 
-    A run found in several stores is one row: the oldest. Records that cannot be used, and
-    runs whose copies differ in a metric, are told on stderr, one line each.
+    A run found in several homes is one row: the oldest. Records that cannot be used, and
+    runs whose copies differ in a metric, are named on stderr, one line each.
 
     Args:
-        stores: Each a MOEBERT_HOME or its ``runs/``; this home by default.
+        homes: Each a MOEBERT_HOME or its ``runs/``; this home by default.
         kind: ``notebook``, a stage such as ``student`` or ``teacher``, or ``all``.
 
     Raises:
-        UserError: no such store, one that cannot be read, no run of that kind.
+        UserError: no such home, or no run of that kind.
     """
-    sources = [_source(store) for store in sorted({str(store) for store in stores or [home()]})]
-    kinds = sorted({_kind(name) for source in sources for name in source.names} - {""})
-    where = ", ".join(source.label for source in sources)
+    labels = sorted({str(folder) for folder in homes or [home()]})
+    paths = [(label, path) for label in labels for path in _records(Path(label).expanduser())]
+    kinds = sorted({_kind(path.parent.name) for _, path in paths} - {""})
+    where = ", ".join(labels)
     if not kinds:
-        raise UserError(f"no runs in {where}; expected {A_STORE}")
+        raise UserError(f"no runs in {where}; expected {EXPECTED}")
     if kind not in (*kinds, "all"):
         raise UserError(f"no run of kind '{kind}' in {where}; {nearest(kind, [*kinds, 'all'])}")
-    records = [record for source in sources for record in _read(source, kind)]
+    chosen = [(label, path) for label, path in paths if _kind(path.parent.name) in (kind, "")]
+    records = list(_read(paths if kind == "all" else chosen))
     if not records:
         raise UserError(f"no usable run of kind '{kind}' in {where}; each was left out")
     return table([row(record) for record in _merged(records)])
+
+
+def _root(folder: Path) -> Path:
+    """The runs/ of a home, or the folder itself."""
+    if not folder.is_dir():
+        raise UserError(f"no folder '{folder}'; expected {EXPECTED}")
+    return folder / "runs" if (folder / "runs").is_dir() else folder
+
+
+def _records(folder: Path) -> list[Path]:
+    """The record files of a home, by their names."""
+    root = _root(folder)
+    paths = [*root.glob(f"*/{RECORD}"), *root.glob(f"{SESSIONS}/*/{RECORD}")]
+    return sorted(paths)
+
+
+def _kind(name: str) -> str:
+    """The kind in an entry's name; "" where it is not the name of an entry."""
+    match = re.fullmatch(r"(.+)-[0-9a-f]{16}", name)
+    return match[1] if match else ""
+
+
+def _read(paths: Iterable[tuple[str, Path]]) -> Iterator[Record]:
+    """The usable records, each with the home it was found in."""
+    for label, path in paths:
+        name = path.parent.name
+        try:
+            record = parse(path.read_bytes())
+            if record is None:
+                raise ValueError(f"{RECORD} is no complete record")
+            key = key_of(record)
+            right = f"{key.kind}-{key.digest[:16]}"
+            if (record["digest"], name) != (key.digest, right):
+                raise ValueError(f"{RECORD} is the record of {right}")
+        except (OSError, ValueError) as error:
+            print(f"moebert: {label}: {name} is left out: {error}", file=sys.stderr)
+        else:
+            yield record | {"store": label}
+
+
+def _merged(records: Iterable[Record]) -> Iterator[Record]:
+    """Each run once, as it was made first."""
+    runs: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        runs[record["digest"]].append(record)
+    for digest, copies in sorted(runs.items()):
+        copies.sort(key=lambda record: (record["created"], record["store"]))
+        differences = _differences([metrics(record) for record in copies])
+        if differences:
+            kept, *others = (record["store"] for record in copies)
+            print(
+                f"moebert: run {digest[:16]} of {kept}, the oldest, is kept; copies differ "
+                f"({', '.join(others)}): {differences}",
+                file=sys.stderr,
+            )
+        yield copies[0]
+
+
+def _differences(copies: Sequence[Mapping[str, Any]]) -> str:
+    """Metrics in which copies of a run differ, and by how much; "" where they agree."""
+    words = []
+    for name in sorted({name for values in copies for name in values}):
+        values = {copy.get(name) for copy in copies}
+        if len(values) > 1:
+            numbers = all(type(value) in (int, float) for value in values)
+            how = f"by {max(values) - min(values):.2g}" if numbers else "in more than digits"
+            words.append(f"{name} {'not in all' if None in values else how}")
+    return ", ".join(words)
+
+
+# A record as a row, and rows as a table.
+
+
+def metrics(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a notebook recorded of its run, or the numbers of another stage's row."""
+    is_notebook = record["kind"] == "notebook"
+    values = _mapping(record["row"].get("metrics")) if is_notebook else record["row"]
+    types = (int, float, bool, str) if is_notebook else (int, float)
+    return {name: _plain(value) for name, value in values.items() if type(value) in types}
+
+
+def row(record: Mapping[str, Any]) -> dict[Key, Any]:
+    """A run's values by group and name."""
+    key = record["key"]
+    is_notebook = record["kind"] == "notebook"
+    if is_notebook:
+        settings, parameters = _notebook_values(key)
+        data = _mapping(key.get("inputs")).get("data")
+    else:
+        settings, parameters, data = stage_choices(key), {}, _stage_data(key)
+    about = _mapping(record.get("machine")) | _mapping(record.get("versions")) | dict(record)
+    about |= {"notebook": key.get("notebook"), "data": data}
+    first = {name: settings.pop(name, None) for name in ("scale", "task", "seed")}
+    first |= {name: about[name] for name in ("kind", "notebook")}
+    last = {name: about.get(name) for name in LAST}
+    parts = (first, settings, parameters, metrics(record), last)
+    return {
+        (group, name): value
+        for group, part in zip(GROUPS, parts, strict=True)
+        for name, value in part.items()
+    }
+
+
+def _notebook_values(key: Mapping[str, Any]) -> tuple[dict, dict]:
+    """Settings and further parameters in a notebook's key."""
+    settings, given = _mapping(key.get("settings")), _mapping(key.get("parameters"))
+    known = Settings.model_fields.keys() | settings.keys()
+    own = {name: value for name, value in given.items() if name in known}
+    more = {name: given[name] for name in given if name not in known and name != "overrides"}
+    return own | settings, more
+
+
+def stage_choices(key: Mapping[str, Any]) -> dict[str, Any]:
+    """What was chosen in a stage's key and in the keys of the stages before it, by name.
+
+    Where a name comes twice the outer value counts.
+    """
+    inner_first = sorted(flat(key).items(), key=lambda leaf: -leaf[0].count("."))
+    leaves = [(name.split("."), value) for name, value in inner_first]
+    values = {path[-1]: value for path, value in leaves if not set(path[:-1]) & UNSEEN}
+    return {name: value for name, value in values.items() if name not in UNSEEN}
+
+
+def _stage_data(key: Mapping[str, Any]) -> Any:
+    """The data's digest in a stage's key; the outermost where there are several."""
+    found = [
+        (name.count("."), value)
+        for name, value in flat(key).items()
+        if name.split(".")[-1] == "data"
+    ]
+    return min(found, default=(0, None), key=lambda leaf: leaf[0])[1]
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def table(rows: Sequence[dict[Key, Any]]) -> "DataFrame":
+    """Rows of :func:`row` as one table, in the order of their choices."""
+    from pandas import DataFrame
+
+    _mark_superseded(rows)
+    usual = {"first": FIRST, "setting": tuple(Settings.model_fields), "last": LAST}
+
+    def place(key: Key) -> tuple[int, int, str]:
+        group, name = key
+        return GROUPS.index(group), (*usual.get(group, ()), name).index(name), name
+
+    keys = sorted({key for row in rows for key in row}, key=place)
+    names = column_names(keys, reserved=(*FIRST, *LAST))
+    columns = {names[key]: _column(key, [row.get(key) for row in rows]) for key in keys}
+    choices = [names[key] for key in keys if key[0] in ("first", "setting")]
+    order = [*choices, "digest"]
+    return DataFrame(columns).sort_values(order, na_position="first", ignore_index=True)
+
+
+def column_names(keys: Sequence[Key], *, reserved: Iterable[str] = ()) -> dict[Key, str]:
+    """The names of columns: that of the value, after its group where the name is taken.
+
+    Args:
+        keys: Group and name of each column, in order.
+        reserved: Names that only the groups "first" and "last" may have.
+
+    Example:
+        >>> column_names([("setting", "epochs"), ("metric", "epochs")])
+        {('setting', 'epochs'): 'epochs', ('metric', 'epochs'): 'metric.epochs'}
+    """
+    names: dict[Key, str] = {}
+    taken = set(reserved)
+    for group, name in keys:
+        column = name
+        while group not in ("first", "last") and column in taken:
+            column = f"{group}.{column}"
+        taken.add(column)
+        names[group, name] = column
+    return names
+
+
+def _mark_superseded(rows: Sequence[dict[Key, Any]]) -> None:
+    """Mark each row for which there is a newer one with the same values."""
+    newest: dict[str, dict] = {}
+    for row in sorted(rows, key=lambda row: (row["last", "created"], row["last", "digest"])):
+        choices = [(key, value) for key, value in row.items() if key[0] not in ("metric", "last")]
+        identity = repr(sorted(choices, key=repr))
+        if identity in newest:
+            newest[identity]["last", "superseded"] = True
+        row["last", "superseded"] = False
+        newest[identity] = row
+
+
+def _column(key: Key, values: Sequence[Any]) -> "Series":
+    """Values as one nullable type; as text where they have no type in common."""
+    from pandas import Series
+
+    plain = [_plain(value) for value in values]
+    types = {type(value) for value in plain if value is not None}
+    if not types:
+        return Series(plain, dtype=_declared_type(*key))
+    for same, dtype in (({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")):
+        if types <= same:
+            return Series(plain, dtype=dtype)
+    texts = [value if isinstance(value, str | None) else to_json(value) for value in plain]
+    return Series(texts, dtype="string")
+
+
+def _plain(value: Any) -> Any:
+    """A value that a column can have."""
+    if isinstance(value, list | dict):
+        return to_json(value)
+    missing = isinstance(value, float) and not math.isfinite(value)
+    wide = isinstance(value, int) and not -(2**63) <= value < 2**63
+    return None if missing or wide else value
+
+
+def _declared_type(group: str, name: str) -> str:
+    """The type of a column without values: as :class:`Settings` declares it."""
+    if group == "metric":
+        return "Float64"
+    annotation = Settings.model_fields[name].annotation if name in Settings.model_fields else str
+    for type_, dtype in ((bool, "boolean"), (int, "Int64"), (float, "Float64")):
+        if type_ in (annotation, *get_args(annotation)):
+            return dtype
+    return "string"
 
 
 def write(frame: "DataFrame", path: str | Path) -> None:
@@ -90,75 +328,6 @@ def write(frame: "DataFrame", path: str | Path) -> None:
     write_bytes(path, WRITERS[suffix](frame))
 
 
-def _source(store: str) -> Source:
-    path = Path(store).expanduser()
-    if not path.is_dir():
-        raise UserError(f"no folder '{store}'; expected {A_STORE}")
-    root = path / "runs" if (path / "runs").is_dir() else path
-    names = sorted(found.parent.name for found in root.glob(f"*/{RECORD}"))
-    return Source(store, names, lambda name: (root / name / RECORD).read_bytes())
-
-
-def _kind(name: str) -> str:
-    """The kind in an entry's name; "" where the name is no entry's."""
-    match = re.fullmatch(r"(.+)-[0-9a-f]{16}", name)
-    return match[1] if match else ""
-
-
-def _read(source: Source, kind: str) -> Iterator[dict[str, Any]]:
-    """The usable records of a kind, each with the store it was found in."""
-    for name in source.names:
-        if _kind(name) and kind not in (_kind(name), "all"):
-            continue
-        try:
-            yield _record(source.read(name), name) | {"store": source.label}
-        except UserError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            print(f"moebert: {source.label}: {name} is left out: {error}", file=sys.stderr)
-
-
-def _record(content: bytes, name: str) -> dict[str, Any]:
-    record = parse(content)
-    if record is None:
-        raise ValueError(f"{RECORD} is no complete record")
-    whole = digest({"kind": record["kind"], "key": record["key"]})
-    right = f"{record['kind']}-{whole[:16]}"
-    if (record["digest"], name) != (whole, right):
-        raise ValueError(f"{RECORD} is the record of {right}")
-    return record
-
-
-def _merged(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each run once, as it was made first."""
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        runs[record["digest"]].append(record)
-    for name, copies in sorted(runs.items()):
-        copies.sort(key=lambda record: (record["created"], record["store"]))
-        differ = _differences([metrics(record) for record in copies])
-        if differ:
-            kept, *others = (record["store"] for record in copies)
-            print(
-                f"moebert: run {name[:16]} of {kept}, the oldest, is kept; copies differ "
-                f"({', '.join(others)}): {differ}",
-                file=sys.stderr,
-            )
-        yield copies[0]
-
-
-def _differences(copies: Sequence[dict[str, float | None]]) -> str:
-    """Metrics in which copies of a run differ, and by how much; "" where they agree."""
-    told = []
-    for name in sorted({name for metrics in copies for name in metrics}):
-        values = {metrics.get(name) for metrics in copies}
-        if len(values) > 1:
-            numbers = all(type(value) in (int, float) for value in values)
-            how = f"by {max(values) - min(values):.2g}" if numbers else "in more than digits"
-            told.append(f"{name} {'not in all' if None in values else how}")
-    return ", ".join(told)
-
-
 def _json(table: "DataFrame") -> bytes:
     values = table.astype(object)
     rows = values.where(values.notna(), None).to_dict("records")
@@ -172,152 +341,9 @@ WRITERS = {
 }
 
 
-# A stored run's record as the row of a table, and the types of the table's columns.
+# Committed results: the stages of many runs in a folder, all but their models.
 
-#: The first columns and the last; settings, parameters and metrics lie between, in that order.
-FIRST = ("kind", "notebook", "scale", "task", "seed")
-LAST = (
-    "digest",
-    "created",
-    "superseded",
-    "seconds",
-    "commit",
-    "cpu",
-    "torch_threads",
-    "torch",
-    "transformers",
-    "data",
-    "store",
-)
-GROUPS = ("first", "setting", "parameter", "metric", "last")
-
-
-def metrics(record: dict[str, Any]) -> dict[str, Any]:
-    """What a notebook recorded of its run, or the numbers of another run's row."""
-    notebook = record["kind"] == "notebook"
-    named = _mapping(record["row"].get("metrics")) if notebook else record["row"]
-    types = (int, float, bool, str) if notebook else (int, float)
-    return {name: _plain(value) for name, value in named.items() if type(value) in types}
-
-
-def row(record: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """A run's values by group and name."""
-    key = record["key"]
-    settings, parameters, data = _choices(key) if record["kind"] != "notebook" else _given(key)
-    about = _mapping(record.get("machine")) | _mapping(record.get("versions")) | record
-    about |= {"notebook": key.get("notebook"), "data": data}
-    first = {name: settings.pop(name, None) for name in ("scale", "task", "seed")}
-    first |= {name: about[name] for name in ("kind", "notebook")}
-    last = {name: about.get(name) for name in LAST}
-    parts = zip(GROUPS, (first, settings, parameters, metrics(record), last), strict=True)
-    return {(group, name): value for group, part in parts for name, value in part.items()}
-
-
-def _given(key: dict[str, Any]) -> tuple[dict, dict, Any]:
-    """Settings, further parameters and the data's digest, of a notebook's key."""
-    settings, given = _mapping(key.get("settings")), _mapping(key.get("parameters"))
-    known = Settings.model_fields.keys() | settings.keys()
-    own = {name: value for name, value in given.items() if name in known}
-    more = {name: given[name] for name in given if name not in known and name != "overrides"}
-    return own | settings, more, _mapping(key.get("inputs")).get("data")
-
-
-def _choices(key: dict[str, Any]) -> tuple[dict, dict, Any]:
-    """The same of a stage's key, which holds the keys of the stages before it."""
-    leaves = _leaves(key)
-    return {name: leaves[name] for name in leaves if name not in UNSEEN}, {}, leaves.get("data")
-
-
-def _leaves(key: dict[str, Any]) -> dict[str, Any]:
-    """Names and values at any depth, lists too; the outer one where a name comes twice."""
-    inner_first = sorted(flat(key).items(), key=lambda leaf: -leaf[0].count("."))
-    parts = ((name.split("."), value) for name, value in inner_first)
-    return {path[-1]: value for path, value in parts if not set(path[:-1]) & set(UNSEEN)}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def table(rows: Sequence[dict[tuple[str, str], Any]]) -> "DataFrame":
-    """Rows of :func:`row` as one table, in the order of their choices."""
-    from pandas import DataFrame
-
-    _supersede(rows)
-    names = _columns({key for row in rows for key in row})
-    table = DataFrame({name: _column(key, [row.get(key) for row in rows]) for key, name in names})
-    choices = [name for (group, _), name in names if group in ("first", "setting")]
-    return table.sort_values([*choices, "digest"], na_position="first", ignore_index=True)
-
-
-def _supersede(rows: Sequence[dict[tuple[str, str], Any]]) -> None:
-    """Mark each row that a newer one of the same values stands for."""
-    newest: dict[str, dict] = {}
-    for row in sorted(rows, key=lambda row: (row["last", "created"], row["last", "digest"])):
-        choices = [(key, value) for key, value in row.items() if key[0] not in ("metric", "last")]
-        older = newest.get(repr(sorted(choices, key=repr)))
-        if older:
-            older["last", "superseded"] = True
-        row["last", "superseded"] = False
-        newest[repr(sorted(choices, key=repr))] = row
-
-
-def _columns(present: set[tuple[str, str]]) -> list[tuple[tuple[str, str], str]]:
-    """Each value's group and name with the name of its column, in order."""
-    usual = {"first": FIRST, "setting": tuple(Settings.model_fields), "last": LAST}
-
-    def place(key: tuple[str, str]) -> tuple[int, int, str]:
-        group, name = key
-        return GROUPS.index(group), (*usual.get(group, ()), name).index(name), name
-
-    named, taken = [], {*FIRST, *LAST}
-    for group, name in sorted(present, key=place):
-        column = name
-        while group not in ("first", "last") and column in taken:
-            column = f"{group}.{column}"
-        taken.add(column)
-        named.append(((group, name), column))
-    return named
-
-
-def _column(key: tuple[str, str], values: Sequence[Any]) -> "Series":
-    """Values as one nullable type; as text where they have no type in common."""
-    from pandas import Series
-
-    plain = [_plain(value) for value in values]
-    types = {type(value) for value in plain if value is not None}
-    if not types:
-        return Series(plain, dtype=_usual_type(*key))
-    for same, dtype in (({bool}, "boolean"), ({int}, "Int64"), ({int, float}, "Float64")):
-        if types <= same:
-            return Series(plain, dtype=dtype)
-    texts = [value if isinstance(value, str | None) else to_json(value) for value in plain]
-    return Series(texts, dtype="string")
-
-
-def _plain(value: Any) -> Any:
-    """A value as a column holds it."""
-    if isinstance(value, list | dict):
-        return to_json(value)
-    missing = isinstance(value, float) and not math.isfinite(value)
-    wide = isinstance(value, int) and not -(2**63) <= value < 2**63
-    return None if missing or wide else value
-
-
-def _usual_type(group: str, name: str) -> str:
-    """The type of a column without values: as :class:`Settings` declares it."""
-    if group == "metric":
-        return "Float64"
-    annotation = Settings.model_fields[name].annotation if name in Settings.model_fields else str
-    for type_, dtype in ((bool, "boolean"), (int, "Int64"), (float, "Float64")):
-        if type_ in (annotation, *get_args(annotation)):
-            return dtype
-    return "string"
-
-
-# Write a folder of results (``archive``): the stages of many runs, all but their models.
-
-#: Files of a stage that figures are drawn from; models, tokenizers and states are left behind.
+#: Files of a stage that figures are drawn from; models, tokenizers and states are left out.
 KEPT = {
     "teacher": ("config.json", "answers.csv"),
     "importance": ("importance.safetensors",),
@@ -331,47 +357,45 @@ KEPT = {
     "table": ("table.parquet",),
 }
 #: Columns without use here: ``of`` is what a table was measured of, whole, as its record has it.
-LEFT = ["store", "superseded", "notebook", "of"]
+LEFT_OUT = ["store", "superseded", "notebook", "of"]
 PACKED = {"compression": "zstd", "compression_level": 19, "index": False}
 
 
-def write_results(folder: Path, stores: Sequence[str | Path] = ()) -> tuple[int, int]:
-    """Add the stages of stores to a folder of results; returns its numbers of rows and files.
+def write_results(folder: Path, homes: Sequence[str | Path] = ()) -> tuple[int, int]:
+    """Add the stages of homes to a folder of results; returns its numbers of rows and files.
 
     Of a stage that is there twice the newer stays. Equal results give equal bytes.
 
     Args:
         folder: Made where it is missing.
-        stores: Each a MOEBERT_HOME or its ``runs/``; this home by default.
+        homes: Each a MOEBERT_HOME or its ``runs/``; this home by default.
 
     Raises:
-        UserError: no such store, or no stage anywhere.
+        UserError: no such home, or no stage anywhere.
     """
     from pandas import DataFrame
 
-    found: dict[str, tuple[dict[str, Any], dict[str, bytes]]] = {}
-    for record, files in [*_there(folder), *_new(stores)]:
-        where = key_of(record).choices_digest
-        if where not in found or found[where][0]["created"] <= record["created"]:
-            found[where] = record, files
-    if not found:
-        raise UserError(
-            "no stage of an experiment in the stores; expected a MOEBERT_HOME or its runs/ folder"
-        )
-    kept = sorted(found.values(), key=lambda one: (one[0]["kind"], one[0]["digest"]))
+    stages: dict[str, tuple[Record, dict[str, bytes]]] = {}
+    for record, files in [*_committed(folder), *_stored(homes)]:
+        choices = key_of(record).choices_digest
+        if choices not in stages or stages[choices][0]["created"] <= record["created"]:
+            stages[choices] = record, files
+    if not stages:
+        raise UserError(f"no stage of an experiment in the homes; expected {EXPECTED}")
+    kept = sorted(stages.values(), key=lambda stage: (stage[0]["kind"], stage[0]["digest"]))
     files = [
         (record["digest"], name, content)
-        for record, files in kept
-        for name, content in sorted(files.items())
+        for record, contents in kept
+        for name, content in sorted(contents.items())
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    _write(_rows([record for record, _ in kept]), folder / ROWS)
-    _write(DataFrame(files, columns=["digest", "name", "content"]), folder / FILES)
+    _write_packed(_rows([record for record, _ in kept]), folder / ROWS)
+    _write_packed(DataFrame(files, columns=["digest", "name", "content"]), folder / FILES)
     return len(kept), len(files)
 
 
 def verify(folder: Path) -> None:
-    """Every column of the rows says what the row's own record, which is sealed, says.
+    """Check that every column of the rows agrees with the row's own record, which is sealed.
 
     Raises:
         UserError: naming the row and the column that do not; as :class:`CommittedResults`.
@@ -381,50 +405,47 @@ def verify(folder: Path) -> None:
     records = CommittedResults(folder).records.values()
     packed = io.BytesIO()
     _rows(list(records)).to_parquet(packed, **PACKED)
-    told, table = read_parquet(packed), read_parquet(folder / ROWS)
-    for name in dict.fromkeys([*told, *table]):
-        sides = [side.get(name) for side in (told, table)]
-        if any(side is None for side in sides):
+    expected, rows = read_parquet(packed), read_parquet(folder / ROWS)
+    for name in dict.fromkeys([*expected, *rows]):
+        if name not in expected or name not in rows:
             raise UserError(f"{folder / ROWS}: column '{name}' is new or missing; restore the file")
-        apart = ~((sides[0] == sides[1]) | (sides[0].isna() & sides[1].isna()))
-        if apart.any():
-            row = int(apart.argmax())
+        missing = expected[name].isna() & rows[name].isna()
+        different = ~((expected[name] == rows[name]) | missing)
+        if different.any():
+            number = int(different.argmax())
             raise UserError(
-                f"{folder / ROWS}: row {row} says {name} {sides[1][row]}, its record "
-                f"{sides[0][row]}; restore the file"
+                f"{folder / ROWS}: row {number} says {name} {rows[name][number]}, its record "
+                f"{expected[name][number]}; restore the file"
             )
 
 
-def _there(folder: Path) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
-    """What a folder of results holds already."""
+def _committed(folder: Path) -> Iterator[tuple[Record, dict[str, bytes]]]:
+    """What a folder of results has already."""
     if (folder / ROWS).is_file():
         results = CommittedResults(folder)
         for record in results.records.values():
             yield record, dict(results.files_of(record))
 
 
-def _new(stores: Sequence[str | Path]) -> Iterator[tuple[dict[str, Any], dict[str, bytes]]]:
-    """The stages in stores, with their small files."""
-    for store in [Path(store).expanduser() for store in stores] or [home()]:
-        root = store / "runs" if (store / "runs").is_dir() else store
-        if not root.is_dir():
-            raise UserError(f"no folder '{store}'; expected a MOEBERT_HOME or its runs/ folder")
-        for entry in Store(root).entries():
-            names = [name for name in KEPT.get(entry.kind, ()) if (entry.folder / name).is_file()]
-            if entry.kind in KEPT:
-                yield entry.record(), {name: (entry.folder / name).read_bytes() for name in names}
+def _stored(homes: Sequence[str | Path]) -> Iterator[tuple[Record, dict[str, bytes]]]:
+    """The stages in homes, with their small files."""
+    for folder in [Path(folder).expanduser() for folder in homes] or [home()]:
+        for entry in Store(_root(folder)).entries():
+            if entry.kind not in KEPT:
+                continue
+            paths = [entry.folder / name for name in KEPT[entry.kind]]
+            files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+            yield entry.record(), files
 
 
-def _rows(records: Sequence[dict[str, Any]]) -> "DataFrame":
+def _rows(records: Sequence[Record]) -> "DataFrame":
     """One row a stage: its settings and metrics as columns, and its whole record as JSON."""
-    rows = table([row(record) for record in records])
-    whole = {record["digest"]: to_json(record) for record in records}
-    rows = rows.drop(columns=LEFT, errors="ignore")
-    return rows.assign(record=rows["digest"].map(whole))
+    rows = table([row(record) for record in records]).drop(columns=LEFT_OUT, errors="ignore")
+    texts = {record["digest"]: to_json(record) for record in records}
+    return rows.assign(record=rows["digest"].map(texts))
 
 
-def _write(table: "DataFrame", path: Path) -> None:
-    """Whole or not at all, as small as it goes."""
+def _write_packed(table: "DataFrame", path: Path) -> None:
     packed = io.BytesIO()
     table.to_parquet(packed, **PACKED)
     write_bytes(path, packed.getvalue())

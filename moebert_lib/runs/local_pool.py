@@ -1,124 +1,49 @@
-"""Where runs are made: on this machine, in as many processes as fit, a thread each.
+"""Run planned notebooks on this machine, several at a time; reuse stored runs; publish figures."""
 
-An engine takes requests (``worker.request``) and yields what becomes of them as it happens.
-It runs again what died, since a lost process or a full memory says nothing about the
-notebook; what failed in a cell would fail again and is left.
-"""
-
+import copy
 import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import Any
 
 from filelock import FileLock
 
-from moebert_lib.config.errors import CHECKOUT, UserError, home
-from moebert_lib.config.file_io import write_bytes, write_json
+from moebert_lib.config.errors import UserError, home
+from moebert_lib.config.file_io import Unwritable, write_bytes, write_json
 from moebert_lib.config.provenance import cores, digest, file_digest, versions
 from moebert_lib.runs import cost, execution
-from moebert_lib.runs.execution import WARNING, NotebookFailed
+from moebert_lib.runs.execution import WARNING, ChangedLibrary, Kernels, NotebookFailed
 from moebert_lib.runs.plan import Job, asked, describe
 from moebert_lib.store.committed_results import ROWS
-from moebert_lib.store.store import Entry, StageKey, Store
+from moebert_lib.store.store import Entry, Store
 
-RETRIES = 2  # of a run whose process died
-PATIENCE = 10.0  # seconds that a process has to leave by itself
-#: Threads that spin while they wait starve the other workers.
+#: What becomes of a run: its entry, why there is none, or an error that ends the whole batch.
+Result = Entry | NotebookFailed | UserError
+
+#: Threads that spin while they wait starve the other runs.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 KERNEL_BYTES = 1 << 30  # Python, libraries and data of one notebook, beside its models
-
-
-class Event(NamedTuple):
-    """Of the request ``index``: it started, said a line, or ended with an outcome."""
-
-    index: int
-    started: bool = False
-    line: str | None = None
-    outcome: dict[str, Any] | None = None
-
-
-class Engine(Protocol):
-    """What ``batch.run`` needs of an engine."""
-
-    workers: int
-
-    def run(self, requests: Sequence[dict], *, busy: Callable[[int], bool]) -> Iterator[Event]:
-        """Events of all requests. Closing the iterator stops what is running and waits for it.
-
-        Args:
-            requests: From ``worker.request``.
-            busy: Whether another batch is making this request now, so that others go first.
-        """
-
-
-class Worker:
-    """A child process that answers requests; it leaves when this process does."""
-
-    def __init__(self, environment: Mapping[str, str]):
-        library = str(CHECKOUT)
-        path = os.pathsep.join(filter(None, [library, environment.get("PYTHONPATH")]))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "moebert_lib.runs.execution"],
-            env={**environment, "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C is ours to handle
-        )
-
-    def ask(self, request: dict, say: Callable[[str], Any]) -> dict[str, Any]:
-        """The outcome of a request; ``died`` where the process ended before it had one."""
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                event = json.loads(line)
-                if "outcome" in event:
-                    return event["outcome"]
-                say(event["say"])
-        except (OSError, ValueError, LookupError):  # the pipe broke, or holds what is no event
-            self.process.kill()
-        status = self.process.wait()
-        return {"status": "died", "error": f"the worker process died ({_signal(status)})"}
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can be asked again."""
-        return self.process.poll() is None
-
-    def close(self) -> None:
-        """End the process, and the kernel it runs."""
-        try:
-            self.process.stdin.close()
-        except OSError:
-            pass
-        try:
-            self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.process.stdout.close()
+QUIET = 30  # seconds between two progress lines where several notebooks run together
 
 
 class Local:
-    """Runs on this machine, each in a process of its own, GPUs divided among them.
+    """Runs on this machine, each in a kernel process of its own, with a GPU each if there are any.
 
     Args:
-        workers: Runs at once.
-        threads: Of each run, unless OMP_NUM_THREADS says otherwise; None: what torch takes
-            by itself. The last digits of a result depend on it, so a sweep leaves it at 1.
-        gpus: Names of GPUs as CUDA_VISIBLE_DEVICES has them, dealt out in turn.
+        workers: Runs at the same time.
+        threads: Threads of each run, unless OMP_NUM_THREADS is set; None: as many as torch
+            chooses. The last digits of a result depend on it, so a sweep leaves it at 1.
+        gpus: Names of GPUs as in CUDA_VISIBLE_DEVICES; a run has one of them to itself.
     """
 
     def __init__(self, workers: int = 1, *, threads: int | None = 1, gpus: Sequence[str] = ()):
@@ -130,117 +55,151 @@ class Local:
             )
         self.workers, self.threads, self.gpus = workers, threads, tuple(gpus)
 
-    def run(self, requests: Sequence[dict], *, busy: Callable[[int], bool]) -> Iterator[Event]:
-        """Events of all requests, as :class:`Engine` says."""
-        batch = _Batch(requests, busy)
-        slots = [
-            threading.Thread(target=batch.serve, args=(self.environment(slot),), daemon=True)
-            for slot in range(min(self.workers, len(requests)))
-        ]
-        for slot in slots:
-            slot.start()
+    def run(
+        self,
+        jobs: Sequence[Job],
+        *,
+        started: Callable[[int], Any] = lambda index: None,
+        say: Callable[[int, str], Any] = lambda index, line: None,
+        force: bool = False,
+        attempts: int = 2,
+    ) -> Iterator[tuple[int, Result]]:
+        """Number and result of each job, in the order in which they end.
+
+        Closing the iterator stops what runs and waits until its processes are gone.
+
+        Args:
+            jobs: What to run.
+            started: Called with a job's number when it starts, in the caller's thread.
+            say: Called with a job's number and a line of its progress, in the caller's thread.
+            force: Execute even what is stored.
+            attempts: How often a run is tried whose process dies.
+        """
+        execution.load_papermill()
+        kernels, queue, since = Kernels(), _Queue(jobs), time.time()
+        messages: SimpleQueue[Callable[[], Any] | tuple[int, Result]] = SimpleQueue()
+        slots: SimpleQueue[int] = SimpleQueue()
+        for slot in range(self.workers):
+            slots.put(slot)
+
+        def run_next() -> None:
+            slot, index = slots.get(), queue.take()
+            messages.put(partial(started, index))
+            make = partial(self.make, jobs[index], slot=slot, since=since, force=force)
+            messages_of_job = partial(_post, messages, say, index)
+            result = _attempt(jobs[index], make, attempts, say=messages_of_job, kernels=kernels)
+            slots.put(slot)
+            messages.put((index, result))
+
+        pool = ThreadPoolExecutor(self.workers)
+        futures = [pool.submit(run_next) for _ in jobs]
         try:
-            for _ in slots:
-                while (event := batch.events.get()) is not None:
-                    yield event
+            n_left = len(jobs)
+            while n_left:
+                message = _next_message(messages)
+                if callable(message):
+                    message()
+                else:
+                    n_left -= 1
+                    yield message
         finally:
-            batch.stop()
-            for slot in slots:
-                slot.join()
+            for future in futures:
+                future.cancel()
+            kernels.kill()
+            while wait(futures, timeout=0.2).not_done:
+                kernels.kill()
+            pool.shutdown()
+
+    def make(self, job: Job, *, slot: int, **how: Any) -> Entry:
+        """The stored run of a job: :func:`execution.make` with the slot's threads and GPU."""
+        return execution.make(job, environment=self.environment(slot), **how)
 
     def alone(self) -> "Local":
         """The same machine for one run at a time, with all cores."""
-        return Local(threads=None, gpus=self.gpus[:1]) if self.workers > 1 else self
+        if self.workers == 1:
+            return self
+        alone = copy.copy(self)
+        alone.workers, alone.threads, alone.gpus = 1, None, self.gpus[:1]
+        return alone
 
     def environment(self, slot: int) -> dict[str, str]:
-        """The environment of a worker: its threads and its GPU."""
-        own = dict(os.environ)
-        if self.threads:
-            own.setdefault("OMP_NUM_THREADS", str(self.threads))
+        """Variables of a run's kernel: its threads and its GPU."""
+        changes = {}
+        if self.threads and "OMP_NUM_THREADS" not in os.environ:
+            changes["OMP_NUM_THREADS"] = str(self.threads)
         if self.workers > 1:
-            own |= PASSIVE
+            changes |= PASSIVE
         if self.gpus:
-            own["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        return own
+            changes["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        return changes
 
 
-class _Batch:
-    """The requests of one call, shared by the slots that serve them."""
+class _Queue:
+    """The numbers of jobs in order; those that another process is making now come last."""
 
-    def __init__(self, requests: Sequence[dict], busy: Callable[[int], bool]):
-        self.requests, self.busy = requests, busy
-        self.left = list(range(len(requests)))
-        self.events: SimpleQueue[Event | None] = SimpleQueue()
-        self.lock, self.stopped = threading.Lock(), False
-        self.workers: set[Worker] = set()
+    def __init__(self, jobs: Sequence[Job]):
+        self._keys = [job.key() for job in jobs]
+        self._left = list(range(len(jobs)))
+        self._store, self._lock = Store(), Lock()
 
-    def serve(self, environment: Mapping[str, str]) -> None:
-        """Answer requests until none is left; None is the last event."""
-        worker = None
-        try:
-            while (index := self._take()) is not None:
-                self.events.put(Event(index, started=True))
-                for left in reversed(range(1 + RETRIES)):
-                    try:
-                        if worker is None or not worker.alive:
-                            worker = self._start(environment)
-                    except OSError as error:  # no memory, no more processes
-                        outcome = {"status": "died", "error": f"no process can start: {error}"}
-                    else:
-                        if worker is None:  # stopped
-                            return
-                        outcome = worker.ask(self.requests[index], partial(self._say, index))
-                    if outcome["status"] != "died" or not left:
-                        break
-                    self._say(index, f"· {outcome['error']}; once more")
-                self.events.put(Event(index, outcome=outcome))
-        finally:
-            if worker:
-                worker.close()
-            self.events.put(None)
-
-    def stop(self) -> None:
-        """Take nothing more, and end what is running."""
-        with self.lock:
-            self.stopped, self.left = True, []
-            running = list(self.workers)
-        for worker in running:
-            worker.close()
-
-    def _take(self) -> int | None:
-        with self.lock:
-            free = (index for index in self.left if not self.busy(index))
-            index = next(free, self.left[0] if self.left else None)
-            if index is not None:
-                self.left.remove(index)
+    def take(self) -> int:
+        with self._lock:
+            free = (index for index in self._left if not self._store.busy(self._keys[index]))
+            index = next(free, self._left[0])
+            self._left.remove(index)
             return index
 
-    def _start(self, environment: Mapping[str, str]) -> Worker | None:
-        with self.lock:
-            if self.stopped:
-                return None
-            worker = Worker(environment)
-            self.workers.add(worker)
-            return worker
 
-    def _say(self, index: int, line: str) -> None:
-        self.events.put(Event(index, line=line))
+def _attempt(
+    job: Job,
+    make: Callable[..., Entry],
+    attempts: int,
+    *,
+    say: Callable[[str], Any],
+    kernels: Kernels,
+) -> Result:
+    """What becomes of a run: its entry, or any error at all, returned and not raised."""
+    for left in reversed(range(attempts)):
+        try:
+            return make(say=say, kernels=kernels)
+        except NotebookFailed as failure:
+            if failure.state != "died" or not left or kernels.stopped.is_set():
+                return failure
+            say(f"· {failure.error}; once more")
+        except (Unwritable, ChangedLibrary) as error:  # no other run can succeed either
+            return UserError(f"{job.name}{describe(job)}: {error}")
+        except (UserError, OSError) as error:
+            line = " ".join(str(error).split())
+            return NotebookFailed(job.name, None, line, "not run")
+        except BaseException as error:  # noqa: BLE001  whatever it is, the run has a result
+            line = " ".join(f"{type(error).__name__}: {error}".split())
+            return NotebookFailed(job.name, None, line)
+    raise AssertionError("unreachable")
 
 
-def _signal(status: int) -> str:
-    return f"signal {-status}" if status < 0 else f"exit status {status}"
+def _post(messages: SimpleQueue, say: Callable[[int, str], Any], index: int, line: str) -> None:
+    messages.put(partial(say, index, line))
+
+
+def _next_message(messages: SimpleQueue) -> Any:
+    """The next message; a wait without an end cannot be interrupted in a Ray task."""
+    while True:
+        try:
+            return messages.get(timeout=0.5)
+        except Empty:
+            continue
 
 
 def fitting(jobs: Sequence[Job]) -> Local:
-    """The local engine with as many workers as cores, free memory and GPUs take."""
-    found = gpus()
-    if found:
-        return Local(min(len(found), len(jobs)) or 1, gpus=found)
+    """As many runs at a time as cores, free memory and GPUs allow."""
+    available = gpus()
+    if available:
+        return Local(min(len(available), len(jobs)) or 1, gpus=available)
     return Local(max(min(cores(), _in_memory(jobs), len(jobs)), 1))
 
 
 def side_by_side(jobs: Sequence[Job], workers: int | None = None) -> Local:
-    """The local engine for different notebooks: two at a time, four from eight cores on.
+    """For different notebooks: two at a time, four from eight cores on.
 
     The cores are divided among them, since few of a notebook's steps keep all of them busy. On a
     GPU, and where there is one job, nothing is divided.
@@ -249,20 +208,22 @@ def side_by_side(jobs: Sequence[Job], workers: int | None = None) -> Local:
         jobs: What is to run.
         workers: How many at a time instead.
     """
-    found, n_cores = gpus(), cores()
-    if found:
-        return Local(workers or 1, threads=None, gpus=found if workers else found[:1])
+    available, n_cores = gpus(), cores()
+    if available:
+        used = available if workers else available[:1]
+        return Local(workers or 1, threads=None, gpus=used)
     if workers is None:
-        workers = min(1 if n_cores < 2 else 2 if n_cores < 8 else 4, _in_memory(jobs), len(jobs))
-    each = max(n_cores // workers, 1) if workers > 1 else None
-    return Local(max(workers, 1), threads=each)
+        usual = 1 if n_cores < 2 else 2 if n_cores < 8 else 4
+        workers = min(usual, _in_memory(jobs), len(jobs))
+    threads = max(n_cores // workers, 1) if workers > 1 else None
+    return Local(max(workers, 1), threads=threads)
 
 
 def _in_memory(jobs: Sequence[Job]) -> int:
     """How many of the runs fit into free memory at a time."""
     runs = [run for group in cost.runs(jobs) for run in group]
-    each = KERNEL_BYTES + max((run.cost.cpu_bytes for run in runs), default=0)
-    return int(free_memory() // each)
+    largest = max((run.cost.cpu_bytes for run in runs), default=0)
+    return int(free_memory() // (KERNEL_BYTES + largest))
 
 
 def gpus() -> list[str]:
@@ -270,17 +231,17 @@ def gpus() -> list[str]:
     if versions().get("torch", "").endswith("+cpu"):
         return []
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is not None:  # -1 and what follows it are none
+    if chosen is not None:  # CUDA ignores -1 and what follows it
         names = [name.strip() for name in chosen.split(",")]
         return [name for name in itertools.takewhile(lambda name: name != "-1", names) if name]
     if not shutil.which("nvidia-smi"):
         return []
-    asked = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    return said.stdout.split()
+    return done.stdout.split()
 
 
 def free_memory() -> int:
@@ -291,40 +252,25 @@ def free_memory() -> int:
     free = psutil.virtual_memory().available
     try:
         limit, used = (int((group / f"memory.{of}").read_text()) for of in ("max", "current"))
-        told = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no such group, or without a limit
         return free
-    return min(free, limit - used + int(told.get("inactive_file", 0)))  # that cache can go
+    cache = int(counts.get("inactive_file", 0))
+    return min(free, limit - used + cache)
 
 
-# Run planned notebooks: what is done is reused, what fails says where.
-# One kernel process per notebook, one store entry per run, figures published at the end.
-# The entry's key is the notebook's code, its values and settings, the library's code and
-# versions, and the digests of data and weights: change any of them and it runs again.
-
-QUIET = 30  # seconds between two progress lines where several notebooks run together
+# A batch: what is stored is reused, what is missing is run, on this machine or a cluster.
 
 
 def run(
-    jobs: Sequence[Job],
-    *,
-    engine: Engine | None = None,
-    force: bool = False,
-    keep_going: bool = False,
-    retry_failed: bool = True,
-    publishing: bool = True,
-    echo: Callable[[str], Any] = print,
+    jobs: Sequence[Job], *, keep_going: bool = False, **how: Any
 ) -> list[Entry | NotebookFailed]:
     """Run jobs, reusing what the store has, and publish their figures.
 
     Args:
-        jobs: From :func:`plan`.
-        engine: Where what is missing is made; one run at a time on this machine by default.
-        force: Execute even what is stored.
+        jobs: From :func:`plan.plan`.
         keep_going: Return failures among the entries instead of raising the first one.
-        retry_failed: Also execute what failed before, unchanged, in a cell.
-        publishing: Copy figures to where people look.
-        echo: Receives one line per start, finish and progress line.
+        how: As of :func:`completed`.
 
     Returns:
         For each job its entry, or why there is none.
@@ -334,36 +280,93 @@ def run(
         UserError: no run can be made here, whatever the notebook: the disk is full, or the
             library has changed since these were planned.
     """
-    store, keys = Store(), [job.key() for job in jobs]
+    results = {}
+    ended = completed(jobs, **how)
+    for index, result in ended:
+        if isinstance(result, NotebookFailed) and not keep_going:
+            ended.close()
+            raise result
+        results[index] = result
+    return [results[index] for index in range(len(jobs))]
+
+
+def completed(
+    jobs: Sequence[Job],
+    *,
+    engine: Local | None = None,
+    force: bool = False,
+    retry_failed: bool = True,
+    publishing: bool = True,
+    echo: Callable[[str], Any] = print,
+) -> Iterator[tuple[int, Entry | NotebookFailed]]:
+    """Number and result of each job: first what is stored, then the others as they end.
+
+    Args:
+        jobs: From :func:`plan.plan`.
+        engine: Where what is missing is run; one run at a time on this machine by default.
+        force: Execute even what is stored.
+        retry_failed: Also execute what failed before, unchanged.
+        publishing: Copy figures to ``runs/figures``.
+        echo: Receives one line per start, end and progress line.
+
+    Raises:
+        UserError: as :func:`run`.
+    """
+    engine = engine or Local(threads=None)
+    store, progress = Store(), _Progress(jobs, engine.workers, echo)
     store.tidy()
-    progress = _Progress(jobs, engine or Local(threads=None), echo)
-    results: list[Entry | NotebookFailed | None] = [None] * len(jobs)
     missing = []
     for index, job in enumerate(jobs):
-        entry = None if force else store.find(keys[index])
+        entry = None if force else store.find(job.key())
         failure = None if entry or retry_failed or force else execution.failed_before(job)
         if entry:
             progress.reused(index, entry)
-            results[index] = _published(job, entry, publishing)
+            yield index, _published(job, entry, publishing)
         elif failure:
-            progress.failed(index, f"failed before: {failure}")
-            results[index] = failure
+            progress.failed(index, f"{failure.state} before: {failure}")
+            yield index, failure
         else:
             missing.append(index)
-    made = _make(
-        jobs, keys, _in_turn(jobs, missing, progress.engine.workers), progress, force=force
+    timed = [index for index in missing if jobs[index].timed]
+    untimed = [index for index in missing if index not in timed]
+    in_turn = _in_turn(jobs, untimed, engine.workers)
+    parts = [(engine, in_turn), (engine.alone(), timed)]
+    for where, numbers in parts:
+        progress.workers = where.workers
+        for index, result in _run_missing(where, jobs, numbers, progress, force=force):
+            if isinstance(result, Entry):
+                _published(jobs[index], result, publishing)
+            yield index, result
+
+
+def _run_missing(
+    engine: Local,
+    jobs: Sequence[Job],
+    numbers: Sequence[int],
+    progress: "_Progress",
+    *,
+    force: bool,
+) -> Iterator[tuple[int, Entry | NotebookFailed]]:
+    """Number and result of the jobs with these numbers."""
+    ended = engine.run(
+        [jobs[number] for number in numbers],
+        started=lambda i: progress.started(numbers[i]),
+        say=lambda i, line: progress.line(numbers[i], line),
+        force=force,
     )
-    for index, entry in made:
-        if isinstance(entry, NotebookFailed) and not keep_going:
-            made.close()
-            raise entry
-        done = isinstance(entry, Entry)
-        results[index] = _published(jobs[index], entry, publishing) if done else entry
-    return results
+    try:
+        for i, result in ended:
+            if isinstance(result, UserError):
+                raise result
+            progress.ended(numbers[i], result)
+            yield numbers[i], result
+    finally:
+        ended.close()
+        Store().tidy()
 
 
 def _in_turn(jobs: Sequence[Job], missing: Sequence[int], workers: int) -> list[int]:
-    """Missing jobs as they are started: side by side, those that ask for most experiments first.
+    """The order in which missing jobs start: different notebooks with most experiments first.
 
     What several notebooks ask for is made by the first, and no long one is left for the end.
     """
@@ -377,138 +380,75 @@ def _students(job: Job) -> int:
     return sum(stage == "student" for stage, _ in asked(job))
 
 
-def _make(jobs, keys, missing: Sequence[int], progress: "_Progress", *, force: bool):
-    """Number and result of each missing job, as the engine gets them done; timings at the end."""
-    engine = progress.engine
-    timed = [index for index in missing if jobs[index].timed]
-    parts = [(engine, [index for index in missing if index not in timed])]
-    parts.append((engine.alone() if isinstance(engine, Local) else engine, timed))
-    for engine, numbers in parts:
-        if numbers:
-            progress.engine = engine
-            yield from _make_with(engine, jobs, keys, numbers, progress, force=force)
-
-
-def _make_with(engine: Engine, jobs, keys, missing: Sequence[int], progress, *, force: bool):
-    store = Store()
-    requests = [execution.request(jobs[number], force=force) for number in missing]
-    events = engine.run(requests, busy=lambda i: store.busy(keys[missing[i]]))
-    try:
-        for event in events:
-            number = missing[event.index]
-            progress.tell(number, event)
-            if event.outcome is not None:
-                yield number, _result(jobs[number], keys[number], event.outcome)
-    finally:
-        events.close()
-        store.tidy()
-
-
-def _result(job: Job, key: StageKey, outcome: dict[str, Any]) -> Entry | NotebookFailed:
-    if outcome["status"] == "stopped":
-        raise UserError(f"{job.name}{describe(job)}: {outcome['error']}")
-    if outcome["status"] in ("done", "reused"):
-        entry = Store().find(key)
-        if entry is not None:
-            return entry
-        outcome = {"status": "refused", "error": f"made, but it is not in {Store().root}"}
-    died = outcome["status"] != "failed"
-    failure = NotebookFailed(job.name, outcome.get("cell"), outcome["error"], died=died)
-    failure.copy = Path(outcome["copy"]) if outcome.get("copy") else None
-    if failure.copy is None:  # its process had no time for it
-        execution.remember(failure, job)
-    return failure
-
-
 class _Progress:
-    """What a batch says while it runs: a line for each start and end, and how much is left."""
+    """What a batch prints while it runs: a line for each start and end, and how much is left."""
 
-    def __init__(self, jobs: Sequence[Job], engine: Engine, echo: Callable[[str], Any]):
-        self.jobs, self.engine, self.echo = jobs, engine, echo
-        self.took: list[float] = []
-        self.ended, self.said = 0, time.monotonic()
-        self.started: dict[int, float] = {}
+    def __init__(self, jobs: Sequence[Job], workers: int, echo: Callable[[str], Any]):
+        self.jobs, self.workers, self.echo = jobs, workers, echo
+        self.durations: list[float] = []
+        self.start: dict[int, float] = {}
+        self.n_ended, self.last_line = 0, time.monotonic()
 
     def label(self, index: int) -> str:
         return f"[{index + 1}/{len(self.jobs)}] {self.jobs[index].name}"
 
+    def started(self, index: int) -> None:
+        self.start[index] = time.monotonic()
+        self.echo(f"{self.label(index)} running{describe(self.jobs[index])}")
+
     def reused(self, index: int, entry: Entry) -> None:
-        self.ended += 1
+        self.n_ended += 1
         self.echo(f"{self.label(index)} reused, made in {entry.seconds / 60:.1f} min")
 
-    def failed(self, index: int, why: str) -> None:
-        self.ended += 1
-        self.echo(f"{self.label(index)}{describe(self.jobs[index])} {why}")
+    def failed(self, index: int, reason: str) -> None:
+        self.n_ended += 1
+        self.echo(f"{self.label(index)}{describe(self.jobs[index])} {reason}")
 
-    def tell(self, index: int, event: Event) -> None:
-        """Say what an engine's event means."""
-        if event.started:
-            self.started[index] = time.monotonic()
-            self.echo(f"{self.label(index)} running{describe(self.jobs[index])}")
-        elif event.line is not None:
-            self._line(index, event.line)
-        elif event.outcome["status"] in ("done", "reused"):
-            self._done(index, event.outcome)
-        else:
-            cell = f"cell {event.outcome['cell']}: " if event.outcome.get("cell") else ""
-            self.failed(index, f"failed: {cell}{event.outcome['error']}")
+    def ended(self, index: int, result: Entry | NotebookFailed) -> None:
+        if isinstance(result, NotebookFailed):
+            cell = f"cell {result.cell}: " if result.cell else ""
+            self.failed(index, f"{result.state}: {cell}{result.error}")
+            return
+        self.n_ended += 1
+        self.durations.append(time.monotonic() - self.start[index])
+        verb = "reused, made" if result.reused else "done"
+        minutes = result.seconds / 60
+        self.echo(f"{self.label(index)} {verb} in {minutes:.1f} min{self._remaining()}")
 
-    def _line(self, index: int, line: str) -> None:
+    def line(self, index: int, line: str) -> None:
         """A notebook's progress: all of it, or where several run together a line now and then."""
-        if self.engine.workers == 1:
+        if self.workers == 1:
             self.echo(f"    {line}")
-        elif line.startswith(WARNING):
-            self.echo(f"    [{index + 1}] {line}")
-        elif time.monotonic() - self.said > QUIET:
-            self.said = time.monotonic()
+        elif line.startswith(WARNING) or time.monotonic() - self.last_line > QUIET:
+            self.last_line = time.monotonic()
             self.echo(f"    [{index + 1}] {line}")
 
-    def _done(self, index: int, outcome: dict[str, Any]) -> None:
-        self.ended += 1
-        self.took.append(time.monotonic() - self.started[index])
-        left = len(self.jobs) - self.ended
-        mean = sum(self.took) / len(self.took)
-        minutes = mean * left / self.engine.workers / 60
-        alike = len({job.name for job in self.jobs}) == 1  # else a mean says little
-        told = left and alike and self.engine.workers > 1
-        ahead = f", about {minutes:.1f} min left" if told else ""
-        verb = "reused, made" if outcome["status"] == "reused" else "done"
-        self.echo(f"{self.label(index)} {verb} in {outcome['seconds'] / 60:.1f} min{ahead}")
+    def _remaining(self) -> str:
+        """The time that is left, where all runs are of one notebook, so that a mean means much."""
+        n_left = len(self.jobs) - self.n_ended
+        alike = len({job.name for job in self.jobs}) == 1
+        if not (n_left and alike and self.workers > 1):
+            return ""
+        mean = sum(self.durations) / len(self.durations)
+        return f", about {mean * n_left / self.workers / 60:.1f} min left"
 
 
-def _published(job: Job, entry: Entry, publishing: bool) -> Entry:
-    if publishing:
-        with FileLock(Store().root / "locks" / "figures.lock"):  # another batch may publish too
-            publish(entry, published(job))
-    return entry
-
-
-def failed_runs() -> list[dict[str, Any]]:
-    """What ``runs/failed`` keeps: notebook, cell, error and the executed copy, by name."""
-    folders = sorted((home() / "runs" / "failed").glob("*"))
-    return [
-        about | {"folder": str(folder)}
-        for folder in folders
-        if (about := execution.failed_in(folder))
-    ]
-
-
-def published(job: Job) -> Path:
-    """The folder that a job's figures go to."""
-    if job.place:
-        return home() / "figures" / job.place
-    settings = job.settings and job.settings.model_dump()
-    return destination(settings, changed=job.chosen)
-
-
-# Copy a run's figures and tables to where people look, with where each came from.
+# Figures and tables of runs, copied to runs/figures with a note of where each comes from.
 
 PROVENANCE = "provenance.json"
 LONGEST = 80  # characters of a folder's name
 
 
+def published(job: Job) -> Path:
+    """The folder that a job's figures are copied to."""
+    if job.place:
+        return home() / "runs" / "figures" / job.place
+    settings = job.settings and job.settings.model_dump()
+    return destination(settings, changed=job.chosen)
+
+
 def destination(settings: dict[str, Any] | None, *, changed: Mapping[str, Any]) -> Path:
-    """``figures/`` for the quick scale as it stands, else a folder in it named by what is run.
+    """``runs/figures/`` for scale quick unchanged, else a folder in it named by what is run.
 
     The name is ``<scale>-<task>`` and each further value that was changed, such as
     ``quick-library-n_experts2-seed1``; a digest stands for what a name cannot hold.
@@ -517,12 +457,13 @@ def destination(settings: dict[str, Any] | None, *, changed: Mapping[str, Any]) 
         settings: Of the notebook, None where it takes none.
         changed: Values by name that differ from the notebook's defaults, the scale left out.
     """
-    figures = home() / "figures"
+    figures = home() / "runs" / "figures"
     if not changed and (settings is None or settings["scale"] == "quick"):
         return figures
     head = "changed" if settings is None else f"{settings['scale']}-{settings['task']}"
     further = {name: changed[name] for name in sorted(changed) if name not in ("task", "data_dir")}
-    return figures / _safe("-".join([head, *(f"{k}{_word(v)}" for k, v in further.items())]))
+    words = [f"{name}{_word(value)}" for name, value in further.items()]
+    return figures / _safe("-".join([head, *words]))
 
 
 def _word(value: Any) -> str:
@@ -539,6 +480,13 @@ def _safe(name: str) -> str:
     return f"{plain[: LONGEST - len(short) - 1]}-{short}"
 
 
+def _published(job: Job, entry: Entry, publishing: bool) -> Entry:
+    if publishing:
+        with FileLock(Store().root / "locks" / "figures.lock"):  # another batch may publish too
+            publish(entry, published(job))
+    return entry
+
+
 def publish(entry: Entry, folder: Path) -> list[Path]:
     """Make ``folder`` hold exactly the run's figures, among those of other notebooks.
 
@@ -547,19 +495,20 @@ def publish(entry: Entry, folder: Path) -> list[Path]:
     """
     notebook, record = entry.key.choices["notebook"], entry.record()
     known = read_provenance(folder)
-    made = {}
-    for name, sha256 in record["files"].items():
-        if name.startswith("figures/"):
-            made[Path(name).name] = sha256
-            _copy(entry.folder / name, folder / Path(name).name, sha256)
-    for name in [name for name, about in known.items() if about["notebook"] == notebook]:
-        del known[name]
-        if name not in made:
-            (folder / Path(name).name).unlink(missing_ok=True)
+    made = {
+        Path(name).name: sha256
+        for name, sha256 in record["files"].items()
+        if name.startswith("figures/")
+    }
+    for name, sha256 in made.items():
+        _copy(entry.folder / "figures" / name, folder / name, sha256)
+    kept = {name: about for name, about in known.items() if about["notebook"] != notebook}
+    for name in known.keys() - kept.keys() - made.keys():
+        (folder / name).unlink(missing_ok=True)
     about = _about(entry, record)
-    known |= {name: {**about, "sha256": sha256} for name, sha256 in made.items()}
-    if known != read_provenance(folder):
-        write_json(folder / PROVENANCE, known)
+    kept |= {name: {**about, "sha256": sha256} for name, sha256 in made.items()}
+    if kept != known:
+        write_json(folder / PROVENANCE, kept)
     return [folder / name for name in made]
 
 
@@ -572,10 +521,7 @@ def read_provenance(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
-    """Where a run's files come from; of one drawn from results only what any machine repeats.
-
-    There each row says with which code, versions and machine it was made (``archive``).
-    """
+    """Where a run's files come from; drawn from committed results, what any machine repeats."""
     settings = entry.key.choices.get("settings") or {}
     about = {
         "notebook": entry.key.choices["notebook"],
@@ -584,13 +530,15 @@ def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
         "seeds": {name: value for name, value in settings.items() if "seed" in name},
         "inputs": entry.key.origin.get("inputs", {}),
     }
-    made = () if _drawn(entry) else ("versions", "commit", "machine")
-    return about | {name: record[name] for name in made}
+    made_with = () if _drawn(entry) else ("versions", "commit", "machine")
+    return about | {name: record[name] for name in made_with}
 
 
 def run_of(entry: Entry) -> str:
-    """The digest by which provenance names a run: its entry's, or where it was drawn from results
-    that of notebook, values and results alone."""
+    """The digest that names a run in a provenance file.
+
+    It is the entry's, or that of notebook, values and results where it was drawn from results.
+    """
     if not _drawn(entry):
         return entry.digest
     return digest({**entry.key.choices, "inputs": entry.key.origin["inputs"]})

@@ -23,6 +23,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,10 @@ from moebert_lib.config import file_io
 from moebert_lib.config.errors import UserError, home, nearest
 from moebert_lib.config.file_io import write_bytes, write_json
 from moebert_lib.config.provenance import digest
-from moebert_lib.runs import execution, local_pool, status
-from moebert_lib.runs import plan as notebook_files
+from moebert_lib.runs import execution, export, local_pool, status
 from moebert_lib.runs import plan as planning
 from moebert_lib.runs.execution import NotebookFailed
-from moebert_lib.runs.local_pool import Engine
+from moebert_lib.runs.local_pool import Local
 from moebert_lib.runs.plan import Job
 from moebert_lib.store.store import Entry, Store
 
@@ -63,37 +63,24 @@ class Sweep:
         return home() / "runs" / "sweeps" / f"{self.name}-{digest(points)[:8]}"
 
 
-def sweep(
-    grid: Mapping[str, Any] | str | Path,
-    *,
-    name: str = "sweep",
-    engine: Engine | None = None,
-    retry_failed: bool = False,
-    force: bool = False,
-    echo: Callable[[str], Any] = print,
-) -> "DataFrame":
+def sweep(grid: Mapping[str, Any] | str | Path, *, name: str = "sweep", **how: Any) -> "DataFrame":
     """Run every point of a grid, reusing what is stored, and return the table of all.
 
     Such as ``sweep({"seeds": [0, 1, 2], "settings": {"n_experts": [2, 4]}})``.
 
     Args:
-        grid: A mapping, or a YAML file that holds one.
+        grid: A mapping, or the path of a YAML file.
         name: Of a mapping's sweep, in status and report; a file has its own.
-        engine: ``engines.Local(2)`` or ``cluster.Ray()``; by default as many local
-            processes as cores and memory allow.
-        retry_failed: Also run what failed before in a cell and has not changed.
-        force: Run even what is stored.
-        echo: Receives a line for each start and end.
+        how: As of :func:`run`: engine, retry_failed, force, echo.
 
     Returns:
-        One row a point: ``sweep_tables.table``.
+        One row a point, as :func:`table`.
 
     Raises:
         UserError: the grid is refused, before anything is run.
     """
     planned = plan(grid, name=name) if isinstance(grid, Mapping) else read(Path(grid))
-    results = run(planned, engine=engine, retry_failed=retry_failed, force=force, echo=echo)
-    return table(planned.jobs, results)
+    return table(planned.jobs, run(planned, **how))
 
 
 def read(path: Path, *, data_dir: str = "") -> Sweep:
@@ -123,21 +110,24 @@ def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
             raise UserError(f"{where}unknown name '{key}'; {nearest(str(key), NAMES)}")
     usual = str(grid.get("notebook") or "03_distillation")
     common = {"scale": grid.get("scale") or "quick", "data_dir": str(grid.get("data_dir") or "")}
-    several = any("notebook" in one for one in grid.get("points") or [] if isinstance(one, Mapping))
+    points = list(_points(grid, where))
+    several = any("notebook" in values for values in points)
     jobs: dict[str, Job] = {}
-    for values in _points(grid, where):
-        paths = notebook_files.select([str(values.pop("notebook", usual))])
+    for values in points:
+        paths = planning.select([str(values.pop("notebook", usual))])
+        takes_settings = planning.takes_settings(paths[0])
         given = common
-        if several and not notebook_files.takes_settings(paths[0]):  # they are for the others
-            values = {k: v for k, v in values.items() if k not in (grid.get("settings") or {})}
+        if several and not takes_settings:  # the grid's settings are for the other notebooks
+            settings = grid.get("settings") or {}
+            values = {name: value for name, value in values.items() if name not in settings}
             given = {"scale": common["scale"]}
-        elif notebook_files.takes_settings(paths[0]) and grid.get("seeds") is not None:
+        elif takes_settings and grid.get("seeds") is not None:
             values = {"n_seeds": 1, **values}
         try:
             (job,) = planning.plan(paths, parameters=values, **given)
         except UserError as error:
-            told = "".join(f" {name}={value}" for name, value in values.items())
-            point = f"point{told}: " if told else ""
+            words = "".join(f" {name}={value}" for name, value in values.items())
+            point = f"point{words}: " if words else ""
             raise UserError(f"{where}{point}{error}") from None
         jobs.setdefault(digest([job.name, job.origin, job.parameters]), job)
     return Sweep(name, dict(grid) | _places(grid), list(jobs.values()))
@@ -188,47 +178,85 @@ def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
             yield dict(zip(axes, values, strict=True)) | dict(one)
 
 
+def chosen_points(text: str, n_points: int) -> list[int]:
+    """The numbers that a text such as ``0,3,5-7`` lists, counted from 0.
+
+    Raises:
+        UserError: it is no such list, or a number is not one of the grid's points.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UserError(f"'{text}': expected numbers of points, such as 7, 0-9 or 0,3,5-7")
+        numbers += range(int(first), int(last or first) + 1)
+        if int(last or first) >= n_points or int(last or first) < int(first):
+            raise UserError(f"'{part.strip()}': this grid has the points 0 to {n_points - 1}")
+    return sorted(set(numbers))
+
+
 def run(
     planned: Sweep,
     *,
-    engine: Engine | None = None,
+    only: Sequence[int] | None = None,
+    engine: Local | None = None,
     retry_failed: bool = False,
     force: bool = False,
     echo: Callable[[str], Any] = print,
-) -> list[Entry | NotebookFailed]:
-    """Run what is missing, write record and table; arguments as of :func:`sweep`.
+) -> list[Entry | NotebookFailed | None]:
+    """Run what is missing; write the sweep's record, and its table where all points were asked for.
+
+    Args:
+        planned: A validated grid.
+        only: Numbers of the points to run, counted from 0; all by default.
+        engine: ``local_pool.Local(2)`` or ``ray_cluster.Ray()``; by default as many local
+            processes as cores and memory allow.
+        retry_failed: Also run what failed or died before and has not changed.
+        force: Run even what is stored.
+        echo: Receives a line for each start and end.
 
     Returns:
-        For each point its entry, or why it failed.
-    """
-    from moebert_lib.runs.local_pool import fitting
+        For each point that was asked for its entry, or why it failed.
 
+    Raises:
+        UserError: no run can be made here: the disk is full, or the library has changed. The
+            table then has the state "not run" for the points that are left.
+    """
+    jobs = planned.jobs if only is None else [planned.jobs[number] for number in only]
     planned.folder.mkdir(parents=True, exist_ok=True)
-    points = [
-        {
-            "name": job.name,
-            "values": job.values,
-            "key": key.digest,
-            "entry": Store().folder(key).name,
-            "failed": execution.kept(job).name,
-        }
-        for job, key in ((job, job.key()) for job in planned.jobs)
-    ]
-    write_json(
-        planned.folder / status.SWEEP,
-        {"grid": planned.grid, "name": planned.name, "points": points},
-    )
-    results = local_pool.run(
-        planned.jobs,
-        engine=engine or fitting(planned.jobs),
+    record = {"grid": planned.grid, "name": planned.name}
+    write_json(planned.folder / status.SWEEP, record | {"points": list(map(_point, planned.jobs))})
+    results: list[Entry | NotebookFailed | None] = [None] * len(jobs)
+    ended = local_pool.completed(
+        jobs,
+        engine=engine or local_pool.fitting(jobs),
         force=force,
-        keep_going=True,
         retry_failed=retry_failed,
         publishing=False,
         echo=echo,
     )
-    write(planned.jobs, results, planned.folder)
+    try:
+        for index, result in ended:
+            results[index] = result
+    except BaseException:  # Ctrl-C too
+        ended.close()
+        with suppress(OSError):
+            write_tables(jobs, results, planned.folder if only is None else None)
+        raise
+    write_tables(jobs, results, planned.folder if only is None else None)
     return results
+
+
+def _point(job: Job) -> dict[str, Any]:
+    """What a sweep's record says of a point, so that status finds its run."""
+    key = job.key()
+    return {
+        "name": job.name,
+        "values": job.values,
+        "key": key.digest,
+        "entry": Store().folder(key).name,
+        "failed": execution.failure_folder(job).name,
+    }
 
 
 def preview(
@@ -238,8 +266,6 @@ def preview(
 
     ``whole``: all the reasons, none shortened.
     """
-    from moebert_lib.runs import status
-
     store = Store()
     entries = store.entries("notebook")
     for job in jobs:
@@ -249,16 +275,14 @@ def preview(
         if entry and not force:
             yield job, "reuse", f"stored, {entry.seconds / 60:.1f} min"
         elif failure and not (retry_failed or force):
-            yield job, "skip", f"failed before, --retry-failed runs it: {failure}"
+            yield job, "skip", f"{failure.state} before, --retry-failed runs it: {failure}"
         elif failure:
-            yield job, "run", f"failed before: {failure}"
+            yield job, "run", f"{failure.state} before: {failure}"
         elif force:
             yield job, "run", "--force"
         else:
-            damage = store.damage(key)
-            tell = status.details if whole else status.why
-            told = tell(key, entries, damaged=damage)
-            yield job, "run", "; ".join(told) if whole else told
+            reasons = status.why(key, entries, damaged=store.damage(key), whole=whole)
+            yield job, "run", "; ".join(reasons)
 
 
 def with_failures() -> list[Sweep]:
@@ -267,15 +291,15 @@ def with_failures() -> list[Sweep]:
     Raises:
         UserError: there is none.
     """
-    found = [
+    records = [
         record
         for record in status.recorded()
-        if any(state == "failed" for _, state, _ in status.states(record))
+        if any(state in ("failed", "died") for _, state, _ in status.states(record))
     ]
-    if not found:
+    if not records:
         raise UserError("no sweep here has failed runs (see moebert status)")
     planned = []
-    for record in found:
+    for record in records:
         try:
             planned.append(plan(record["grid"], name=record["name"]))
         except UserError as error:  # the others can be run all the same
@@ -286,36 +310,51 @@ def with_failures() -> list[Sweep]:
 # The tables of a sweep: one row a point, and the means over seeds.
 
 
-def write(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed], folder: Path) -> None:
-    """Write ``table.csv``, and ``means.csv`` where numbers were recorded, into a folder."""
-    frame = table(jobs, results)
-    _write(frame, folder / status.TABLE)
-    _write(means(frame), folder / status.MEANS)
+def write_tables(
+    jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed | None], folder: Path | None
+) -> None:
+    """Write ``table.csv``, and ``means.csv`` where numbers were recorded; None: write nothing."""
+    points = table(jobs, results)
+    for frame, name in ((points, status.TABLE), (means(points), status.MEANS)):
+        if folder and len(frame):
+            content = frame.to_csv(index=False, lineterminator="\n")
+            write_bytes(folder / name, content.encode())
 
 
-def table(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed]) -> "DataFrame":
+def state(result: Entry | NotebookFailed | None) -> str:
+    """A point's state: "done", "failed", "died" or "not run"."""
+    if result is None:
+        return "not run"
+    return result.state if isinstance(result, NotebookFailed) else "done"
+
+
+def table(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed | None]) -> "DataFrame":
     """One row a point in the order of jobs: its values, its state, what it recorded.
 
     Returns:
         Columns ``notebook`` where there are several, ``scale``, ``task``, ``seed`` and what else
-        the grid varies; ``state``, "done" or "failed"; ``run``, the name of its folder in
-        ``runs/``; then what notebooks recorded.
+        the grid varies; ``state``; ``run``, the name of its folder in ``runs/``; then what
+        notebooks recorded, named as :func:`export.column_names` names them.
     """
     from pandas import DataFrame
 
     varied = dict.fromkeys(name for job in jobs for name in job.values)
     named = [name for name in varied if name not in ("scale", "task", "seed", "data_dir")]
-    several, rows = len({job.name for job in jobs}) > 1, []
+    several = len({job.name for job in jobs}) > 1
+    rows: list[dict[export.Key, Any]] = []
     for job, result in zip(jobs, results, strict=True):
         known = {**job.parameters, **(job.settings.model_dump() if job.settings else {})}
         first = [name for name in ("scale", "task", "seed") if name in known]
-        row = {"notebook": job.name} if several else {}
-        row |= {name: known.get(name) for name in [*first, *named]}
+        row = {("first", "notebook"): job.name} if several else {}
+        row |= {("first", name): known.get(name) for name in [*first, *named]}
         done = isinstance(result, Entry)
-        row |= {"state": "done" if done else "failed", "run": result.folder.name if done else ""}
-        told = result.row.get("metrics", {}) if done else {}
-        rows.append(row | {f"metric.{name}" if name in row else name: told[name] for name in told})
-    return DataFrame(rows)
+        row["first", "state"] = state(result)
+        row["first", "run"] = result.folder.name if done else ""
+        recorded = result.row.get("metrics", {}) if done else {}
+        rows.append(row | {("metric", name): value for name, value in recorded.items()})
+    keys = dict.fromkeys(key for row in rows for key in row)
+    names = export.column_names(sorted(keys, key=lambda key: key[0]))
+    return DataFrame([{names[key]: value for key, value in row.items()} for row in rows])
 
 
 def means(frame: "DataFrame") -> "DataFrame":
@@ -344,10 +383,10 @@ def means(frame: "DataFrame") -> "DataFrame":
         first = group.iloc[0]
         headline = TASKS[first["task"]].metric if first.get("task") in TASKS else ""
         for metric in [headline] if headline in recorded else recorded:
-            found = [value for value in group[metric] if _is_number(value)]
-            if found:
-                low, high = student(found)
-                about = {"metric": metric, "n": len(found), "mean": sum(found) / len(found)}
+            numbers = [value for value in group[metric] if _is_number(value)]
+            if numbers:
+                low, high = student(numbers)
+                about = {"metric": metric, "n": len(numbers), "mean": sum(numbers) / len(numbers)}
                 rows.append({**first[values], **about, "low": low, "high": high})
     return DataFrame(rows)
 
@@ -355,8 +394,3 @@ def means(frame: "DataFrame") -> "DataFrame":
 def _is_number(value: Any) -> bool:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     return plain and not math.isnan(value)
-
-
-def _write(frame: "DataFrame", path: Path) -> None:
-    if len(frame):
-        write_bytes(path, frame.to_csv(index=False, lineterminator="\n").encode())

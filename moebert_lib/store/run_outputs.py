@@ -227,7 +227,9 @@ def _screen(cells: pd.DataFrame, numeric: list[bool], caption: str) -> Styler:
 
 # The numbers by which a notebook's run is told in a sweep's table and in an export.
 
-FILE = "metrics.json"
+METRICS = "metrics.json"
+#: What this process has recorded, by the run's folder: no run reads the numbers of another.
+RECORDED: dict[Path, dict[str, Any]] = {}
 
 
 def record(**metrics: Any) -> None:
@@ -239,9 +241,15 @@ def record(**metrics: Any) -> None:
         UserError: a value that is neither number, text, truth value nor None.
     """
     plain = {name: _plain(name, value) for name, value in metrics.items()}
-    path = output_dir().parent / FILE
-    before = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    write_json(path, before | plain)
+    folder = output_dir().parent
+    RECORDED[folder] = RECORDED.get(folder, {}) | plain
+    write_json(folder / METRICS, RECORDED[folder])
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The numbers that were recorded of the run in a folder; empty where there are none."""
+    path = folder / METRICS
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def _plain(name: str, value: Any) -> Any:

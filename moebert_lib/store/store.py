@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from threading import Event
 from typing import Any, Self
 
 from moebert_lib.config import file_io
@@ -194,6 +195,11 @@ class Entry:
 class Store:
     """The entries under one folder, ``home()/runs`` by default.
 
+    Args:
+        root: The folder.
+        cancelled: When it is set, nobody waits any longer for an entry that another process is
+            making: :class:`file_io.Cancelled` is raised.
+
     Example:
         >>> import tempfile
         >>> store, key = Store(tempfile.mkdtemp()), StageKey("sum", {"a": 1, "b": 2})
@@ -204,8 +210,9 @@ class Store:
         (True, {'total': 3})
     """
 
-    def __init__(self, root: Path | str | None = None):
+    def __init__(self, root: Path | str | None = None, *, cancelled: Event | None = None):
         self.root = Path(root).resolve() if root is not None else home() / "runs"
+        self.cancelled = cancelled or Event()
 
     def folder(self, key: StageKey) -> Path:
         """Where the entry of this key is, or would be."""
@@ -224,7 +231,7 @@ class Store:
             Unwritable: the disk is full or the folder forbidden; no half entry is left.
         """
         final = self.folder(key)
-        with file_io.writing(self.root), file_io.lock(self.root, final.name):
+        with file_io.writing(self.root), file_io.lock(self.root, final.name, self.cancelled):
             file_io.sweep(final)
             entry = self._whole(final)
             if entry and not force:
@@ -292,20 +299,7 @@ class Store:
         start = time.perf_counter()
         try:
             row = build(tmp)
-            record = {
-                "kind": key.kind,
-                "digest": key.digest,
-                "key": key.values(),
-                "row": row,
-                "seconds": round(time.perf_counter() - start, 3),
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "versions": versions(),
-                "commit": commit(),
-                "machine": machine(),
-                "files": checksums(tmp),
-            }
-            record = sealed(_json_value(record))
-            write_json(tmp / RECORD, record)
+            record = write_record(tmp, key, row, time.perf_counter() - start)
             file_io.sync(tmp / RECORD)  # after a power cut the checksums find what else was lost
             old = file_io.scratch(final) if final.exists() else None  # force
             if old:
@@ -326,6 +320,27 @@ def output_dir() -> Path:
     folder = Path(chosen) if chosen else home() / "runs" / "interactive" / "figures"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def write_record(
+    folder: Path, key: StageKey, row: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Write the record of a folder's files, and of what made them; return it."""
+    record = {
+        "kind": key.kind,
+        "digest": key.digest,
+        "key": key.values(),
+        "row": row,
+        "seconds": round(seconds, 3),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "commit": commit(),
+        "machine": machine(),
+        "files": checksums(folder),
+    }
+    record = sealed(_json_value(record))
+    write_json(folder / RECORD, record)
+    return record
 
 
 def entry_of(record: Mapping[str, Any], folder: Path, *, reused: bool = True) -> Entry:

@@ -129,14 +129,14 @@ class Home:
     def check_complete(self, table: bytes) -> None:
         """All points are done and in the table; nothing is left over, locked or half made."""
         status = self.run("status")
-        assert "3 runs: 3 done, 0 running, 0 failed, 0 waiting" in status.out, status
+        assert "3 runs: 3 done, 0 running, 0 failed, 0 died, 0 not run" in status.out, status
         assert self.entries().keys() == ALL and self.table() == table
         self.check_tidy()
 
     def check_tidy(self) -> None:
         """Nothing is left over, locked or half made."""
         left = [*(self.runs / "tmp").glob("*"), *self.temporary.iterdir()]
-        left += [*self.runs.rglob("*.tmp"), *(self.folder / "figures").rglob("*.tmp")]
+        left += [*self.runs.rglob("*.tmp"), *(self.runs / "figures").rglob("*.tmp")]
         assert not left, left
         locks = list((self.runs / "locks").glob("*.lock"))
         held = [path.name for path in locks if _held(path)]

@@ -121,7 +121,7 @@ DAMAGES = {
     "own 1": (cut, "pieces.bin", "has changed"),
     "own 2": (Path.unlink, "pieces.bin", "is missing"),
     "shared 0": (cut, "entry.json", "is missing, cut short or has changed"),
-    "run 0": (flip, "notebook.html", "has changed"),
+    "run 0": (flip, "notebook.ipynb", "has changed"),
     "run 1": (Path.unlink, "figures/figure1.csv", "is missing"),
     "run 2": (better, "entry.json", "is missing, cut short or has changed"),
 }

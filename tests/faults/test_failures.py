@@ -64,7 +64,7 @@ def test_values_reach_the_notebook_as_text_and_pages_as_escaped_text(tmp_path):
     assert json.loads((entry / "figures" / "row.json").read_text())["label"] == labels[0]
     assert json.loads((entry / "entry.json").read_text())["row"]["metrics"]["label"] == labels[0]
     assert not ran.exists()
-    for page in (home.runs / "report.html", entry / "notebook.html"):
+    for page in (home.runs / "report.html", home.runs / "pages" / f"{entry.name}.html"):
         text = page.read_text().lower()
         assert tag not in text and tag.replace("<", "&lt;").replace(">", "&gt;") in text, page
     home.check_tidy()
