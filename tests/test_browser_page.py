@@ -37,7 +37,7 @@ def address(release, tmp_path_factory):
 @pytest.fixture
 def explorer(address, page, watch):
     """The page, once its sliders and its picture are there."""
-    page.goto(address)
+    page.goto(address, timeout=60_000)  # the first visit starts a kernel
     page.locator(SLIDERS).first.wait_for(timeout=60_000)
     return page
 
@@ -83,7 +83,7 @@ def test_a_click_on_a_neuron_shows_the_tokens_that_excite_it(explorer, watch):
 
 def test_ctrl_c_ends_it_and_leaves_no_process(release, page):
     with served([*COMMAND, str(release)], ready=READY) as (address, process):
-        page.goto(address)
+        page.goto(address, timeout=60_000)  # the first visit starts a kernel
         page.locator(SLIDERS).first.wait_for(timeout=60_000)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)

@@ -1,9 +1,8 @@
-"""The explorer's picture: one column for each of up to three scores, redrawn in place.
+"""Draw the explorer's picture: one column for each of up to three scores, redrawn in place.
 
-A column shows one layer: its sorted scores and what becomes of the neurons, which experts hold
-which part of the ranking, how much of the layer's score each expert holds, and how much of it
-it has in common with each other. Everything is laid out once; a redraw only moves what is
-there, so that it keeps up with a slider.
+A column shows a layer: its sorted scores with the shared, assigned and dropped neurons, the ranks
+of each expert's neurons, each expert's share of the layer's score, and the overlap of every two
+experts. All is laid out once; a redraw only moves artists, so that it keeps up with a slider.
 """
 
 import matplotlib as mpl
@@ -33,7 +32,7 @@ class Picture:
     Args:
         figure: Empty; its size is set here.
         views: One to three.
-        title: The finding; a figure of a page has one, a widget none.
+        title: The headline of a figure; a widget has none.
     """
 
     def __init__(self, figure: Figure, views: list[View], *, title: str = ""):
@@ -45,8 +44,8 @@ class Picture:
             wide = (WIDTH - 0.1) / len(views)
             places = [(0.1 + n * wide, wide) for n in range(len(views))]
             self.columns = [
-                Column(figure, at, len(one.ordered), alone=len(views) == 1)
-                for at, one in zip(places, views, strict=True)
+                Column(figure, at, len(view.ordered), alone=len(views) == 1)
+                for at, view in zip(places, views, strict=True)
             ]
             self.update(views)
 
@@ -58,17 +57,17 @@ class Picture:
             marked: Rank of the chosen neuron in each column.
         """
         lead, limits = views[0], _limits(views)
-        for n, (column, one) in enumerate(zip(self.columns, views, strict=True)):
-            column.update(one, limits)
-            column.mark(one, marked[n] if marked else None)
-            alike = n > 0 and len(one.ranking) == len(lead.ranking)
+        for n, (column, view) in enumerate(zip(self.columns, views, strict=True)):
+            column.update(view, limits)
+            column.mark(view, marked[n] if marked else None)
+            alike = n > 0 and len(view.ranking) == len(lead.ranking)
             shared = lead.ranking[: lead.n_shared]
-            column.where(np.isin(one.ranking, shared) if alike else None)
+            column.where(np.isin(view.ranking, shared) if alike else None)
 
     def mark(self, views: list[View], marked: list[int | None]) -> None:
         """Move the chosen neuron's mark only."""
-        for column, one, rank in zip(self.columns, views, marked, strict=True):
-            column.mark(one, rank)
+        for column, view, rank in zip(self.columns, views, marked, strict=True):
+            column.mark(view, rank)
 
 
 class Column:
@@ -97,7 +96,7 @@ class Column:
         self.deal = self._axes(INSET, ROWS["deal"], room)
         self.held = self._axes(INSET, ROWS["held"], room - half - 0.3)
         self.overlap = self._axes(INSET + room - half, ROWS["held"], half)
-        self._fill_curve(width)
+        self._fill_curve(width, curve)
         self._fill_strip()
         self._fill_deal(width, room)
         self._fill_held(room - half)
@@ -116,7 +115,12 @@ class Column:
         x, y = (self.left + at[0]) / WIDTH, at[1] / self.figure.get_figheight()
         return self.figure.text(x, y, options.pop("s", ""), fontsize=size, color=color, **options)
 
-    def _fill_curve(self, width: int) -> None:
+    def _side_label(self, left: float, row: tuple[float, float], text: str) -> None:
+        bottom, tall = row
+        place = (left, bottom + tall / 2)
+        self._text(place, 8.5, INK, s=text, rotation=90, ha="center", va="center")
+
+    def _fill_curve(self, width: int, curve: tuple[float, float]) -> None:
         ax, names = self.curve, ("shared", "own", "dropped")
         across = ax.get_xaxis_transform()
         self.spans = [ax.axvspan(0, 1, color=COLORS[name], alpha=0.35, lw=0) for name in names]
@@ -135,16 +139,7 @@ class Column:
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(FuncFormatter(_plain))
         ax.tick_params(labelsize=8)
-        bottom, tall = (n * self.figure.get_figheight() for n in ax.get_position().bounds[1::2])
-        self._text(
-            (0.1, bottom + tall / 2),
-            8.5,
-            INK,
-            s="score / mean",
-            rotation=90,
-            ha="center",
-            va="center",
-        )
+        self._side_label(0.1, curve, "score / mean")
 
     def _fill_strip(self) -> None:
         self.density = self.strip.imshow(
@@ -177,29 +172,20 @@ class Column:
         self.masses = [ax.text(0, e, "", va="center", fontsize=8) for e in rows]
         ax.set_xlim(0, 100 * (1 + 0.3 / (overlap_at - 0.3)))
         self.numbers = [
-            one.text(
+            axes.text(
                 -0.03 / n,
                 0,
                 str(e + 1),
-                transform=one.get_yaxis_transform(),
+                transform=axes.get_yaxis_transform(),
                 ha="right",
                 va="center",
                 fontsize=8,
             )
-            for one, n in ((self.deal, 2), (ax, 1))
+            for axes, n in ((self.deal, 2), (ax, 1))
             for e in rows
         ]
         for row in ("deal", "held"):
-            bottom, tall = ROWS[row]
-            self._text(
-                (0.2, bottom + tall / 2),
-                8.5,
-                INK,
-                s="expert",
-                rotation=90,
-                ha="center",
-                va="center",
-            )
+            self._side_label(0.2, ROWS[row], "expert")
         above = sum(ROWS["held"]) + 0.05
         self._text((INSET, above), 8.5, MUTED, s="score held, %")
         right = INSET + overlap_at + self.overlap.get_position().width * WIDTH
@@ -208,34 +194,34 @@ class Column:
             np.zeros((1, 1)), cmap=RAMP, vmin=0, vmax=1, aspect="auto", interpolation="nearest"
         )
 
-    def update(self, one: View, limits: tuple[float, float]) -> None:
-        """Move everything to where ``one`` has it; ``limits`` are those of the scores' axis."""
-        for text, words in zip(self.heading, one.heading, strict=True):
+    def update(self, view: View, limits: tuple[float, float]) -> None:
+        """Show ``view``; ``limits`` are those of the scores' axis."""
+        for text, words in zip(self.heading, view.heading, strict=True):
             text.set_text(words)
         self.curve.set_ylim(*limits)
         self.ticks.set_params(subs=(1, 2, 5) if limits[1] < 50 * limits[0] else (1,))
-        self._update_curve(one)
-        self._update_deal(one)
-        self._update_held(one)
+        self._update_curve(view)
+        self._update_deal(view)
+        self._update_held(view)
 
-    def _update_curve(self, one: View) -> None:
-        width, seen = len(one.ordered), one.relative[one.ordered > 0]
+    def _update_curve(self, view: View) -> None:
+        width, seen = len(view.ordered), view.relative[view.ordered > 0]
         self.line.set_data(np.arange(len(seen)) + 0.5, seen)
-        edges = (0, one.n_shared, one.n_kept, width)
+        edges = (0, view.n_shared, view.n_kept, width)
         for n, name in enumerate(("shared", "dealt", "dropped")):
             start, stop = edges[n : n + 2]
             self.spans[n].set(x=start, width=stop - start)
-            held = f"{100 * (one.top(stop) - one.top(start)):.0f}%"
+            held = f"{100 * (view.top(stop) - view.top(start)):.0f}%"
             room = (stop - start) / width * self.curve.get_position().width * WIDTH  # inches
             count = f" {stop - start:,}" if room > 0.66 else ""
             words = f"{name}{count}\n{held}" if room > 0.33 else held
             self.names[n].set(x=(start + stop) / 2, text=words, visible=room > 0.27)
 
-    def _update_deal(self, one: View) -> None:
-        n_experts, width = len(one.hands), len(one.ordered)
-        self.image.set_data(tints(one))
+    def _update_deal(self, view: View) -> None:
+        n_experts, width = len(view.hands), len(view.ordered)
+        self.image.set_data(tints(view))
         self.image.set_extent((0, width, n_experts - 0.5, -0.5))
-        for line, edge in zip(self.cuts, (one.n_shared, one.n_kept), strict=True):
+        for line, edge in zip(self.cuts, (view.n_shared, view.n_kept), strict=True):
             line.set_xdata([edge, edge])
             line.set_visible(0 < edge < width)
         for n, number in enumerate(self.numbers):
@@ -243,33 +229,33 @@ class Column:
         for ax in (self.deal, self.held):
             ax.set_ylim(n_experts - 0.5, -0.5)
 
-    def _update_held(self, one: View) -> None:
-        n_experts, shared = len(one.hands), 100 * one.top(one.n_shared)
+    def _update_held(self, view: View) -> None:
+        n_experts, shared = len(view.hands), 100 * view.top(view.n_shared)
         for e in range(MAX_EXPERTS):
-            held = 100 * one.mass[e] if e < n_experts else 0.0
+            held = 100 * view.mass[e] if e < n_experts else 0.0
             self.common[e].set_width(min(shared, held))
             self.alone[e].set(x=shared, width=max(held - shared, 0))
             self.masses[e].set(x=held + 2, text=f"{held:.0f}", visible=e < n_experts)
-        overlap = one.overlap
+        overlap = view.overlap
         self.common_image.set_data(overlap)
         self.common_image.set_extent((-0.5, n_experts - 0.5, n_experts - 0.5, -0.5))
         self.overlap.set(xlim=(-0.5, n_experts - 0.5), ylim=(n_experts - 0.5, -0.5))
         apart = 100 * overlap[~np.eye(n_experts, dtype=bool)]
         self.shared_by.set_text(f"overlap: {interval(apart)}%" if n_experts > 1 else "one expert")
 
-    def mark(self, one: View, rank: int | None) -> None:
-        """Put the mark on the neuron of a rank; None: none."""
+    def mark(self, view: View, rank: int | None) -> None:
+        """Mark the neuron of a rank; ``None`` removes the mark."""
         for artist in (self.stem, self.point, self.below):
             artist.set_visible(rank is not None)
         if rank is not None:
             x = rank + 0.5
-            height = one.relative[rank]
+            height = view.relative[rank]
             self.stem.set_data([x, x], [self.curve.get_ylim()[0], height])
             self.below.set_xdata([x, x])
             self.point.set_data([x], [height])
 
     def where(self, chosen: np.ndarray | None) -> None:
-        """Show how densely chosen neurons lie along the ranking ``(F,)``; None: no strip."""
+        """Show where chosen neurons lie in the ranking ``(F,)``; ``None`` hides the strip."""
         self.density.set_visible(chosen is not None)
         self.caption.set_visible(chosen is not None)
         if chosen is None:
@@ -280,28 +266,28 @@ class Column:
 
 
 def _limits(views: list[View]) -> tuple[float, float]:
-    """One range of scores for all columns, with room for names above the lines."""
-    seen = [one.relative[one.ordered > 0] for one in views]
-    low = min((one[-1] for one in seen if len(one)), default=0.1)
-    high = max((one[0] for one in seen if len(one)), default=1.0)
+    """Return one range of scores for all columns, with room for names above the lines."""
+    positive = [view.relative[view.ordered > 0] for view in views]
+    low = min((values[-1] for values in positive if len(values)), default=0.1)
+    high = max((values[0] for values in positive if len(values)), default=1.0)
     return low / 1.3, high * (high / low) ** 0.25 * 1.3
 
 
 def _plain(value: float, _position: int) -> str:
-    """A tick as a plain number, as a power of ten where that is long."""
+    """Format a tick as a plain number, or as a power of ten where that is long."""
     if 1e-3 <= value < 1e4:
         return f"{value:g}"
     return f"$10^{{{round(np.log10(value))}}}$"
 
 
-def tints(one: View) -> np.ndarray:
-    """Colours of every expert along the ranking, ``(E, steps, 3)``.
+def tints(view: View) -> np.ndarray:
+    """Return the colours of every expert along the ranking, ``(E, steps, 3)``.
 
-    A step is tinted by the share of its neurons that the expert holds. Its length is a multiple
-    of the number of experts, since the deal goes around the table.
+    A step is the mean colour of its neurons. Its length is a multiple of the number of experts,
+    since neurons are assigned in turn.
     """
-    n_experts, width = len(one.hands), len(one.ordered)
-    holds, shared = one.holds, np.arange(width) < one.n_shared
+    n_experts, width = len(view.hands), len(view.ordered)
+    holds, shared = view.holds, np.arange(width) < view.n_shared
     colors = np.empty((n_experts, width, 3))
     colors[:] = to_rgb(COLORS["dropped"])
     for expert in range(n_experts):
