@@ -149,8 +149,8 @@ def views(chosen: Chosen, *, layer: int, **sizes: int) -> list[View]:
     columns = []
     for source, score in chosen:
         n_layers, width = source.shape
-        scale = width / first_width
-        expert_size, n_shared = (round(sizes[name] * scale) for name in ("expert_size", "n_shared"))
+        expert_size = round(sizes["expert_size"] * width / first_width)
+        n_shared = round(sizes["n_shared"] * width / first_width)
         expert_size, n_shared = fit(width, sizes["n_experts"], max(expert_size, 1), n_shared)
         shown_layer = min(layer, n_layers)
         columns.append(

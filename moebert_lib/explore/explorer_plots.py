@@ -96,7 +96,7 @@ class Column:
         self.deal = self._axes(INSET, ROWS["deal"], room)
         self.held = self._axes(INSET, ROWS["held"], room - half - 0.3)
         self.overlap = self._axes(INSET + room - half, ROWS["held"], half)
-        self._fill_curve(width, curve)
+        self._fill_curve(width)
         self._fill_strip()
         self._fill_deal(width, room)
         self._fill_held(room - half)
@@ -120,7 +120,7 @@ class Column:
         place = (left, bottom + tall / 2)
         self._text(place, 8.5, INK, s=text, rotation=90, ha="center", va="center")
 
-    def _fill_curve(self, width: int, curve: tuple[float, float]) -> None:
+    def _fill_curve(self, width: int) -> None:
         ax, names = self.curve, ("shared", "own", "dropped")
         across = ax.get_xaxis_transform()
         self.spans = [ax.axvspan(0, 1, color=COLORS[name], alpha=0.35, lw=0) for name in names]
@@ -139,7 +139,8 @@ class Column:
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(FuncFormatter(_plain))
         ax.tick_params(labelsize=8)
-        self._side_label(0.1, curve, "score / mean")
+        bottom, tall = (n * self.figure.get_figheight() for n in ax.get_position().bounds[1::2])
+        self._side_label(0.1, (bottom, tall), "score / mean")
 
     def _fill_strip(self) -> None:
         self.density = self.strip.imshow(
