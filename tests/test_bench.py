@@ -12,6 +12,7 @@ from moebert_lib.bench.harness import Benchmark
 from moebert_lib.cli import main
 from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError
+from moebert_lib.store.store import Store
 
 
 def test_calls_take_turns_after_one_untimed_round():
@@ -141,7 +142,7 @@ def test_a_run_prints_tables_and_targets_and_saves_all_of_it(moebert_home, clock
     )
     assert harness.run(benchmark) is True
     (path,) = (moebert_home / "runs").glob("bench-x-*.json")
-    record = harness.read("x")
+    record = harness.read(Store(), "x")
     assert record == json.loads(path.read_text())
     assert record["complete"] and record["shape"] == [1, 2] and record["rows"] == [8, 4]
     assert [row["seconds"] for row in record["timings"]] == [2, 1, 2, 1, 8, 2, 8, 2]
@@ -164,7 +165,7 @@ def test_ctrl_c_keeps_the_settings_that_are_finished(moebert_home, clock, capsys
     assert not record["complete"] and [row["setting"] for row in record["summary"]] == ["a"]
     assert "finished settings are kept" in capsys.readouterr().out
     with pytest.raises(UserError, match="no record 'x'"):  # an incomplete record is not read
-        harness.read("x")
+        harness.read(Store(), "x")
     with pytest.raises(KeyboardInterrupt):
         harness.run(Benchmark(name="y", settings={"b": lambda: {"dense": stop}}))
 
@@ -172,19 +173,19 @@ def test_ctrl_c_keeps_the_settings_that_are_finished(moebert_home, clock, capsys
 def test_the_newest_record_is_read_and_committed_ones_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
     with pytest.raises(UserError, match="make it with moebert bench inference --device cuda"):
-        harness.read("inference-cuda")
+        harness.read(Store(), "inference-cuda")
     out = tmp_path / "figures" / "bench" / "inference-cuda.json"
     harness.save({"what": "inference-cuda", "age": "committed"}, out=out)
-    assert harness.read("inference-cuda")["age"] == "committed"
+    assert harness.read(Store(), "inference-cuda")["age"] == "committed"
     for age in ("old", "new"):
         harness.save({"what": "inference-cuda", "age": age})
     harness.save({"what": "inference", "age": "another"})
-    assert harness.read("inference-cuda")["age"] == "new"
+    assert harness.read(Store(), "inference-cuda")["age"] == "new"
 
 
 @pytest.mark.parametrize("name", ["inference", "training", "importance", "scaling"])
 def test_committed_records_are_read(name, moebert_home):
-    record = harness.read(name)
+    record = harness.read(Store(), name)
     assert record["what"] == name and {"summary", "timings", "targets", "machine"} <= {*record}
 
 
@@ -209,7 +210,7 @@ def test_a_sweep_is_timed_in_turn_with_one_worker_and_with_two(moebert_home, mon
     assert main.main(["bench", "batch", "--runs", "20"]) == 0
     rounds = [[("1", seed, 1), ("2", seed, 2), ("2", 0, 2)] for seed in (0, 10, 20)]
     assert asked == [call for calls in rounds for call in calls]
-    record = harness.read("batch")
+    record = harness.read(Store(), "batch")
     assert [row["ratio"] for row in record["summary"]] == [1.0, 2.0, 2.0]
     assert record["summary"][1]["per_second"] == pytest.approx(10 / 15)
 

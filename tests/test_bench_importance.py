@@ -14,6 +14,7 @@ from moebert_lib.bench.training_and_importance import (
     WALKS,
 )
 from moebert_lib.config.errors import UserError
+from moebert_lib.store.store import Store
 
 VARIANTS = [
     "per-example loop",
@@ -72,7 +73,7 @@ def test_scores_that_differ_are_not_timed(tiny_bert, batch):
 def test_every_way_is_timed_in_every_setting_and_compared(moebert_home):
     benchmark = scoring.importance(shape=inference.TINY, repeats=2, preset="smoke", scale=4)
     assert harness.run(benchmark)
-    record = harness.read("importance")
+    record = harness.read(Store(), "importance")
     settings = ["32 x 64", "GLUE-like"]
     named = [(row["setting"], row["variant"]) for row in record["summary"]]
     assert named == [(setting, variant) for setting in settings for variant in VARIANTS]

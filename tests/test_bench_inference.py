@@ -11,6 +11,7 @@ from moebert_lib.cli import main
 from moebert_lib.config.errors import UserError
 from moebert_lib.model.accelerate import PackedBert
 from moebert_lib.model.moe_layer import moe_layers, parameter_counts
+from moebert_lib.store.store import Store
 
 TINY = inference.TINY
 
@@ -105,7 +106,7 @@ def test_only_one_sentence_is_given_to_the_ordinary_gate():
 def test_the_command_keeps_numbers_targets_and_roofline(moebert_home, small, capsys):
     assert main.main(["bench", "--repeats", "2"]) == 0
     printed = capsys.readouterr().out
-    record = harness.read("inference")
+    record = harness.read(Store(), "inference")
     assert record["complete"] and record["tokens"]["1 x 64"] == 4
     settings = {"32 x 128", "GLUE-like", "1 x 64", "1 x 128"}
     assert {row["setting"] for row in record["targets"]} == settings

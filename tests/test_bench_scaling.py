@@ -7,6 +7,7 @@ import pytest
 from moebert_lib.bench import harness, inference, roofline
 from moebert_lib.cli import main
 from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.store.store import Store
 
 MOE = "moebert hash-random, accelerated"
 SHAPE = {**inference.TINY, "intermediate_size": 256}
@@ -90,7 +91,7 @@ def test_the_command_keeps_points_and_exponents(moebert_home, monkeypatch, capsy
     monkeypatch.setattr(roofline, "measure_ceilings", lambda: rates)
     monkeypatch.setitem(inference.scaling.__kwdefaults__, "shape", SHAPE)
     assert main.main(["bench", "scaling", "--repeats", "2"]) == 0
-    record = harness.read("scaling")
+    record = harness.read(Store(), "scaling")
     table = pd.DataFrame(record["summary"])
     values = table[table["axis"] == "sentences"].groupby("variant")["value"]
     assert [sorted(points) for _, points in values] == [[1, 2, 4]] * 3

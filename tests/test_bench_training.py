@@ -8,6 +8,7 @@ import torch
 from moebert_lib.bench import harness, inference
 from moebert_lib.bench import training_and_importance as training
 from moebert_lib.bench.training_and_importance import CACHED, DRY, HALF, PACKED, RELEASE, WET
+from moebert_lib.store.store import Store
 
 TINY = inference.TINY
 
@@ -63,7 +64,7 @@ def test_the_cached_teachers_file_leaves_no_name(steps, tmp_path):
 def test_each_setting_is_timed_and_compared_with_the_release(moebert_home, capsys):
     benchmark = training.training(shape=TINY, repeats=2, scale=4)
     assert harness.run(benchmark)
-    record = harness.read("training")
+    record = harness.read(Store(), "training")
     table = harness.pd.DataFrame(record["summary"])
     wet = table[table["setting"] == WET]
     assert set(wet["variant"]) == {RELEASE, PACKED, HALF}

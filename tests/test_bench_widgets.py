@@ -4,6 +4,7 @@ import pytest
 
 from moebert_lib.bench import harness, sweeps_and_widgets
 from moebert_lib.bench.sweeps_and_widgets import WIDGETS
+from moebert_lib.store.store import Store
 
 
 @pytest.mark.parametrize("name", [n for n in WIDGETS if n.startswith("explorer")])
@@ -39,6 +40,6 @@ def test_a_widget_is_slow_where_a_tenth_of_its_moves_are(moebert_home, monkeypat
     monkeypatch.setattr(harness.Benchmark, "measure", slowed)
     assert harness.run(sweeps_and_widgets.redrawing(repeats=10))
     assert moves == [n for n in range(11) for _ in range(2)]
-    record = harness.read("widgets")
+    record = harness.read(Store(), "widgets")
     assert record["slow"] == ["slow"] and record["limit_ms"] == 100
     assert "over 100 ms: slow" in capsys.readouterr().out

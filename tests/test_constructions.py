@@ -15,6 +15,7 @@ from moebert_lib.method.encoder_layouts import ffns
 from moebert_lib.method.partition import deal_layers, random_ranking
 from moebert_lib.model.conversion import to_moebert
 from moebert_lib.model.moe_layer import moe_layers
+from moebert_lib.store.store import Store
 
 GROUPED = get_args(Grouping)[1:]  # the first is the deal
 
@@ -34,8 +35,8 @@ def settings(home, monkeypatch) -> Settings:
 @pytest.mark.parametrize("n_shared", [0, None])
 @pytest.mark.parametrize("how", GROUPED)
 def test_a_grouping_keeps_the_neurons_that_the_deal_keeps(settings, how, n_shared):
-    dealt = expert_partitions.neurons(settings.but(n_shared=n_shared))
-    grouped = expert_partitions.neurons(settings.but(n_shared=n_shared, grouping=how))
+    dealt = expert_partitions.neurons(Store(), settings.but(n_shared=n_shared))
+    grouped = expert_partitions.neurons(Store(), settings.but(n_shared=n_shared, grouping=how))
     assert grouped.shape == dealt.shape and not torch.equal(grouped, dealt)
     for mine, other in zip(grouped, dealt, strict=True):
         assert sorted(mine.flatten().tolist()) == sorted(other.flatten().tolist())
@@ -46,12 +47,12 @@ def test_a_grouping_keeps_the_neurons_that_the_deal_keeps(settings, how, n_share
 def test_each_layer_is_grouped_by_its_own_weights_or_activations(settings, how):
     ways = settings.but(grouping=how, split_seed=3)
     n_shared = ways.sizes(64)[1]
-    layers = [*ffns(teacher.teacher(settings).model)]
+    layers = [*ffns(teacher.teacher(Store(), settings).model)]
     parts = zip(
         layers,
-        expert_partitions.activations(settings),
-        expert_partitions.neurons(settings),
-        expert_partitions.neurons(ways),
+        expert_partitions.activations(Store(), settings),
+        expert_partitions.neurons(Store(), settings),
+        expert_partitions.neurons(Store(), ways),
         strict=True,
     )
     for layer, h, dealt, grouped in parts:
@@ -69,20 +70,20 @@ def test_each_layer_is_grouped_by_its_own_weights_or_activations(settings, how):
 @pytest.mark.parametrize("how", GROUPED)
 def test_where_all_is_shared_there_is_nothing_to_group(settings, how):
     shared = settings.but(expert_size=16, n_shared=16)
-    grouped = expert_partitions.neurons(shared.but(grouping=how))
-    assert torch.equal(grouped, expert_partitions.neurons(shared))
+    grouped = expert_partitions.neurons(Store(), shared.but(grouping=how))
+    assert torch.equal(grouped, expert_partitions.neurons(Store(), shared))
 
 
 def test_the_converted_model_holds_them_and_says_so(settings):
     grouped = settings.but(grouping="coactivation")
-    model = student.converted(grouped)
+    model = student.converted(Store(), grouped)
     held = torch.stack([layer.neurons for layer in moe_layers(model)])
-    assert torch.equal(held, expert_partitions.neurons(grouped))
+    assert torch.equal(held, expert_partitions.neurons(Store(), grouped))
 
 
 def test_activations_are_those_of_real_tokens(settings):
-    found = expert_partitions.activations(settings)
-    bundle, model = dataset.dataset(settings), teacher.teacher(settings).model
+    found = expert_partitions.activations(Store(), settings)
+    bundle, model = dataset.dataset(settings), teacher.teacher(Store(), settings).model
     rows = bundle.rows("train", settings.importance_examples, shuffle=True)["input_ids"][:]
     assert found.shape[:2] == (2, sum(map(len, rows)))
     seen = []
@@ -102,7 +103,7 @@ def test_of_many_tokens_some_are_drawn_the_same_ones_in_each_layer(settings, mon
         expert_partitions._activations.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(expert_partitions, "TOKENS", most)
-            return expert_partitions.activations(longer)
+            return expert_partitions.activations(Store(), longer)
 
     whole, some = drawn(10**6), drawn(50)
     expert_partitions._activations.cache_clear()
@@ -116,12 +117,12 @@ def test_of_many_tokens_some_are_drawn_the_same_ones_in_each_layer(settings, mon
 
 
 def test_more_company_is_in_the_experts_of_the_coactivation_graph(settings):
-    h = expert_partitions.activations(settings)
+    h = expert_partitions.activations(Store(), settings)
     graphs = [partition.coactivation(layer > 0) for layer in h]
 
     def within(how: str) -> float:
         total = 0.0
-        neurons = expert_partitions.neurons(settings.but(grouping=how, n_shared=0))
+        neurons = expert_partitions.neurons(Store(), settings.but(grouping=how, n_shared=0))
         for graph, experts in zip(graphs, neurons.tolist(), strict=True):
             pairs = (pair for hand in experts for pair in itertools.combinations(hand, 2))
             total += sum(graph[pair] for pair in pairs)
@@ -132,7 +133,7 @@ def test_more_company_is_in_the_experts_of_the_coactivation_graph(settings):
 
 def test_keys_hold_what_a_grouping_depends_on_and_nothing_for_a_deal(settings):
     def key(**changes):
-        return student.conversion_key(settings.but(**changes)).flat(origin=False)
+        return student.conversion_key(Store(), settings.but(**changes)).flat(origin=False)
 
     assert key() == key(split_seed=7) and "grouping.how" not in key()
     for how in GROUPED[:2]:
@@ -142,10 +143,10 @@ def test_keys_hold_what_a_grouping_depends_on_and_nothing_for_a_deal(settings):
 
 
 def test_a_grouping_is_made_once(settings, monkeypatch):
-    one = expert_partitions.neurons(settings.but(grouping="coactivation"))
+    one = expert_partitions.neurons(Store(), settings.but(grouping="coactivation"))
     monkeypatch.setattr(partition, "partition_graph", None)
     assert torch.equal(
-        expert_partitions.neurons(settings.but(grouping="coactivation", seed=1)), one
+        expert_partitions.neurons(Store(), settings.but(grouping="coactivation", seed=1)), one
     )
 
 

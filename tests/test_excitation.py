@@ -6,6 +6,7 @@ from moebert_lib.config.settings import Settings
 from moebert_lib.data import tasks
 from moebert_lib.experiments import neuron_measurements
 from moebert_lib.experiments.neuron_measurements import Excitation, excite
+from moebert_lib.store.store import Store
 
 
 def activations(model, batch):
@@ -68,16 +69,16 @@ def test_a_word_in_pieces_is_shown_whole_between_its_neighbours():
 
 def test_the_pass_is_made_once_over_scored_examples(moebert_home, capsys):
     settings = Settings.at("smoke")
-    first = neuron_measurements.excitation(settings)
+    first = neuron_measurements.excitation(Store(), settings)
     assert len(first.tokens) == settings.importance_examples
     assert tasks.TASKS[settings.task] and first.mean.shape == (2, 64)
-    again = neuron_measurements.excitation(settings)
+    again = neuron_measurements.excitation(Store(), settings)
     assert torch.equal(again.top, first.top) and again.tokens == first.tokens
     assert "excitation for library: reused" in capsys.readouterr().out
 
 
 def test_what_is_shown_is_what_the_example_says(moebert_home):
-    found = neuron_measurements.excitation(Settings.at("smoke"))
+    found = neuron_measurements.excitation(Store(), Settings.at("smoke"))
     for _, before, token, after in found.contexts(1, 9, around=100):
         text = " ".join(filter(None, (before, token, after)))
         assert text in [neuron_measurements.joined(pieces) for pieces in found.tokens]

@@ -39,9 +39,9 @@ def count(kind):
 
 
 def test_a_student_is_made_once_and_then_reused(home, capsys):
-    first = experiment.student(SETTINGS)
+    first = experiment.student(Store(), SETTINGS)
     forget()
-    again = experiment.student(SETTINGS)
+    again = experiment.student(Store(), SETTINGS)
     assert not first.entry.reused and again.entry.reused
     assert first.row == again.row and first.curve.equals(again.curve)
     kinds = ("teacher", "importance", "converted", "student")
@@ -49,9 +49,9 @@ def test_a_student_is_made_once_and_then_reused(home, capsys):
 
 
 def test_a_model_that_is_fine_tuned_already_is_the_teacher_as_it_is(shared):
-    made = teacher.teacher(SETTINGS)
+    made = teacher.teacher(Store(), SETTINGS)
     given = SETTINGS.but(model=str(made.entry.folder), teacher_epochs=0)
-    again = teacher.teacher(given)
+    again = teacher.teacher(Store(), given)
     assert again.metrics == made.metrics
     pairs = zip(again.model.parameters(), made.model.parameters(), strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
@@ -59,43 +59,43 @@ def test_a_model_that_is_fine_tuned_already_is_the_teacher_as_it_is(shared):
 
 def test_a_model_that_was_never_fine_tuned_or_on_another_task_is_refused(shared):
     with pytest.raises(UserError, match="random weights; expected teacher_epochs above 0"):
-        teacher.teacher(SETTINGS.but(teacher_epochs=0))
-    folder = str(teacher.teacher(SETTINGS).entry.folder)
+        teacher.teacher(Store(), SETTINGS.but(teacher_epochs=0))
+    folder = str(teacher.teacher(Store(), SETTINGS).entry.folder)
     with pytest.raises(UserError, match="6 outputs, task 'acceptability' needs 2"):
-        teacher.teacher(SETTINGS.but(model=folder, task="acceptability", teacher_epochs=0))
+        teacher.teacher(Store(), SETTINGS.but(model=folder, task="acceptability", teacher_epochs=0))
 
 
 def test_ablations_share_teacher_and_importance(home):
     points = [SETTINGS.but(n_shared=n, seed=seed) for n in (0, 8) for seed in (0, 1)]
-    frame = experiment.grid(points)
+    frame = experiment.grid(Store(), points)
     assert (count("teacher"), count("importance"), count("student")) == (1, 1, 4)
     assert frame["n_shared"].tolist() == [0, 0, 8, 8] and frame["seed"].tolist() == [0, 1, 0, 1]
 
 
 def test_a_grid_runs_only_what_is_missing(home, capsys):
-    experiment.grid([SETTINGS])
-    experiment.grid([SETTINGS, SETTINGS.but(distill="last"), SETTINGS])
+    experiment.grid(Store(), [SETTINGS])
+    experiment.grid(Store(), [SETTINGS, SETTINGS.but(distill="last"), SETTINGS])
     assert "3 points, 1 run now, 2 reused" in capsys.readouterr().out
     assert count("student") == 2
 
 
 def test_a_row_holds_what_the_notebooks_draw(shared):
-    row = experiment.student(SETTINGS).row
+    row = experiment.student(Store(), SETTINGS).row
     assert {"teacher_accuracy", "converted_accuracy", "accuracy", "steps"} <= set(row)
     assert row["effective_parameters"] < row["stored_parameters"]
 
 
 def test_conversion_leaves_the_embeddings_and_moves_the_layers(shared):
-    apart = experiment.distances(SETTINGS, experiment.converted(SETTINGS))
+    apart = experiment.distances(Store(), SETTINGS, experiment.converted(Store(), SETTINGS))
     assert apart.shape == (3,) and apart[0] == 0 < apart[2]
-    student = experiment.student(SETTINGS, keep_model=True)
-    again = experiment.distances(SETTINGS, student.model())
+    student = experiment.student(Store(), SETTINGS, keep_model=True)
+    again = experiment.distances(Store(), SETTINGS, student.model())
     assert student.distances.tolist() == pytest.approx(again.tolist(), rel=1e-5)
 
 
 def test_a_students_states_are_those_of_its_model_beside_its_teachers(shared):
-    model = experiment.student(SETTINGS, keep_model=True).model()
-    found = experiment.states(SETTINGS)
+    model = experiment.student(Store(), SETTINGS, keep_model=True).model()
+    found = experiment.states(Store(), SETTINGS)
     batches = dataset.dataset(SETTINGS).batches("validation", limit=experiment.NEAR)
     again = sentence_states(model, batches)
     assert {values.shape for values in found.values()} == {again.shape}
@@ -108,23 +108,26 @@ def test_a_students_states_are_those_of_its_model_beside_its_teachers(shared):
 def test_every_kind_of_task_goes_the_whole_way(shared, tiny_glue, task):
     data_dir = "" if task == "passage" else str(tiny_glue)
     settings = Settings.at("smoke", task=task, data_dir=data_dir, doc_stride=8, max_length=48)
-    row, bundle = experiment.student(settings, keep_model=True).row, dataset.dataset(settings)
+    row, bundle = (
+        experiment.student(Store(), settings, keep_model=True).row,
+        dataset.dataset(settings),
+    )
     names = [*bundle.task.metrics, *(["accuracy_mismatched"] if task == "mnli" else [])]
     assert {f"{when}{name}" for name in names for when in ("", "teacher_", "converted_")} <= set(
         row
     )
-    model = experiment.student(settings).model()
+    model = experiment.student(Store(), settings).model()
     assert teacher.evaluate(settings, model) == {name: row[name] for name in names}
-    said, truths = experiment.said(settings), teacher.truths(settings)
+    said, truths = experiment.answers(Store(), settings), teacher.truths(settings)
     assert len(said) == len(truths) == len(bundle.examples["validation"])
-    assert said["distilled"].tolist() == list(teacher.judge(settings, model)[1])
+    assert said["distilled"].tolist() == list(teacher.evaluate_with_answers(settings, model)[1])
 
 
 def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch):
-    first = experiment.student(SETTINGS)
+    first = experiment.student(Store(), SETTINGS)
     monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
     forget()
-    second = experiment.student(SETTINGS)
+    second = experiment.student(Store(), SETTINGS)
     assert not second.entry.reused
     assert first.row == second.row and first.curve.equals(second.curve)
 
@@ -135,7 +138,7 @@ def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch
 )
 def test_importance_depends_on_its_settings(changes):
     changed = SETTINGS.but(**changes)
-    assert teacher.importance_key(changed) != teacher.importance_key(SETTINGS)
+    assert teacher.importance_key(Store(), changed) != teacher.importance_key(Store(), SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -143,49 +146,53 @@ def test_importance_depends_on_its_settings(changes):
 )
 def test_a_student_depends_on_how_its_training_is_computed(changes):
     changed = SETTINGS.but(**changes)
-    assert experiment.student_key(changed) != experiment.student_key(SETTINGS)
-    same = teacher.teacher_key(changed) == teacher.teacher_key(SETTINGS)
+    assert experiment.student_key(Store(), changed) != experiment.student_key(Store(), SETTINGS)
+    same = teacher.teacher_key(Store(), changed) == teacher.teacher_key(Store(), SETTINGS)
     assert same == ("dtype" not in changes)
 
 
 @pytest.mark.parametrize("changes", [dict(seed=5), dict(distill="last"), dict(n_experts=2)])
 def test_the_teacher_does_not_depend_on_the_student(changes):
-    assert teacher.teacher_key(SETTINGS.but(**changes)) == teacher.teacher_key(SETTINGS)
+    assert teacher.teacher_key(Store(), SETTINGS.but(**changes)) == teacher.teacher_key(
+        Store(), Store(), SETTINGS
+    )
 
 
 def test_a_random_split_needs_no_scores(home):
-    experiment.conversion(SETTINGS.but(ranking="random"))
+    experiment.conversion(Store(), SETTINGS.but(ranking="random"))
     assert count("importance") == 0 and count("converted") == 1
 
 
 def test_conversion_is_the_metric_of_the_converted_model(shared):
-    model = experiment.converted(SETTINGS)
-    assert experiment.conversion(SETTINGS) == teacher.evaluate(SETTINGS, model)
+    model = experiment.converted(Store(), SETTINGS)
+    assert experiment.conversion(Store(), SETTINGS) == teacher.evaluate(SETTINGS, model)
     assert [tuple(layer.neurons.shape) for layer in moe_layers(model)] == [(4, 16)] * 2
 
 
 def test_rankings_give_other_experts(shared):
     kinds = ("importance", "random", "inverse")
-    dealt = [moe_layers(experiment.converted(SETTINGS.but(ranking=k)))[0].neurons for k in kinds]
+    dealt = [
+        moe_layers(experiment.converted(Store(), SETTINGS.but(ranking=k)))[0].neurons for k in kinds
+    ]
     assert not torch.equal(dealt[0], dealt[1]) and not torch.equal(dealt[0], dealt[2])
     shared = [set(rows[0, :10].tolist()) for rows in dealt]
     assert not shared[0] & shared[2]  # the most and the least important
 
 
 def test_a_kept_model_is_the_one_that_was_measured(shared):
-    kept = experiment.student(SETTINGS.but(routing="gate-token"), keep_model=True)
+    kept = experiment.student(Store(), SETTINGS.but(routing="gate-token"), keep_model=True)
     measured = {name: kept.row[name] for name in dataset.dataset(SETTINGS).task.metrics}
     assert teacher.evaluate(SETTINGS, kept.model()) == measured
-    assert experiment.student(SETTINGS.but(routing="gate-token")).entry.reused
+    assert experiment.student(Store(), SETTINGS.but(routing="gate-token")).entry.reused
 
 
 def test_balanced_routing_counts_the_training_tokens(shared):
     counts = dataset.token_frequencies(SETTINGS)
     ids = [token for row in dataset.dataset(SETTINGS).train["input_ids"] for token in row]
     assert int(counts.sum()) == len(ids) and int(counts[ids[0]]) == ids.count(ids[0])
-    experiment.conversion(SETTINGS.but(routing="hash-balance"))
+    experiment.conversion(Store(), SETTINGS.but(routing="hash-balance"))
 
 
 def test_one_line_says_what_is_run(shared):
-    line = dataset.describe(SETTINGS)
+    line = dataset.provenance_line(Store(), SETTINGS)
     assert "\n" not in line and "smoke" in line and "library" in line and "64 training" in line

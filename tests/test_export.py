@@ -46,7 +46,7 @@ def test_a_stored_student_has_each_of_its_settings_and_results(runs):
     settings = Settings.at("smoke", seed=3, epochs=0.5, n_experts=2)
     odd = {"guessing": float("nan"), "loss": float("inf"), "wide": 2**70, "fair": True, "all": [1]}
     row = {"task": "library", "accuracy": 0.5, "steps": 0} | odd
-    entry = Store(runs).make(student.student_key(settings), lambda folder: row)
+    entry = Store(runs).make(student.student_key(Store(), settings), lambda folder: row)
     one = only(export.frame([runs], kind="student"))
     known = settings.model_dump() | {"expert_size": 32, "n_shared": 21, "teacher_seed": 0}
     told = {name for name in Settings.model_fields if name in one} - {"scale"}

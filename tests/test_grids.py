@@ -13,6 +13,7 @@ from moebert_lib.experiments import ablations, student
 from moebert_lib.method.routing import ROUTINGS
 from moebert_lib.runs import cost
 from moebert_lib.runs import plan as planning
+from moebert_lib.store.store import Store
 
 
 @pytest.fixture
@@ -129,7 +130,10 @@ def test_two_points_are_one_run_exactly_if_the_store_has_one_key_for_them():
     ]
     for one, other in itertools.combinations(points, 2):
         same = cost.Run("student", one).key() == cost.Run("student", other).key()
-        assert same == (student.student_key(one) == student.student_key(other)), (one, other)
+        assert same == (student.student_key(Store(), one) == student.student_key(Store(), other)), (
+            one,
+            other,
+        )
 
 
 def test_the_default_is_in_every_figure_and_one_setting_changes():

@@ -55,7 +55,7 @@ def test_two_experiments_read_alike_only_if_they_are_one(make, one, other):
 
 def test_a_row_names_each_choice():
     settings = Settings.at("smoke", n_experts=2, gate_scaling="outside", epochs=0.5)
-    row = status.summary(entry("student", student.student_key(settings).values()))
+    row = status.summary(entry("student", student.student_key(Store(), settings).values()))
     assert row.split() == ["smoke", "library", "n_experts=2", "gate_scaling=outside", "epochs=0.5"]
 
 
@@ -114,7 +114,7 @@ def test_every_scale_can_be_told_from_the_others():
 
 def teacher_key_of(scale):
     """As a teacher's key, without reading the scale's data."""
-    from moebert_lib.experiments.dataset import chosen
+    from moebert_lib.experiments.stage_keys import chosen
     from moebert_lib.experiments.stage_keys import DATA, TEACHER
 
     settings = Settings.at(scale)

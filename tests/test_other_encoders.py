@@ -25,6 +25,7 @@ from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.model.modeling import MoEHead
 from moebert_lib.publish import share_model
 from moebert_lib.runs.plan import _check_model
+from moebert_lib.store.store import Store
 from moebert_lib.training.evaluation import predict
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
@@ -84,7 +85,7 @@ def folder(request, tmp_path, moebert_home):
 
 
 def test_it_is_shipped_with_a_receipt_whose_checks_hold(folder, tmp_path):
-    made = share_model.from_task("", Settings.at("smoke", model=str(folder)), train=False)
+    made = share_model.from_task(Store(), "", Settings.at("smoke", model=str(folder)), train=False)
     (tmp_path / "moe").mkdir()
     proof = share_model.write(made, tmp_path / "moe", name="moe")
     assert len(proof["checks"]) >= 6 and all(row["holds"] for row in proof["checks"])
@@ -103,8 +104,8 @@ def test_more_tokens_than_it_has_positions_for_are_refused(folder, capsys):
 def test_a_student_of_another_family_is_distilled_and_read_back(folder):
     settings = Settings.at("smoke", model=str(folder), routing="hash-balance", n_experts=2)
     _check_model(settings)
-    student = experiment.student(settings, keep_model=True)
-    teacher, model = teachers.teacher(settings).model, student.model()
+    student = experiment.student(Store(), settings, keep_model=True)
+    teacher, model = teachers.teacher(Store(), settings).model, student.model()
     assert teacher.config.model_type == folder.name and isinstance(model, MoEHead)
     assert model.config.model_type == "moe" + folder.name and model.config.expert_size == 32
     assert 0 < student.row["effective_parameters"] < student.row["stored_parameters"]

@@ -201,7 +201,7 @@ def test_like_runs_that_are_stored_say_how_long_a_run_takes(moebert_home):
     runs = [cost.Run(stage, base) for stage in cost.STAGES]
     guessed = [cost.seconds(run, cost.stored_seconds()) for run in runs]
     for seed in (0, 1):
-        student.student(base.but(seed=seed))
+        student.student(Store(), base.but(seed=seed))
     stored = cost.stored_seconds()
     again = [cost.Run(run.stage, base.but(seed=7)) for run in runs]
     known = {stage: [] for stage in cost.STAGES}

@@ -10,6 +10,7 @@ import pytest
 from moebert_lib.bench import harness, inference, roofline
 from moebert_lib.plots import speed
 from moebert_lib.store.run_outputs import finding
+from moebert_lib.store.store import Store
 
 MOE = "moebert hash-random, accelerated"
 LIMIT = "equal FLOPs, accelerated"
@@ -180,7 +181,7 @@ def test_records_of_the_benchmarks_themselves_can_be_drawn(moebert_home, monkeyp
     tiny = inference.TINY
     harness.run(inference.inference(shape=tiny, batch=2, length=8, repeats=2))
     harness.run(inference.scaling(shape=tiny, repeats=2))
-    fig = speed.page({"inference": harness.read("inference")})
+    fig = speed.page({"inference": harness.read(Store(), "inference")})
     assert "times as fast as dense BERT" in finding(fig)
-    scaled = json.loads(json.dumps(harness.read("scaling")))
+    scaled = json.loads(json.dumps(harness.read(Store(), "scaling")))
     assert len(speed.growth(scaled).axes) == len({row["axis"] for row in scaled["summary"]}) == 6

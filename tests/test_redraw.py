@@ -1,5 +1,6 @@
 """Figures and tables are drawn again from rows and small files: the same bytes, no model."""
 
+import os
 import shutil
 
 import fixture_home
@@ -18,6 +19,7 @@ from moebert_lib.experiments import dataset, student, teacher
 from moebert_lib.publish import report
 from moebert_lib.runs import export, local_pool, plan
 from moebert_lib.store import committed_results
+from moebert_lib.store.committed_results import open_store
 from moebert_lib.store.store import StageKey, Store
 
 
@@ -30,7 +32,7 @@ def home(tmp_path_factory):
 
 
 #: Those that take more from models than stages: make figures draws all of them.
-MEASURING = [path for path in NOTEBOOKS if "experiment.measured(" in path.read_text("utf-8")]
+MEASURING = [path for path in NOTEBOOKS if "measured_table(" in path.read_text("utf-8")]
 
 
 @pytest.mark.parametrize("path", MEASURING, ids=lambda path: path.stem)
@@ -38,7 +40,7 @@ def test_a_notebook_drawn_from_results_makes_the_bytes_of_its_run(path, home, tm
     (entry,) = local_pool.run(plan.plan(plan.select([path.stem]), scale="smoke"))
     made = {file.name: file.read_bytes() for file in (entry.folder / "figures").iterdir()}
     folder = tmp_path / "results"
-    dataset.about(Settings.at("smoke"))  # not every notebook asks for a stage
+    dataset.summary(Store(), Settings.at("smoke"))  # not every notebook asks for a stage
     export.write_results(folder)
     grid = {"scale": "smoke", "points": [{"notebook": path.stem}]}
     (folder / report.WORKBOOK).write_text(yaml.safe_dump(grid))
@@ -58,8 +60,17 @@ SETTINGS = Settings.at("smoke", seed=5, teacher_seed=0)
 @pytest.fixture
 def stored(moebert_home, tmp_path, monkeypatch):
     """A teacher, its scores and a conversion in a folder of results, which then is the store."""
-    kept = dataset.measured("sizes", SETTINGS, lambda: pd.DataFrame({"n": [1, 2]}, ["a", "b"]))
-    made = dataset.about(SETTINGS), student.conversion(SETTINGS), kept
+    kept = dataset.measured_table(
+        open_store(),
+        "sizes",
+        SETTINGS,
+        lambda: pd.DataFrame({"n": [1, 2]}, ["a", "b"]),
+    )
+    made = (
+        dataset.summary(open_store(), SETTINGS),
+        student.conversion(open_store(), SETTINGS),
+        kept,
+    )
     folder = tmp_path / "results"
     export.write_results(folder)
     shutil.rmtree(moebert_home / "runs")
@@ -72,22 +83,27 @@ def stored(moebert_home, tmp_path, monkeypatch):
 def test_stages_are_read_without_data_weights_or_models(stored, monkeypatch):
     monkeypatch.setattr(dataset, "dataset", lambda _: pytest.fail("data was asked for"))
     about, row, table = stored
-    again = dataset.measured("sizes", SETTINGS, lambda: pytest.fail("measured again"))
-    assert dataset.about(SETTINGS) == about and student.conversion(SETTINGS) == row
+    again = dataset.measured_table(
+        open_store(), "sizes", SETTINGS, lambda: pytest.fail("measured again")
+    )
+    assert (
+        dataset.summary(open_store(), SETTINGS) == about
+        and student.conversion(open_store(), SETTINGS) == row
+    )
     assert again.equals(table)
-    assert teacher.teacher(SETTINGS).metrics["accuracy"] >= 0
-    assert teacher.importance(SETTINGS).scores.shape == (2, 64)
+    assert teacher.teacher(open_store(), SETTINGS).metrics["accuracy"] >= 0
+    assert teacher.importance(open_store(), SETTINGS).scores.shape == (2, 64)
     with pytest.raises(UserError, match="keeps results and no weights"):
-        _ = teacher.teacher(SETTINGS).model
+        _ = teacher.teacher(open_store(), SETTINGS).model
 
 
 def test_what_is_not_there_is_told_with_the_nearest_that_is(stored):
     with pytest.raises(
         UserError, match=r"no such converted; the nearest differs in seed=6 \(there: 5\)"
     ):
-        student.conversion(SETTINGS.but(seed=6))
+        student.conversion(open_store(), SETTINGS.but(seed=6))
     with pytest.raises(UserError, match="no such removal"):
-        committed_results.open_store().make(StageKey("removal", {"a": 1}))
+        open_store().make(StageKey("removal", {"a": 1}))
 
 
 def test_equal_results_give_equal_bytes_and_newer_ones_replace(stored, tmp_path, monkeypatch):
@@ -161,7 +177,7 @@ def workbook(tmp_path, monkeypatch):
 
 def test_a_workbook_is_drawn_and_every_file_that_differs_is_named(workbook, tmp_path):
     figures = report.draw(workbook)
-    assert figures == tmp_path / "home" / "figures" and committed_results.named() == ""
+    assert figures == tmp_path / "home" / "figures" and committed_results.FROM not in os.environ
     assert {"figure0.csv", "figure1.png", "follows/row.json"} <= report.digests(figures).keys()
     assert report.check(workbook) == []
     (figures / "figure0.csv").write_text("x,y\n1,2.6\n")

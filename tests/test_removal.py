@@ -7,6 +7,7 @@ from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import dataset, neuron_measurements, teacher
 from moebert_lib.method.other_scores import SCORES
 from moebert_lib.model.accelerate import accelerate_if_exact
+from moebert_lib.store.store import Store
 
 
 def test_the_orders_are_the_ranking_its_reverse_and_distinct_random_ones():
@@ -55,28 +56,28 @@ def test_the_model_is_whole_again_after_an_error(tiny_bert):
 
 def test_curves_start_from_the_whole_teacher_and_are_made_once(moebert_home, capsys):
     settings = Settings.at("smoke")
-    curves = neuron_measurements.curves(settings, n_examples=10_000)
+    curves = neuron_measurements.removal_curves(Store(), settings, n_examples=10_000)
     metric = dataset.dataset(settings).task.metric
     whole = curves[curves["fraction"] == 0]
-    assert set(whole[metric]) == {teacher.teacher(settings).metrics[metric]}
+    assert set(whole[metric]) == {teacher.teacher(Store(), settings).metrics[metric]}
     assert len(curves) == (1 + settings.n_random_splits + 1) * (
         1 + len(neuron_measurements.FRACTIONS)
     )
     assert "made in" in capsys.readouterr().out
-    assert neuron_measurements.curves(settings, n_examples=10_000).equals(curves)
+    assert neuron_measurements.removal_curves(Store(), settings, n_examples=10_000).equals(curves)
     assert "removal curves: reused" in capsys.readouterr().out
 
 
 def test_all_orders_meet_where_everything_is_gone(moebert_home, monkeypatch):
     monkeypatch.setattr(neuron_measurements, "FRACTIONS", (1.0,))
-    gone = neuron_measurements.curves(Settings.at("smoke"), n_examples=20)
+    gone = neuron_measurements.removal_curves(Store(), Settings.at("smoke"), n_examples=20)
     assert gone[gone["fraction"] == 1]["loss"].nunique() == 1
 
 
 def test_every_score_is_removed_by_with_the_columns_of_the_three_orders(moebert_home, capsys):
     settings = Settings.at("smoke")
-    curves = neuron_measurements.curves(settings, n_examples=50)
-    found = neuron_measurements.by_score(settings, n_examples=50)
+    curves = neuron_measurements.removal_curves(Store(), settings, n_examples=50)
+    found = neuron_measurements.removal_by_score(Store(), settings, n_examples=50)
     assert list(found) == list(curves) and set(found["order"]) == set(SCORES)
     own = found[found["order"] == "importance"].drop(columns="order").reset_index(drop=True)
     least = curves[curves["order"] == "least important first"].drop(columns="order")
@@ -85,7 +86,7 @@ def test_every_score_is_removed_by_with_the_columns_of_the_three_orders(moebert_
     assert set(found["order"].value_counts()[neuron_measurements.OTHERS]) == {
         1 + len(neuron_measurements.FRACTIONS)
     }
-    assert neuron_measurements.by_score(settings, n_examples=50).equals(found)
+    assert neuron_measurements.removal_by_score(Store(), settings, n_examples=50).equals(found)
     assert "removal by score: reused" in capsys.readouterr().out
 
 
@@ -96,8 +97,8 @@ def test_a_score_removes_its_lowest_neurons_first(moebert_home, monkeypatch):
     monkeypatch.setattr(
         neuron_measurements, "without", lambda m, n: (gone.append(n), without(m, n))[1]
     )
-    neuron_measurements.by_score(settings, n_examples=20)
-    scored = teacher.scorings(settings)
+    neuron_measurements.removal_by_score(Store(), settings, n_examples=20)
+    scored = teacher.all_scores(Store(), settings)
     for kind, neurons in zip(
         neuron_measurements.OTHERS, gone[-len(neuron_measurements.OTHERS) :], strict=True
     ):

@@ -12,6 +12,7 @@ from moebert_lib.method.encoder_layouts import ffn
 from moebert_lib.method.importance import Importance, ffn_digest, ffn_importance
 from moebert_lib.method.other_scores import SCORES, every_score, ffn_scores
 from moebert_lib.method.partition import random_ranking
+from moebert_lib.store.store import Store
 
 #: Scores that are sums over examples, and so have blocks.
 SUMS = ("importance", "taylor", "fisher", "activation")
@@ -237,8 +238,8 @@ def test_a_teachers_scores_are_kept_and_its_importance_is_the_one_that_is_dealt(
     moebert_home, capsys
 ):
     settings = Settings.at("smoke")
-    first, again = teacher.scorings(settings), teacher.scorings(settings)
+    first, again = teacher.all_scores(Store(), settings), teacher.all_scores(Store(), settings)
     assert list(first) == list(SCORES)
     assert all(torch.equal(first[kind], again[kind]) for kind in SCORES)
-    assert torch.equal(first["importance"], teacher.importance(settings).scores)
+    assert torch.equal(first["importance"], teacher.importance(Store(), settings).scores)
     assert "scores for library: reused" in capsys.readouterr().out

@@ -22,6 +22,7 @@ from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import dataset, student
 from moebert_lib.experiments import teacher as teachers
 from moebert_lib.publish import share_model
+from moebert_lib.store.store import Store
 
 SMOKE = ["--task", "library", "--scale", "smoke"]
 
@@ -41,7 +42,7 @@ def here(home, tmp_path, monkeypatch):
 @pytest.fixture
 def teacher():
     """The scale's own fine-tuned model, saved with its tokenizer."""
-    return teachers.teacher(Settings.at("smoke"))
+    return teachers.teacher(Store(), Settings.at("smoke"))
 
 
 def convert(*words):
@@ -66,7 +67,7 @@ def test_a_bert_becomes_a_folder_with_all_that_is_needed(teacher, tmp_path, caps
 
 def test_its_metrics_are_those_of_a_plain_loop(teacher):
     settings = Settings.at("smoke")
-    shared = share_model.from_task(str(teacher.entry.folder), settings)
+    shared = share_model.from_task(Store(), str(teacher.entry.folder), settings)
     (row,), bundle = shared.facts["metrics"], dataset.dataset(settings)
     for name, model in (("dense", shared.dense), ("moebert", shared.model)):
         answers = [
@@ -113,7 +114,7 @@ def test_two_experts_a_token_are_shipped_as_two(tmp_path, capsys):
 def test_training_moves_the_experts_and_untrained_leaves_them(teacher):
     folder, settings = str(teacher.entry.folder), Settings.at("smoke", n_experts=2)
     trained, plain = (
-        share_model.from_task(folder, settings, train=train) for train in (True, False)
+        share_model.from_task(Store(), folder, settings, train=train) for train in (True, False)
     )
     same = [
         torch.equal(a, b)

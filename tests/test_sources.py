@@ -16,6 +16,7 @@ from moebert_lib.explore.score_sources import ACTIVE, EQ4, LARGE
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.importance import Importance
 from moebert_lib.model.moe_layer import parameter_counts
+from moebert_lib.store.store import Store
 
 SMOKE = Settings.at("smoke")
 
@@ -26,7 +27,7 @@ def made(tmp_path_factory):
     home = make_home(tmp_path_factory.mktemp("sources") / "home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOEBERT_HOME", str(home))
-        return home, score_sources.from_settings(SMOKE)
+        return home, score_sources.from_settings(Store(), SMOKE)
 
 
 @pytest.fixture
@@ -39,12 +40,12 @@ def mine(made, monkeypatch):
 @pytest.mark.parametrize("sizes", [(4, 16, 10), (2, 20, 20), (8, 8, 0), (1, 64, 0)])
 def test_parameters_are_those_of_the_converted_model(mine, sizes):
     named = dict(zip(("n_experts", "expert_size", "n_shared"), sizes, strict=True))
-    model = student.converted(SMOKE.but(**named))
+    model = student.converted(Store(), SMOKE.but(**named))
     assert mine.parameters(*sizes[:2]) == parameter_counts(model)
 
 
 def test_without_experts_they_are_the_teachers(mine):
-    n = sum(p.numel() for p in teacher.teacher(SMOKE).model.parameters())
+    n = sum(p.numel() for p in teacher.teacher(Store(), SMOKE).model.parameters())
     assert mine.parameters(0, 0) == (n, n)
 
 
@@ -61,7 +62,7 @@ def test_a_head_is_counted_from_the_config_alone(head, tiny_bert, tmp_path):
 
 def test_scores_are_eq_4_first_then_those_of_the_pass(mine):
     assert list(mine.scores) == [EQ4, ACTIVE, LARGE]
-    assert (mine.scores[EQ4] == teacher.importance(SMOKE).scores.numpy()).all()
+    assert (mine.scores[EQ4] == teacher.importance(Store(), SMOKE).scores.numpy()).all()
     assert {scores.shape for scores in mine.scores.values()} == {(2, 64)}
 
 
@@ -72,7 +73,9 @@ def test_accuracies_are_those_of_the_conversions_at_their_sizes(mine):
         [4, 16, 11]
     ]
     points = [SMOKE.but(n_experts=4, expert_size=16, n_shared=11, seed=seed) for seed in (0, 1)]
-    assert sorted(found["value"]) == sorted(student.conversion(p)[mine.metric] for p in points)
+    assert sorted(found["value"]) == sorted(
+        student.conversion(Store(), p)[mine.metric] for p in points
+    )
 
 
 def test_sizes_between_are_given_the_nearest(mine):
@@ -92,7 +95,7 @@ def test_the_size_of_an_expert_comes_before_what_it_shares(mine):
 
 
 def test_the_store_offers_the_same_source_by_the_same_name(mine):
-    (found,) = score_sources.from_store()
+    (found,) = score_sources.from_store(Store())
     assert found.name == mine.name == "library · smoke, seed 0, tiny"
     assert (found.scores[EQ4] == mine.scores[EQ4]).all() and found.dense == mine.dense
     assert found.accuracy.equals(mine.accuracy) and found.head == mine.head
@@ -100,26 +103,26 @@ def test_the_store_offers_the_same_source_by_the_same_name(mine):
 
 def test_beside_a_source_stand_the_others(mine, monkeypatch):
     other = replace(mine, origin="another", name="other")
-    monkeypatch.setattr(score_sources, "from_store", lambda: [other, mine])
-    assert [s.name for s in score_sources.beside(mine)] == [mine.name, "other"]
+    monkeypatch.setattr(score_sources, "from_store", lambda store: [other, mine])
+    assert [s.name for s in score_sources.beside(Store(), mine)] == [mine.name, "other"]
 
 
 def test_the_store_lists_the_newest_first(moebert_home):
     for seed in (1, 2):
-        teacher.importance(SMOKE.but(teacher_seed=seed))
+        teacher.importance(Store(), SMOKE.but(teacher_seed=seed))
         time.sleep(1.1)  # entries are dated to the second
-    assert [s.about["seed"] for s in score_sources.from_store()] == [2, 1]
+    assert [s.about["seed"] for s in score_sources.from_store(Store())] == [2, 1]
 
 
 def test_one_scored_but_not_explored_says_why_no_tokens_are_known(moebert_home):
-    teacher.importance(SMOKE)
-    (found,) = score_sources.from_store()
+    teacher.importance(Store(), SMOKE)
+    (found,) = score_sources.from_store(Store())
     assert list(found.scores) == [EQ4] and "notebook 1" in found.silent
     assert found.nearest(4, 16, 10).empty
 
 
 def test_an_empty_home_offers_nothing(moebert_home):
-    assert score_sources.from_store() == []
+    assert score_sources.from_store(Store()) == []
 
 
 def test_names_that_are_the_same_are_numbered(mine):

@@ -12,6 +12,7 @@ from moebert_lib.method.routing import Route, TokenGate, balance_loss, loads
 from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.model.modeling import MoEBertForSequenceClassification
 from moebert_lib.model.moe_layer import moe_layers, parameter_counts, record_routes
+from moebert_lib.store.store import Store
 
 GATES = ["gate-token", "gate-sentence"]
 
@@ -155,5 +156,5 @@ def test_settings_refuse_two_experts_of_a_hash_and_a_change_to_a_hash_takes_one(
 
 def test_the_default_is_in_no_key():
     one = Settings.at("smoke", routing="gate-token")
-    assert "gate_top_k" not in student.conversion_key(one).choices
-    assert student.conversion_key(one.but(gate_top_k=2)).choices["gate_top_k"] == 2
+    assert "gate_top_k" not in student.conversion_key(Store(), one).choices
+    assert student.conversion_key(Store(), one.but(gate_top_k=2)).choices["gate_top_k"] == 2

@@ -24,7 +24,7 @@ from torch.utils import collect_env
 from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import write_bytes
-from moebert_lib.store.committed_results import named
+from moebert_lib.store.committed_results import AnyStore
 
 #: Rounds by default: as many as fit in so many seconds, within these bounds.
 SECONDS, FEWEST_ROUNDS, MOST_ROUNDS = 60, 5, 21
@@ -278,7 +278,7 @@ def save(record: Mapping[str, Any], *, out: Path | None = None) -> None:
     print(f"saved as {path}")
 
 
-def read(name: str) -> dict[str, Any]:
+def read(store: AnyStore, name: str) -> dict[str, Any]:
     """The newest complete record in ``runs/``, else the committed one in ``figures/bench/``.
 
     Where figures are drawn from committed results, the committed one.
@@ -286,7 +286,7 @@ def read(name: str) -> dict[str, Any]:
     Raises:
         UserError: there is none; the message names the command that makes it.
     """
-    paths = [] if named() else sorted((home() / "runs").glob(f"bench-{name}-[0-9]*.json"))
+    paths = [] if not store.makes else sorted((home() / "runs").glob(f"bench-{name}-[0-9]*.json"))
     for path in [*reversed(paths), home() / "figures" / "bench" / f"{name}.json"]:
         record = json.loads(path.read_text("utf-8")) if path.is_file() else {}
         if record.get("complete", bool(record)):

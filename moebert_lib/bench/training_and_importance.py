@@ -41,6 +41,7 @@ from moebert_lib.method.encoder_layouts import ffns
 from moebert_lib.method.importance import ffn_importance, frozen, of_eq4, score_batch
 from moebert_lib.method.rank_stability import rank_correlation, top_overlap
 from moebert_lib.model.accelerate import accelerate, accelerate_if_possible
+from moebert_lib.store.store import Store
 from moebert_lib.training.teacher_states import STATES, TeacherStates
 
 PADDED, PACKED, HALF = VARIANTS = ("ordinary, padded", "packed", "packed bf16")
@@ -338,7 +339,7 @@ def rank_error(preset: str, *, n_examples: int = 256) -> list[dict[str, float]]:
     """
     settings = Settings.at(preset)
     try:
-        model = accelerate_if_possible(teacher(settings).model)
+        model = accelerate_if_possible(teacher(Store(), settings).model)
     except UserError as error:
         print(f"the error of bfloat16 is not measured: {error}", flush=True)
         return []

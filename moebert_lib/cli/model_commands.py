@@ -76,9 +76,10 @@ def importance(args: argparse.Namespace) -> int:
     _check_file(args.out)
     from moebert_lib.data import loading
     from moebert_lib.experiments import teacher
+    from moebert_lib.store.committed_results import open_store
 
     loading.check(settings)
-    scores = teacher.importance(settings)
+    scores = teacher.importance(open_store(), settings)
     scores.save(args.out)
     layers, neurons = scores.scores.shape
     say(
@@ -286,7 +287,9 @@ def _by_task(args: argparse.Namespace) -> Any:
     from moebert_lib.publish import share_model
 
     loading.check(settings)
-    return share_model.from_task(args.model, settings, train=not args.untrained)
+    from moebert_lib.store.committed_results import open_store
+
+    return share_model.from_task(open_store(), args.model, settings, train=not args.untrained)
 
 
 def _conversion_options(args: argparse.Namespace) -> dict[str, Any]:

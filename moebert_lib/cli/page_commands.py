@@ -12,7 +12,9 @@ EXPLORER_CELL = """\
 import contextlib, io
 from moebert_lib.config.settings import Settings
 from moebert_lib.explore import explorer, score_sources
+from moebert_lib.store.committed_results import open_store
 
+store = open_store()
 with contextlib.redirect_stdout(io.StringIO()):
     sources = {sources}
 explorer.explore(sources)
@@ -162,12 +164,14 @@ def _sources(files: list[Path], settings: Any) -> str:
     """Read or compute everything that the page shows; return the code that loads it again."""
     from moebert_lib.config.settings import Settings
     from moebert_lib.explore import score_sources
+    from moebert_lib.store.committed_results import open_store
 
+    store = open_store()
     for path in files:
         score_sources.from_file(path)
     if settings is None and not files:
-        if score_sources.from_store():
-            return "score_sources.from_store()"
+        if score_sources.from_store(store):
+            return "score_sources.from_store(store)"
         settings = Settings.at()
         say(
             f"no stored scores: training and scoring {settings.model} on {settings.task}, "
@@ -175,6 +179,6 @@ def _sources(files: list[Path], settings: Any) -> str:
         )
     sources = [f"score_sources.from_file({str(path)!r})" for path in files]
     if settings is not None:
-        score_sources.from_settings(settings)
-        sources.append(f"score_sources.from_settings(Settings(**{settings.model_dump()!r}))")
+        score_sources.from_settings(store, settings)
+        sources.append(f"score_sources.from_settings(store, Settings(**{settings.model_dump()!r}))")
     return f"[{', '.join(sources)}]"

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,6 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
-def code_digest(*module_names: str) -> str:
-    """One SHA-256 of :func:`code_digests`."""
-    return digest(code_digests(*module_names))
-
-
 @functools.cache  # of the code as it was first asked for: what this process has imported
 def code_digests(*module_names: str) -> dict[str, str]:
     """SHA-256 of modules of this library by name, blind to comments, docstrings and layout.
@@ -67,7 +62,7 @@ def code_digests(*module_names: str) -> dict[str, str]:
     """
     paths = library_modules()
     names = [name.removeprefix("moebert_lib.") for name in module_names] or sorted(paths)
-    return {name: digest(_code(paths[name])) for name in names}
+    return {name: digest(_dump(ast.parse(paths[name].read_text("utf-8")))) for name in names}
 
 
 @functools.cache
@@ -81,15 +76,15 @@ def library_modules() -> dict[str, Path]:
     return paths
 
 
-def local_names(tree: ast.AST) -> dict[str, str]:
-    """The names that a parsed text imports from this library, each with its full dotted name.
+def local_names(*trees: ast.AST) -> dict[str, str]:
+    """The names that parsed texts import from this library, each with its full dotted name.
 
     Example:
         >>> local_names(ast.parse("from moebert_lib.plots import routing as r"))
         {'r': 'moebert_lib.plots.routing'}
     """
     names = {}
-    for node in ast.walk(tree):
+    for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 top = alias.name.partition(".")[0]
@@ -167,6 +162,129 @@ def reached(*names: str, but: tuple[str, ...] = ()) -> list[str]:
     return sorted(seen)
 
 
+# Which code decides a result: the definitions that a function can run, followed by name.
+
+#: Modules that cannot change a number. Values of settings stand in the keys themselves; a store,
+#: an error and a file carry numbers unchanged.
+NO_NUMBERS = ("config", "store", "experiments.stage_keys", "experiments.ablations")
+
+
+def code_of(function: Callable) -> str:
+    """One SHA-256 of :func:`definitions_used`."""
+    return digest(definitions_used(function))
+
+
+def definitions_used(function: Callable) -> dict[str, str]:
+    """SHA-256 of each definition of this library that a function can run, by its full name.
+
+    A definition is a function, a class with all of its methods, or a constant. It uses those that
+    it names, in whatever module they are; a module's name alone stands for all of it. Statements
+    that a module runs when it is imported count as used with it.
+
+    Not followed are :data:`NO_NUMBERS`, and what is handed to ``store.make(key, build)``: that is
+    an earlier stage, whose own key has its code.
+
+    Args:
+        function: Defined at the top level of a module of this library.
+    """
+    module = function.__module__.removeprefix("moebert_lib.")
+    return _definitions_used(module, function.__qualname__)
+
+
+@functools.cache
+def _definitions_used(module: str, name: str) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    left = {(module, name)}
+    while left:
+        module, name = left.pop()
+        source = _source(module)
+        digests[f"{module}.{name}"] = digest([_dump(node) for node in source.definitions[name]])
+        used = {pair for pair in source.used_by(name) if not _without_numbers(pair[0])}
+        left |= {pair for pair in used if ".".join(pair) not in digests}
+    return dict(sorted(digests.items()))
+
+
+def _without_numbers(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in NO_NUMBERS)
+
+
+class _Source:
+    """The definitions in one module's text, and what each of them names."""
+
+    def __init__(self, module: str):
+        self.module = module
+        statements = ast.parse(library_modules()[module].read_text("utf-8")).body
+        outside = [node for node in statements if not isinstance(node, (*FUNCTIONS, ast.ClassDef))]
+        self.imports = local_names(*outside)
+        self.definitions: dict[str, list[ast.stmt]] = {AT_IMPORT: []}
+        for statement in statements:
+            for name in _defined_names(statement):
+                self.definitions.setdefault(name, []).append(statement)
+
+    def used_by(self, name: str) -> set[tuple[str, str]]:
+        """Module and name of each definition that one of these names."""
+        nodes = self.definitions[name]
+        names = self.imports | local_names(*nodes)
+        used = {(self.module, AT_IMPORT)} if self.definitions[AT_IMPORT] else set()
+        return used.union(*(self._named(node, names) for node in nodes))
+
+    def _named(self, node: ast.AST, names: Mapping[str, str]) -> set[tuple[str, str]]:
+        full_name = dotted(node, names)
+        found = _definitions_of(full_name) if full_name else set()
+        if isinstance(node, ast.Name) and node.id in self.definitions:
+            found.add((self.module, node.id))
+        if full_name:
+            return found
+        return found.union(*(self._named(child, names) for child in _parts(node)))
+
+
+#: Statements that run when a module is imported and define no name.
+AT_IMPORT = ""
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_source = functools.cache(_Source)
+
+
+def _definitions_of(full_name: str) -> set[tuple[str, str]]:
+    """Module and name of what a dotted name stands for; all of a module, or of a folder."""
+    found = set()
+    for module in _modules_of(full_name):
+        source = _source(module)
+        below = full_name.removeprefix(f"moebert_lib.{module}").removeprefix(".")
+        name = full_name.split(".")[1] if below == full_name else below.partition(".")[0]
+        if name in source.definitions:
+            found.add((module, name))
+        elif name in source.imports:
+            found |= _definitions_of(source.imports[name] + below.removeprefix(name))
+        else:
+            found |= {(module, each) for each in source.definitions}
+    return found
+
+
+def _defined_names(statement: ast.stmt) -> list[str]:
+    """Names that a top-level statement defines; :data:`AT_IMPORT` where it only runs."""
+    if isinstance(statement, (*FUNCTIONS, ast.ClassDef)):
+        return [statement.name]
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return []
+    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+        return []  # a docstring
+    inner = [node for node in ast.iter_child_nodes(statement) if isinstance(node, ast.stmt)]
+    if inner:
+        return [name for node in inner for name in _defined_names(node)]
+    targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+    stored = [node for target in targets if target for node in ast.walk(target)]
+    names = [node.id for node in stored if isinstance(node, ast.Name)]
+    return names or [AT_IMPORT]
+
+
+def _parts(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below one, without what is handed to ``store.make``."""
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "make":
+        yield node.func
+    else:
+        yield from ast.iter_child_nodes(node)
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Python's and the libraries' versions, without importing them."""
@@ -228,8 +346,8 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be stored as JSON: {value!r}")
 
 
-def _code(path: Path) -> str:
-    tree = ast.parse(path.read_text("utf-8"))
+def _dump(tree: ast.AST) -> str:
+    """A parsed text without docstrings and layout."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             if ast.get_docstring(node, clean=False) is not None:

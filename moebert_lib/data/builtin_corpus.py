@@ -115,7 +115,7 @@ def sentences(*, files_per_package: int | None = None) -> list[Sentence]:
 def digest(*, files_per_package: int | None = None) -> str:
     """SHA-256 of what decides the sentences: the libraries' versions and this module's code."""
     versions = {name: _version(name) for name in PACKAGES}
-    code = provenance.code_digest("data.builtin_corpus")
+    code = provenance.code_of(sentences)
     return provenance.digest({"versions": versions, "code": code, "files": files_per_package})
 
 

@@ -109,7 +109,7 @@ def digest(settings: Settings) -> str:
     else:
         source = _hub(task)
     caps = [settings.max_train_examples, settings.max_eval_examples]
-    code = provenance.code_digest("data.loading", "data.tasks")
+    code = provenance.code_of(load)
     return provenance.digest({"task": task.name, "caps": caps, "source": source, "code": code})
 
 

@@ -1,6 +1,7 @@
-"""What an experiment starts from: tokenised data, a fresh dense model, the device."""
+"""Load the dataset, the tokenizer and the pretrained model; store tables measured with them."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,12 @@ from moebert_lib.config.provenance import versions
 from moebert_lib.config.settings import Settings
 from moebert_lib.data import batching, loading, pretrained_weights, squad, tasks
 from moebert_lib.data.tasks import TASKS, Task
-from moebert_lib.experiments.stage_keys import DATA, told
+from moebert_lib.experiments.stage_keys import DATA, chosen, made_with, without_later
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.encoder_layouts import family
 from moebert_lib.model.conversion import load_dense
-from moebert_lib.store import committed_results
-from moebert_lib.store.store import StageKey
+from moebert_lib.store.committed_results import AnyStore
+from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.training.evaluation import score
 
 HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sentence is classified
@@ -40,7 +41,7 @@ HEADS = {"span": AutoModelForQuestionAnswering}  # by kind of task; else a sente
 
 @dataclass(frozen=True)
 class Dataset:
-    """A task's splits, tokenised, and how to read a model's answers.
+    """A task's splits, tokenised, and how predictions are read from a model's logits.
 
     Attributes:
         task: The task.
@@ -87,7 +88,7 @@ class Dataset:
     def answers(
         self, logits: np.ndarray, split: str = "validation", limit: int | None = None
     ) -> np.ndarray:
-        """What logits say: a class index, a value, or a text for each example.
+        """The prediction for each example: a class index, a value, or a text.
 
         Args:
             logits: Of the split's first ``limit`` rows, from ``evaluate.predict``.
@@ -143,15 +144,10 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def chosen(settings: Settings, names: tuple[str, ...]) -> dict:
-    """Those settings, by name."""
-    return {name: getattr(settings, name) for name in names}
-
-
 def dataset(settings: Settings) -> Dataset:
     """The settings' task, loaded and tokenised once a process."""
     names = (*DATA, "data_dir", "model", "scale")
-    return _dataset(Settings(**chosen(settings, names)), home())
+    return _dataset(Settings(**{name: getattr(settings, name) for name in names}), home())
 
 
 @functools.lru_cache(maxsize=4)
@@ -262,22 +258,38 @@ def load(folder: Path, task: tasks.Task) -> PreTrainedModel:
     return auto.from_pretrained(folder).to(device())
 
 
-# What a notebook needs to know of a task's data, and the tables that it measures with models.
-# Both are kept beside the stages of an experiment, so that a figure can be drawn again where
-# neither data nor models are (``archive``).
+def load_stored(store: AnyStore, entry: Entry, task: str) -> PreTrainedModel:
+    """The model of a stored stage, on the device and in eval mode.
+
+    Raises:
+        UserError: its weights are not kept: in committed results, or a student that was
+            trained without ``keep_model=True``.
+    """
+    if not store.makes:
+        raise UserError(
+            f"'{store.source}' keeps results and no weights; run the notebook itself for what "
+            "needs the model"
+        )
+    if not (entry.folder / "config.json").is_file():
+        raise UserError(f"the {entry.kind}'s weights were not kept; ask for keep_model=True")
+    return load(entry.folder, TASKS[task]).eval()
+
+
+# A dataset in numbers, and tables that a notebook measures with models or data. Both are stored
+# with the stages of an experiment, so that a figure can be drawn again without data and models.
 
 TABLE = "table.parquet"
 
 
 @dataclass(frozen=True)
-class About:
+class DatasetSummary:
     """A task's data in numbers.
 
     Attributes:
         task: The task.
         n_train: Training examples, as text: a long context may be several rows for the model.
         n_examples: Validation examples, likewise.
-        n_answers: Validation answers that are judged.
+        n_answers: Validation predictions that are scored.
         guessing: The headline metric on validation of always giving training's most frequent
             answer, 0 to 1; NaN where answers are no classes.
         digest: Of the data.
@@ -296,63 +308,67 @@ class About:
         return self.task.metric
 
 
-def about(settings: Settings) -> About:
-    """The settings' data in numbers, kept with the stages of an experiment."""
-
-    def build(folder: Path) -> dict:
-        bundle = dataset(settings)
-        guess = bundle.guessing()
-        return {
-            "n_train": len(bundle.examples["train"]),
-            "n_examples": len(bundle.examples["validation"]),
-            "n_answers": len(bundle.truths()),
-            "guessing": guess if guess == guess else None,
-            "digest": bundle.digest,
-        }
-
-    row = committed_results.open_store().make(about_key(settings), build).row
+def summary(store: AnyStore, settings: Settings) -> DatasetSummary:
+    """The settings' data in numbers, from the store or counted now."""
+    row = store.make(summary_key(store, settings), functools.partial(_summarize, settings)).row
     guess = float("nan") if row["guessing"] is None else row["guessing"]
-    return About(TASKS[settings.task], **{**row, "guessing": guess})
+    return DatasetSummary(TASKS[settings.task], **{**row, "guessing": guess})
 
 
-def about_key(settings: Settings) -> StageKey:
-    """What a task's data in numbers depends on."""
+def summary_key(store: AnyStore, settings: Settings) -> StageKey:
+    """What a dataset's summary depends on; a stage of kind ``about``."""
     choices = {**chosen(settings, DATA), "model": settings.model}
-    if committed_results.named():
-        return StageKey("about", choices)
-    origin = {
+    return StageKey("about", choices, data_origin(store, settings, _summarize))
+
+
+def data_origin(store: AnyStore, settings: Settings, build: Callable, **more: Any) -> dict:
+    """The origin of a stage that starts from data and pretrained weights."""
+    if not store.makes:
+        return {}
+    digests = {
         "data": loading.digest(settings),
         "weights": pretrained_weights.digest(settings.model, hub=not settings.offline),
         "versions": versions(),
     }
-    return StageKey("about", choices, origin)
+    return made_with(store, build, **digests, **more)
 
 
-def describe(settings: Settings) -> str:
-    """One line of provenance for the top of a notebook."""
-    known, made = about(settings), versions()
+def _summarize(settings: Settings, folder: Path) -> dict:
+    bundle = dataset(settings)
+    guess = bundle.guessing()
+    return {
+        "n_train": len(bundle.examples["train"]),
+        "n_examples": len(bundle.examples["validation"]),
+        "n_answers": len(bundle.truths()),
+        "guessing": None if math.isnan(guess) else guess,
+        "digest": bundle.digest,
+    }
+
+
+def provenance_line(store: AnyStore, settings: Settings) -> str:
+    """Scale, model, data, seed and library versions in one line, for the top of a notebook."""
+    data, made = summary(store, settings), versions()
     libraries = ", ".join(f"{name} {made[name]}" for name in ("torch", "transformers"))
-    where = (
-        f"drawn from {committed_results.named()}"
-        if committed_results.named()
-        else f"{libraries}, {device()}"
-    )
+    where = f"{libraries}, {device()}" if store.makes else f"drawn from {store.source}"
     return (
         f"{settings.scale}: {settings.model} on {settings.task}, "
-        f"{known.n_train:,} training and {known.n_examples:,} validation examples "
-        f"(data {known.digest[:8]}), seed {settings.seed}, {where}"
+        f"{data.n_train:,} training and {data.n_examples:,} validation examples "
+        f"(data {data.digest[:8]}), seed {settings.seed}, {where}"
     )
 
 
-def measured(name: str, of: Any, build: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-    """A table that a notebook measures with models or data: now, and kept with its results.
+def measured_table(
+    store: AnyStore, name: str, depends_on: Any, build: Callable[[], pd.DataFrame]
+) -> pd.DataFrame:
+    """A table that a notebook measures with models or data, stored with its results.
 
-    It is measured whenever the notebook runs; only where there are results and no models is the
-    kept table read.
+    It is measured whenever the notebook runs. The stored table is read only where there are
+    committed results and no models.
 
     Args:
-        name: Of the table, unlike any other of the same ``of``.
-        of: What it depends on: settings, or JSON values that hold some.
+        store: Where it is stored.
+        name: Of the table, unlike any other with the same ``depends_on``.
+        depends_on: Settings, or JSON values that contain some.
         build: Measures it.
 
     Returns:
@@ -364,15 +380,15 @@ def measured(name: str, of: Any, build: Callable[[], pd.DataFrame]) -> pd.DataFr
         table.to_parquet(folder / TABLE)
         return {"rows": len(table)}
 
-    key = StageKey("table", {"name": name, "of": _plain(of)})
-    entry = committed_results.open_store().make(key, keep, force=True)
+    key = StageKey("table", {"name": name, "of": _without_places(depends_on)})
+    entry = store.make(key, keep, force=True)
     return pd.read_parquet(entry.folder / TABLE)
 
 
-def _plain(of: Any) -> Any:
-    """Settings as values, without where data lies."""
-    if isinstance(of, Settings):
-        return told(of.model_dump(exclude={"data_dir"}))
-    if isinstance(of, dict):
-        return {name: _plain(value) for name, value in of.items()}
-    return [_plain(value) for value in of] if isinstance(of, list | tuple) else of
+def _without_places(value: Any) -> Any:
+    """A value with settings as a key has them, without where data lies."""
+    if isinstance(value, Settings):
+        return without_later(value.model_dump(exclude={"data_dir"}))
+    if isinstance(value, dict):
+        return {name: _without_places(part) for name, part in value.items()}
+    return [_without_places(part) for part in value] if isinstance(value, list | tuple) else value

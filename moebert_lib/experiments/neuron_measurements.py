@@ -1,15 +1,16 @@
-"""What a teacher loses when neurons are silenced: does importance (Eq. 4) predict harm?
+"""Remove neurons from a teacher, and measure how active each neuron is.
 
-The same share of neurons is removed in every layer at once, in three orders or by other scores
-(``scores``), without any training. The scores come from the split that ``importance_split``
-names, the losses from validation. Not in the paper, which tests importance through the experts
-it makes (Fig. 3a).
+Removal tests whether importance (Eq. 4) predicts harm: the same share of neurons is removed in
+every layer at once, in three orders or by other scores, without any training. The scores come from
+the split that ``importance_split`` names, the losses from validation. This is not in the paper,
+which tests importance through the experts it makes (Fig. 3a).
 """
 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +20,22 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moebert_lib.config.provenance import code_digest
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.batching import without_targets
 from moebert_lib.experiments.dataset import dataset
+from moebert_lib.experiments.stage_keys import made_with
 from moebert_lib.experiments.teacher import (
-    FORWARD,
+    all_scores,
     importance,
     importance_key,
-    scorings,
-    scorings_key,
+    scores_key,
     teacher,
 )
 from moebert_lib.method.encoder_layouts import ffns, watching
 from moebert_lib.method.other_scores import SCORES, magnitudes
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.model.accelerate import accelerate_if_exact
-from moebert_lib.store import committed_results
+from moebert_lib.store.committed_results import AnyStore
 from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.training.evaluation import predict
 
@@ -83,10 +83,22 @@ def orders(ranking: Tensor, n_random: int) -> list[tuple[str, int, Tensor]]:
     return [(*least, ranking.flip(-1)), *drawn, (*most, ranking)]
 
 
-def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
+def removal_key(store: AnyStore, settings: Settings, n_examples: int) -> StageKey:
+    """What :func:`removal_curves` depends on."""
+    choices = {
+        "importance": importance_key(store, settings),
+        "fractions": FRACTIONS,
+        "n_examples": n_examples,
+        "n_random": settings.n_random_splits,
+    }
+    return StageKey("removal", choices, made_with(store, _remove_in_order))
+
+
+def removal_curves(store: AnyStore, settings: Settings, *, n_examples: int) -> pd.DataFrame:
     """Task metrics and loss as neurons are removed; from the store or computed now.
 
     Args:
+        store: Where the stages are, or will be.
         settings: The experiment; ``n_random_splits`` random orders are tried.
         n_examples: At most that many validation examples, the same for every point.
 
@@ -95,61 +107,57 @@ def curves(settings: Settings, *, n_examples: int) -> pd.DataFrame:
         task's metrics (0 to 1), the mean ``loss``, and ``guessing``: the headline metric of
         always answering the label most frequent in training (NaN for regression).
     """
+    build = partial(_remove_in_order, store, settings, n_examples)
+    return _read("removal curves", store.make(removal_key(store, settings, n_examples), build))
 
-    def build(folder: Path) -> dict:
-        ranking = importance(settings).ranking
-        rows = _measure(settings, n_examples, orders(ranking, settings.n_random_splits))
-        return _keep(rows, n_examples, folder)
 
+def _remove_in_order(store: AnyStore, settings: Settings, n_examples: int, folder: Path) -> dict:
+    ranking = importance(store, settings).ranking
+    tried = orders(ranking, settings.n_random_splits)
+    return _keep(_measure(store, settings, n_examples, tried), n_examples, folder)
+
+
+def score_removal_key(store: AnyStore, settings: Settings, n_examples: int) -> StageKey:
+    """What :func:`removal_by_score` depends on beyond :func:`removal_curves`."""
     choices = {
-        "importance": importance_key(settings),
+        "scores": scores_key(store, settings),
         "fractions": FRACTIONS,
         "n_examples": n_examples,
-        "n_random": settings.n_random_splits,
     }
-    key = StageKey("removal", choices, {"code": _code()})
-    return _read("removal curves", committed_results.open_store().make(key, build))
+    return StageKey("score_removal", choices, made_with(store, _remove_by_score))
 
 
-def by_score(settings: Settings, *, n_examples: int) -> pd.DataFrame:
-    """:func:`curves` by each of :data:`scores.SCORES`, the neurons of the lowest score first.
+def removal_by_score(store: AnyStore, settings: Settings, *, n_examples: int) -> pd.DataFrame:
+    """:func:`removal_curves` by each of ``other_scores.SCORES``, lowest scores first.
 
-    Those of importance and the random draws are :func:`curves`' own; the others come from the
-    store or are computed now.
+    Importance and the random draws are taken from :func:`removal_curves`; the others come from
+    the store or are computed now.
 
     Args:
+        store: Where the stages are, or will be.
         settings: The experiment.
-        n_examples: As for :func:`curves`.
+        n_examples: As for :func:`removal_curves`.
 
     Returns:
-        The columns of :func:`curves`; ``order`` is the score's name.
+        The columns of :func:`removal_curves`; ``order`` is the score's name.
     """
+    build = partial(_remove_by_score, store, settings, n_examples)
+    by_order = removal_curves(store, settings, n_examples=n_examples)
+    by_order = by_order.replace({"order": {LEAST: "importance"}})
+    entry = store.make(score_removal_key(store, settings, n_examples), build)
+    others = _read("removal by score", entry)
+    return pd.concat([by_order[by_order["order"].isin(SCORES)], others], ignore_index=True)
 
-    def build(folder: Path) -> dict:
-        found = scorings(settings)
-        tried = [(kind, 0, lowest_first(found[kind])) for kind in OTHERS]
-        return _keep(_measure(settings, n_examples, tried), n_examples, folder)
 
-    choices = {
-        "scores": scorings_key(settings),
-        "fractions": FRACTIONS,
-        "n_examples": n_examples,
-    }
-    key = StageKey("score_removal", choices, {"code": _code()})
-    own = curves(settings, n_examples=n_examples).replace({"order": {LEAST: "importance"}})
-    others = _read("removal by score", committed_results.open_store().make(key, build))
-    return pd.concat([own[own["order"].isin(SCORES)], others], ignore_index=True)
+def _remove_by_score(store: AnyStore, settings: Settings, n_examples: int, folder: Path) -> dict:
+    scores = all_scores(store, settings)
+    tried = [(kind, 0, lowest_first(scores[kind])) for kind in OTHERS]
+    return _keep(_measure(store, settings, n_examples, tried), n_examples, folder)
 
 
 def lowest_first(scores: Tensor) -> Tensor:
     """Neurons of each layer by rising score, ``(L, F)`` to ``(L, F)``, int64."""
     return scores.argsort(dim=-1, descending=True, stable=True).flip(-1)
-
-
-def _code() -> str:
-    return code_digest(
-        "experiments.neuron_measurements", "method.partition", "training.evaluation", *FORWARD
-    )
 
 
 def _keep(rows: pd.DataFrame, n_examples: int, folder: Path) -> dict:
@@ -163,10 +171,13 @@ def _read(name: str, entry: Entry) -> pd.DataFrame:
 
 
 def _measure(
-    settings: Settings, n_examples: int, tried: Sequence[tuple[str, int, Tensor]]
+    store: AnyStore,
+    settings: Settings,
+    n_examples: int,
+    tried: Sequence[tuple[str, int, Tensor]],
 ) -> pd.DataFrame:
-    """The rows of :func:`curves` for some of :func:`orders`."""
-    bundle, model = dataset(settings), teacher(settings).model
+    """The rows of :func:`removal_curves` for some of :func:`orders`."""
+    bundle, model = dataset(settings), teacher(store, settings).model
     guess = bundle.guessing(n_examples)
 
     def row(name: str, draw: int, fraction: float, neurons: Tensor) -> dict:
@@ -174,8 +185,9 @@ def _measure(
             "validation", batch_size=settings.eval_batch_size, limit=n_examples
         )
         with without(model, neurons):
-            fast = accelerate_if_exact(model)  # made anew: it rearranges these weights
-            logits = predict(fast, batches)
+            logits = predict(
+                accelerate_if_exact(model), batches
+            )  # made here: it rearranges these weights
         metrics = bundle.score(logits, limit=n_examples)
         loss = _loss(logits, bundle.rows("validation", n_examples))
         about = {"order": name, "draw": draw, "fraction": fraction}
@@ -318,35 +330,35 @@ def _merge(best: tuple | None, h: Tensor, index: Tensor, top: int) -> tuple[Tens
     return value, new[1].gather(-1, order), new[2].gather(-1, order)
 
 
-def excitation_key(settings: Settings) -> StageKey:
-    """What the pass depends on."""
-    choices = {"importance": importance_key(settings), "examples": EXAMPLES, "top": TOP}
-    code = code_digest("experiments.neuron_measurements", "method.other_scores")
-    return StageKey("excitation", choices, {"code": code})
+def excitation_key(store: AnyStore, settings: Settings) -> StageKey:
+    """What :func:`excitation` depends on."""
+    scored = importance_key(store, settings)
+    choices = {"importance": scored, "examples": EXAMPLES, "top": TOP}
+    return StageKey("excitation", choices, made_with(store, _excite))
 
 
-def excitation(settings: Settings) -> Excitation:
-    """What excites the teacher's neurons, from the store or found now.
+def excitation(store: AnyStore, settings: Settings) -> Excitation:
+    """How active the teacher's neurons are, from the store or measured now.
 
     The examples are the first :data:`EXAMPLES` of those that Eq. 4 was scored on.
     """
-
-    def build(folder: Path) -> dict:
-        dense, bundle = teacher(settings).model, dataset(settings)
-        n = min(EXAMPLES, settings.importance_examples or EXAMPLES)
-        rows = bundle.rows(settings.importance_split, n, shuffle=True)
-        batches = bundle.batches(settings.importance_split, batch_size=32, limit=n, shuffle=True)
-        save_file(excite(dense, batches), folder / "excitation.safetensors")
-        pieces = [bundle.tokenizer.convert_ids_to_tokens(ids) for ids in rows["input_ids"][:]]
-        (folder / "tokens.json").write_text(json.dumps(pieces), "utf-8")
-        return {"n_examples": len(pieces)}
-
-    entry = committed_results.open_store().make(excitation_key(settings), build)
+    entry = store.make(excitation_key(store, settings), partial(_excite, store, settings))
     print(f"· excitation for {settings.task}: {entry.origin}", flush=True)
-    return read(entry.folder)
+    return read_excitation(entry.folder)
 
 
-def read(folder: Path) -> Excitation:
-    """A stored pass."""
+def _excite(store: AnyStore, settings: Settings, folder: Path) -> dict:
+    dense, bundle = teacher(store, settings).model, dataset(settings)
+    n = min(EXAMPLES, settings.importance_examples or EXAMPLES)
+    rows = bundle.rows(settings.importance_split, n, shuffle=True)
+    batches = bundle.batches(settings.importance_split, batch_size=32, limit=n, shuffle=True)
+    save_file(excite(dense, batches), folder / "excitation.safetensors")
+    pieces = [bundle.tokenizer.convert_ids_to_tokens(ids) for ids in rows["input_ids"][:]]
+    (folder / "tokens.json").write_text(json.dumps(pieces), "utf-8")
+    return {"n_examples": len(pieces)}
+
+
+def read_excitation(folder: Path) -> Excitation:
+    """The measurements in a stored entry's folder."""
     tokens = json.loads((folder / "tokens.json").read_text("utf-8"))
     return Excitation(**load_file(folder / "excitation.safetensors"), tokens=tokens)

@@ -1,9 +1,17 @@
-"""The settings that each stage of an experiment depends on beside the stage before it.
+"""The settings that each stage of an experiment depends on, beside the stages before it.
 
-The store's keys are made of them, and a plan groups runs by them; no torch is needed.
+Keys of stored results are made of them, and a plan groups runs by them. Importing this file
+imports no torch.
 """
 
-#: A dataset, and how answers are read off it.
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from moebert_lib.config.provenance import code_of
+from moebert_lib.config.settings import Settings
+from moebert_lib.store.committed_results import AnyStore
+
+#: A dataset, and how predictions are read from logits.
 DATA = (
     "task",
     "max_length",
@@ -49,17 +57,34 @@ TRAINING = (
     "tokens_per_batch",
     "cache_teacher",
 )
-#: Settings younger than kept results, with the value that those had: no key holds that.
-LATER = {"grouping": "deal", "gate_top_k": 1}
+#: Settings that are younger than stored results, each with the value that those results had.
+#: No key has a setting at this value, so a new setting leaves every older key as it was. Give the
+#: value that was in force before the setting existed, even where the default is another.
+LATER: dict[str, Any] = {"grouping": "deal", "gate_top_k": 1}
 
 
-def told(values: dict) -> dict:
-    """Settings as a key holds them.
+def without_later(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name as a key has them: without those of :data:`LATER` at their old values.
 
     Example:
-        >>> told({"seed": 0, "gate_top_k": 1}), told({"seed": 0, "gate_top_k": 2})
-        ({'seed': 0}, {'seed': 0, 'gate_top_k': 2})
+        >>> without_later({"seed": 0, "gate_top_k": 1})
+        {'seed': 0}
+        >>> without_later({"seed": 0, "gate_top_k": 2})
+        {'seed': 0, 'gate_top_k': 2}
     """
     return {
         name: value for name, value in values.items() if name not in LATER or value != LATER[name]
     }
+
+
+def chosen(settings: Settings, names: Iterable[str]) -> dict[str, Any]:
+    """Those settings by name, as a key has them."""
+    return without_later({name: getattr(settings, name) for name in names})
+
+
+def made_with(store: AnyStore, build: Callable, **more: Any) -> dict[str, Any]:
+    """The origin of a stage: the code that its build function runs, and more by name.
+
+    Empty where results are only read: those are found by their choices.
+    """
+    return {"code": code_of(build), **more} if store.makes else {}

@@ -1,11 +1,12 @@
-"""The dense model: fine-tuned on the task, judged, and its neurons scored; each made once.
+"""The dense model: fine-tuned on the task, evaluated, and its neurons scored; each made once.
 
-Both stages are entries of the store, addressed by exactly the settings, data, weights, code
-and library versions that they depend on, so that all ablations share them.
+Each stage is an entry of the store, found by exactly the settings, data, weights, code and
+library versions that it depends on, so that all ablations share it.
 """
 
 import functools
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,202 +16,219 @@ from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 from transformers.utils import logging as transformers_logging
 
-from moebert_lib.config.errors import UserError, home
-from moebert_lib.config.provenance import code_digest, versions
+from moebert_lib.config.file_io import WORK
 from moebert_lib.config.settings import Settings
-from moebert_lib.data import loading, pretrained_weights, tasks
 from moebert_lib.experiments.dataset import (
-    chosen,
+    data_origin,
     dataset,
     device,
     fine_tuned_model,
-    load,
+    load_stored,
     new_model,
 )
-from moebert_lib.experiments.stage_keys import DATA, IMPORTANCE, TEACHER
+from moebert_lib.experiments.stage_keys import DATA, IMPORTANCE, TEACHER, chosen, made_with
 from moebert_lib.method.importance import Importance, ffn_importance
 from moebert_lib.method.other_scores import SCORES, every_score
 from moebert_lib.model.accelerate import accelerate_if_exact, accelerate_if_possible
-from moebert_lib.store import committed_results
-from moebert_lib.store.store import Entry, StageKey, Store
+from moebert_lib.store.committed_results import AnyStore
+from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.training import checkpoints
 from moebert_lib.training.evaluation import predict
 from moebert_lib.training.trainer import fine_tune
 
 ANSWERS = "answers.csv"
-#: Code that the numbers of every model go through.
-FORWARD = ("model.accelerate", "model.cpu_kernels", "data.batching", "model.cpu_kernels")
+IMPORTANCE_FILE, SCORES_FILE = "importance.safetensors", "scores.safetensors"
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The fine-tuned dense model, its validation metrics, and where they are kept."""
+    """The fine-tuned dense model, its validation metrics, and where they are stored."""
 
     task: str
     metrics: dict[str, float]
     entry: Entry
+    store: AnyStore
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
         """The model, read when it is first asked for; in eval mode.
 
         Raises:
-            UserError: its weights are not kept, as in a folder of results.
+            UserError: the store has results and no weights.
         """
-        if committed_results.named():
-            raise UserError(
-                f"'{committed_results.named()}' keeps results and no weights; run the notebook "
-                "itself for what needs the model"
-            )
-        return load(self.entry.folder, tasks.TASKS[self.task]).eval()
+        return load_stored(self.store, self.entry, self.task)
 
 
-def reduced(settings: Settings, *also: str) -> Settings:
-    """The settings with all at its default but what the teacher (and ``also``) depends on."""
-    names = {*DATA, *TEACHER, *also, "scale", "data_dir", "model"}
-    return Settings(**chosen(settings, tuple(names)), teacher_seed=settings.dense_seed)
+def only_teachers(settings: Settings, *more: str) -> Settings:
+    """The settings with all at its default but what the teacher (and ``more``) depends on."""
+    names = {*DATA, *TEACHER, *more, "scale", "data_dir", "model"}
+    values = {name: getattr(settings, name) for name in names}
+    return Settings(**values, teacher_seed=settings.dense_seed)
 
 
-def teacher_key(settings: Settings) -> StageKey:
+def teacher_key(store: AnyStore, settings: Settings) -> StageKey:
     """What the teacher depends on."""
     choices = {
         **chosen(settings, DATA + TEACHER),
         "teacher_seed": settings.dense_seed,
         "model": settings.model,
     }
-    return StageKey("teacher", choices, _origin(settings))
+    build = _fine_tune if settings.teacher_epochs else _take_fine_tuned
+    # a GPU trains in bfloat16
+    origin = data_origin(store, settings, build, device=device().type)
+    return StageKey("teacher", choices, origin)
 
 
-def _origin(settings: Settings) -> dict:
-    """What a teacher is made with; nothing where it is read and not made."""
-    if committed_results.named():
-        return {}
-    return {
-        "weights": pretrained_weights.digest(settings.model, hub=not settings.offline),
-        "data": loading.digest(settings),
-        "device": device().type,  # bf16 on a GPU
-        "code": code_digest(
-            "data.loading",
-            "data.batching",
-            "data.builtin_corpus",
-            "data.squad",
-            "data.pretrained_weights",
-            "experiments.dataset",
-            "training.trainer",
-            "training.checkpoints",
-            "training.evaluation",
-            "experiments.teacher",
-            *FORWARD,
-        ),
-        "versions": versions(),
-    }
-
-
-def teacher(settings: Settings) -> Teacher:
+def teacher(store: AnyStore, settings: Settings) -> Teacher:
     """The dense model fine-tuned on the task, from the store or trained now.
 
     With ``teacher_epochs=0`` it is the settings' model as it was saved.
     """
-    return _teacher(reduced(settings), home())
+    return _teacher(store, only_teachers(settings))
 
 
 @functools.lru_cache(maxsize=2)  # read and verified once a process
-def _teacher(settings: Settings, _root: Path) -> Teacher:
+def _teacher(store: AnyStore, settings: Settings) -> Teacher:
     transformers_logging.disable_progress_bar()
-
-    def build(folder: Path) -> dict:
-        model = None if settings.teacher_epochs else fine_tuned_model(settings).to(device())
-        bundle = dataset(settings)
-        transformers_logging.disable_progress_bar()
-        if model is None:
-            set_seed(settings.dense_seed)
-            model = new_model(settings, bundle.task).to(device())
-            fine_tune(
-                model,
-                bundle.train,
-                bundle.tokenizer,
-                settings,
-                folder,
-                checkpoints=place(store, store.folder(key)),
-            )
-        model.save_pretrained(folder)
-        bundle.tokenizer.save_pretrained(folder)
-        return keep_judged(settings, model, folder)
-
-    store, key = committed_results.open_store(), teacher_key(settings)
-    entry = store.make(key, build)
-    checkpoints.clear(place(store, entry.folder))
-    _say(entry, f"teacher for {settings.task}")
-    return Teacher(settings.task, entry.row, entry)
+    build = partial(_fine_tune if settings.teacher_epochs else _take_fine_tuned, settings)
+    entry = store.make(teacher_key(store, settings), build)
+    checkpoints.clear(checkpoint_folder(entry.folder))
+    print(f"· teacher for {settings.task}: {entry.origin}", flush=True)
+    return Teacher(settings.task, entry.row, entry, store)
 
 
-def importance(settings: Settings) -> Importance:
+def _fine_tune(settings: Settings, folder: Path) -> dict:
+    bundle = dataset(settings)
+    transformers_logging.disable_progress_bar()
+    set_seed(settings.dense_seed)
+    model = new_model(settings, bundle.task).to(device())
+    fine_tune(
+        model,
+        bundle.train,
+        bundle.tokenizer,
+        settings,
+        folder,
+        checkpoints=checkpoint_folder(folder),
+    )
+    return _save(settings, model, folder)
+
+
+def _take_fine_tuned(settings: Settings, folder: Path) -> dict:
+    return _save(settings, fine_tuned_model(settings).to(device()), folder)
+
+
+def _save(settings: Settings, model: PreTrainedModel, folder: Path) -> dict[str, float]:
+    transformers_logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    dataset(settings).tokenizer.save_pretrained(folder)
+    return evaluate_and_save(settings, model, folder)
+
+
+def importance_key(store: AnyStore, settings: Settings) -> StageKey:
+    """What the scores of Eq. 4 depend on."""
+    choices = {"teacher": teacher_key(store, settings), **chosen(settings, IMPORTANCE)}
+    return StageKey("importance", choices, made_with(store, _score_importance))
+
+
+def importance(store: AnyStore, settings: Settings) -> Importance:
     """Eq. 4's scores of the teacher's neurons, from the store or computed now."""
-    return _importance(reduced(settings, *IMPORTANCE), home())
+    return _importance(store, only_teachers(settings, *IMPORTANCE))
 
 
 @functools.lru_cache(maxsize=4)
-def _importance(settings: Settings, _root: Path) -> Importance:
-    def build(folder: Path) -> dict:
-        dense, bundle = teacher(settings), dataset(settings)
-        batches = bundle.batches(
-            settings.importance_split,
-            batch_size=32,
-            limit=settings.importance_examples,
-            shuffle=True,
-        )
-        meta = {
-            "task": settings.task,
-            "split": settings.importance_split,
-            "model": settings.model,
-            "teacher": dense.entry.digest,
-            "data": bundle.digest,
-        }
-        scores = ffn_importance(accelerate_if_possible(dense.model), batches, meta=meta)
-        scores.save(folder / "importance.safetensors")
-        return {"n_examples": scores.n_examples}
-
-    entry = committed_results.open_store().make(importance_key(settings), build)
-    _say(entry, f"importance for {settings.task}")
-    return Importance.load(entry.folder / "importance.safetensors")
+def _importance(store: AnyStore, settings: Settings) -> Importance:
+    build = partial(_score_importance, store, settings)
+    entry = store.make(importance_key(store, settings), build)
+    print(f"· importance for {settings.task}: {entry.origin}", flush=True)
+    return Importance.load(entry.folder / IMPORTANCE_FILE)
 
 
-def importance_key(settings: Settings) -> StageKey:
-    """What the scores depend on."""
-    code = code_digest("method.importance", "method.encoder_layouts", *FORWARD)
-    choices = {"teacher": teacher_key(settings), **chosen(settings, IMPORTANCE)}
-    return StageKey("importance", choices, {"code": code})
+def _score_importance(store: AnyStore, settings: Settings, folder: Path) -> dict:
+    dense, bundle = teacher(store, settings), dataset(settings)
+    meta = {
+        "task": settings.task,
+        "split": settings.importance_split,
+        "model": settings.model,
+        "teacher": dense.entry.digest,
+        "data": bundle.digest,
+    }
+    scores = ffn_importance(
+        accelerate_if_possible(dense.model), scored_batches(settings), meta=meta
+    )
+    scores.save(folder / IMPORTANCE_FILE)
+    return {"n_examples": scores.n_examples}
+
+
+def scored_batches(settings: Settings):
+    """Batches of the examples that neurons are scored on."""
+    return dataset(settings).batches(
+        settings.importance_split,
+        batch_size=32,
+        limit=settings.importance_examples,
+        shuffle=True,
+    )
+
+
+def scores_key(store: AnyStore, settings: Settings) -> StageKey:
+    """What :func:`all_scores` depends on."""
+    choices = {"importance": importance_key(store, settings), "kinds": list(SCORES)}
+    return StageKey("scores", choices, made_with(store, _score_all))
+
+
+def all_scores(store: AnyStore, settings: Settings) -> dict[str, Tensor]:
+    """Every score of the teacher's neurons (``other_scores.SCORES``), stored or computed now.
+
+    The examples are those that Eq. 4 is scored on; ``random`` has seed 0.
+
+    Returns:
+        Name to scores ``(L, F)``, float64, in the order of ``SCORES``.
+    """
+    entry = store.make(scores_key(store, settings), partial(_score_all, store, settings))
+    print(f"· scores for {settings.task}: {entry.origin}", flush=True)
+    scores = load_file(entry.folder / SCORES_FILE)
+    return {kind: scores[kind] for kind in SCORES}
+
+
+def _score_all(store: AnyStore, settings: Settings, folder: Path) -> dict:
+    model = accelerate_if_possible(teacher(store, settings).model)
+    scores = every_score(model, scored_batches(settings))
+    save_file({kind: each.scores for kind, each in scores.items()}, folder / SCORES_FILE)
+    return {"n_examples": scores["importance"].n_examples}
 
 
 def evaluate(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
     """The task's metrics of a model on the validation split, and on further ones by suffix."""
-    return judge(settings, model)[0]
+    return evaluate_with_answers(settings, model)[0]
 
 
-def judge(settings: Settings, model: PreTrainedModel) -> tuple[dict[str, float], np.ndarray]:
-    """:func:`evaluate`, and what the model says to each validation example.
+def evaluate_with_answers(
+    settings: Settings, model: PreTrainedModel
+) -> tuple[dict[str, float], np.ndarray]:
+    """:func:`evaluate`, and the prediction for each validation example.
 
-    An answer is a class index, a value, or a text.
+    A prediction is a class index, a value, or a text.
     """
-    bundle, found, said, model = dataset(settings), {}, {}, accelerate_if_exact(model)
+    bundle, model = dataset(settings), accelerate_if_exact(model)
+    metrics: dict[str, float] = {}
+    predictions = {}
     for split in [split for split in bundle.splits if split != "train"]:
         logits = predict(model, bundle.batches(split, batch_size=settings.eval_batch_size))
         suffix = "" if split == "validation" else f"_{split}"
         scores = bundle.score(logits, split)
-        found |= {f"{name}{suffix}": value for name, value in scores.items()}
-        said[split] = bundle.answers(logits, split)
-    return found, said["validation"]
+        metrics |= {f"{name}{suffix}": value for name, value in scores.items()}
+        predictions[split] = bundle.answers(logits, split)
+    return metrics, predictions["validation"]
 
 
-def keep_judged(settings: Settings, model: PreTrainedModel, folder: Path) -> dict[str, float]:
-    """:func:`evaluate`, with the answers kept in a folder for :func:`answers`."""
-    metrics, said = judge(settings, model)
-    pd.DataFrame({"answer": said}).to_csv(folder / ANSWERS, index=False)
+def evaluate_and_save(settings: Settings, model: PreTrainedModel, folder: Path) -> dict[str, float]:
+    """:func:`evaluate`, with the predictions saved in a folder for :func:`saved_answers`."""
+    metrics, predictions = evaluate_with_answers(settings, model)
+    pd.DataFrame({"answer": predictions}).to_csv(folder / ANSWERS, index=False)
     return metrics
 
 
-def answers(entry: Entry) -> pd.Series:
-    """What a stored model said to each validation example."""
+def saved_answers(entry: Entry) -> pd.Series:
+    """A stored model's prediction for each validation example."""
     return pd.read_csv(entry.folder / ANSWERS, keep_default_na=False)["answer"]
 
 
@@ -219,47 +237,12 @@ def truths(settings: Settings) -> list:
     return dataset(settings).truths()
 
 
-def place(store: Store, folder: Path) -> Path:
-    """Where the checkpoints of an entry's training lie until its folder is complete."""
-    return store.root / "checkpoints" / folder.name
+def checkpoint_folder(folder: Path) -> Path:
+    """Where the training of an entry writes its checkpoints until the entry is complete.
 
-
-def _say(entry: Entry, what: str) -> None:
-    print(f"· {what}: {entry.origin}", flush=True)
-
-
-# Every score of a teacher's neurons (``scores``), made once and kept.
-
-
-def scorings_key(settings: Settings) -> StageKey:
-    """What the scores depend on, given what importance depends on."""
-    choices = {"importance": importance_key(settings), "kinds": list(SCORES)}
-    code = code_digest("method.other_scores", "method.partition")
-    return StageKey("scores", choices, {"code": code})
-
-
-def scorings(settings: Settings) -> dict[str, Tensor]:
-    """All of :data:`scores.SCORES` for the teacher, from the store or computed now.
-
-    The examples are those that Eq. 4 is scored on; ``random`` has seed 0.
-
-    Returns:
-        Name to scores ``(L, F)``, float64, in the order of ``SCORES``.
+    Args:
+        folder: The entry's own folder, or the temporary one that it is built in.
     """
-
-    def build(folder: Path) -> dict:
-        model, bundle = teacher(settings).model, dataset(settings)
-        batches = bundle.batches(
-            settings.importance_split,
-            batch_size=32,
-            limit=settings.importance_examples,
-            shuffle=True,
-        )
-        found = every_score(accelerate_if_possible(model), batches)
-        save_file({kind: one.scores for kind, one in found.items()}, folder / "scores.safetensors")
-        return {"n_examples": found["importance"].n_examples}
-
-    entry = committed_results.open_store().make(scorings_key(settings), build)
-    print(f"· scores for {settings.task}: {entry.origin}", flush=True)
-    kept = load_file(entry.folder / "scores.safetensors")
-    return {kind: kept[kind] for kind in SCORES}
+    built = WORK.fullmatch(folder.name)
+    root, name = (folder.parents[1], built[1]) if built else (folder.parent, folder.name)
+    return root / "checkpoints" / name

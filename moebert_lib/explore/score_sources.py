@@ -18,16 +18,15 @@ from moebert_lib.config.errors import UserError, nearest
 from moebert_lib.config.presets import SCALES, SHAPES, Shape
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.tasks import TASKS
-from moebert_lib.experiments import ablations, neuron_measurements, student, teacher
+from moebert_lib.experiments import ablations, neuron_measurements, stage_keys, student, teacher
 from moebert_lib.experiments.neuron_measurements import Excitation
 from moebert_lib.experiments.stage_keys import DATA, TEACHER
 from moebert_lib.experiments.teacher import importance_key
 from moebert_lib.method import encoder_layouts, release_files
 from moebert_lib.method.importance import Importance
 from moebert_lib.model.moe_layer import ParameterCounts
-from moebert_lib.store import committed_results
-from moebert_lib.store.committed_results import CommittedResults
-from moebert_lib.store.store import Entry, StageKey, Store
+from moebert_lib.store.committed_results import AnyStore
+from moebert_lib.store.store import Entry, StageKey
 
 #: Names of the scores in menus, the paper's first.
 EQ4, ACTIVE, LARGE = "importance (Eq. 4)", "mean activation", "size of weights"
@@ -110,41 +109,42 @@ class Source:
         return self.accuracy[(known == known[first]).all(1)]
 
 
-def from_settings(settings: Settings, conversions: ablations.Grid | None = None) -> Source:
+def from_settings(
+    store: AnyStore, settings: Settings, conversions: ablations.Grid | None = None
+) -> Source:
     """The scores of an experiment's teacher, with all that the explorer shows of them.
 
     Teacher, scores, excitation and conversions come from the store or are made now.
 
     Args:
+        store: Where the stages are, or will be.
         settings: The experiment.
         conversions: Whose accuracy is shown; those of ``ablations.explorer`` by default.
     """
-    teacher.importance(settings)
-    neuron_measurements.excitation(settings)
+    teacher.importance(store, settings)
+    neuron_measurements.excitation(store, settings)
     conversions = conversions or ablations.points("explorer", settings)
     count = sum(map(len, conversions.values()))
     print(f"· accuracy right after conversion, for {count} partitions", flush=True)
-    student.compare(conversions, run=student.conversion)
-    store = committed_results.open_store()
-    scored = store.find(importance_key(settings))
+    student.compare(store, conversions, run=student.conversion)
+    scored = store.find(importance_key(store, settings))
     return _source(store, scored, _by_kind(store), settings.scale)
 
 
-def from_store() -> list[Source]:
+def from_store(store: AnyStore) -> list[Source]:
     """All that was scored in this home, each with a name of its own.
 
     What can show a neuron's tokens comes first, and the newest of those.
     """
-    store = committed_results.open_store()
     there = _by_kind(store)
     found = [_source(store, entry, there) for entry in reversed(store.entries("importance"))]
     known = [source for source in found if source is not None]
     return distinct(sorted(known, key=lambda source: source.excited is None))
 
 
-def beside(mine: Source) -> list[Source]:
+def beside(store: AnyStore, mine: Source) -> list[Source]:
     """A source and, after it, all others of this home."""
-    return distinct([mine, *(other for other in from_store() if other.origin != mine.origin)])
+    return distinct([mine, *(other for other in from_store(store) if other.origin != mine.origin)])
 
 
 def from_file(path: str | Path) -> Source:
@@ -194,12 +194,12 @@ def _same(n_experts: int, expert_size: int, n_shared: int) -> tuple[int, int, in
     return n_experts, expert_size, n_shared
 
 
-def _by_kind(store: Store | CommittedResults) -> dict[str, list[Entry]]:
+def _by_kind(store: AnyStore) -> dict[str, list[Entry]]:
     return {kind: store.entries(kind) for kind in ("teacher", "excitation", "converted")}
 
 
 def _source(
-    store: Store | CommittedResults, scored: Entry, there: dict[str, list[Entry]], scale: str = ""
+    store: AnyStore, scored: Entry, there: dict[str, list[Entry]], scale: str = ""
 ) -> Source | None:
     """An entry of scores with what else is there of its teacher; None without a teacher."""
     teacher_key = scored.key.choices["teacher"]
@@ -221,7 +221,7 @@ def _source(
 
     scores = {EQ4: _numbers(Importance.load(scored.folder / "importance.safetensors").scores)}
     passed = list(filter(by_these_scores, there["excitation"]))
-    excited = neuron_measurements.read(passed[-1].folder) if passed else None
+    excited = neuron_measurements.read_excitation(passed[-1].folder) if passed else None
     if excited:
         scores |= {ACTIVE: _numbers(excited.mean), LARGE: _numbers(excited.magnitude)}
     sizes = encoder_layouts.shape(str(dense.folder))
@@ -255,7 +255,8 @@ def _scale(chosen: Mapping[str, Any]) -> str:
         whole = Settings.at(scale, task=task, model=model)
         brief = ablations.on_task(Settings.at(scale, model=model), task)
         for settings, name in ((whole, scale), (brief, f"{scale}, in brief")):
-            if all(chosen.get(each) == getattr(settings, each) for each in (*DATA, *TEACHER)):
+            usual = stage_keys.chosen(settings, (*DATA, *TEACHER))
+            if all(chosen.get(each) == value for each, value in usual.items()):
                 return name
     return "own settings"
 

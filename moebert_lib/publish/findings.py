@@ -24,7 +24,7 @@ from moebert_lib.evidence.verdicts import (
     judge,
 )
 from moebert_lib.runs import export
-from moebert_lib.store import committed_results
+from moebert_lib.store.committed_results import open_store
 from moebert_lib.training.routing_analysis import nearer
 
 PAGE = "found.md"
@@ -304,7 +304,7 @@ def provenance() -> str:
     Raises:
         UserError: the results hold no student.
     """
-    records = list(committed_results.opened(committed_results.named()).records.values())
+    records = list(open_store().records.values())
     students = _students()
     teachers = sum(record["kind"] == "teacher" for record in records)
     hours = sum(record["seconds"] for record in records) / 3600
@@ -414,7 +414,7 @@ def departs() -> str:
 
 
 def _students() -> list[dict[str, Any]]:
-    records = committed_results.opened(committed_results.named()).records.values()
+    records = open_store().records.values()
     students = [record for record in records if record["kind"] == "student"]
     if not students:
         raise UserError("the results hold no student; expected those of a workbook")
@@ -429,13 +429,13 @@ def _values(record: dict[str, Any]) -> dict[str, Any]:
 
 def _scale() -> str:
     """The scale that the rows name."""
-    records = committed_results.opened(committed_results.named()).records.values()
+    records = open_store().records.values()
     return next((scale for record in records if (scale := _values(record)["scale"])), "small")
 
 
 def _sizes() -> dict[str, int]:
     """Examples of each task's development set: the answers of one student."""
-    store, sizes = committed_results.opened(committed_results.named()), {}
+    store, sizes = open_store(), {}
     for record in _students():
         if (task := record["row"]["task"]) not in sizes:
             answers = dict(store.files_of(record))["answers.csv"]

@@ -32,14 +32,15 @@ from moebert_lib.data.batching import without_targets
 from moebert_lib.data.tasks import TASKS
 from moebert_lib.evidence.statistics import resampled
 from moebert_lib.experiments import student, teacher
-from moebert_lib.experiments.dataset import Dataset, chosen, dataset
-from moebert_lib.experiments.stage_keys import CONVERSION, DATA, IMPORTANCE, TRAINING
+from moebert_lib.experiments.dataset import Dataset, dataset
+from moebert_lib.experiments.stage_keys import CONVERSION, DATA, IMPORTANCE, TRAINING, chosen
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.importance import Importance
 from moebert_lib.model.accelerate import accelerate
 from moebert_lib.model.conversion import load_dense, to_moebert
 from moebert_lib.model.moe_layer import parameter_counts
 from moebert_lib.publish import onnx_export
+from moebert_lib.store.committed_results import AnyStore
 from moebert_lib.teaching import checks
 from moebert_lib.training.evaluation import score
 
@@ -113,10 +114,13 @@ def from_scores(model: str, scores: Importance, **sizes: object) -> ConvertedMod
     return _converted(dense, tokenizer, scores, untrained, untrained, batch, facts)
 
 
-def from_task(model: str, settings: Settings, *, train: bool = True) -> ConvertedModel:
+def from_task(
+    store: AnyStore, model: str, settings: Settings, *, train: bool = True
+) -> ConvertedModel:
     """A fine-tuned model scored on a task's training data, converted, distilled and evaluated.
 
     Args:
+        store: Where the experiment's stages are, or will be.
         model: A folder, or a name on the hub: the fine-tuned dense model, which is the teacher
             too. "" is the settings' model, fine-tuned first.
         settings: The experiment.
@@ -134,14 +138,14 @@ def from_task(model: str, settings: Settings, *, train: bool = True) -> Converte
         _read(pretrained_weights.find(model, hub=not settings.offline))  # refuse it before any work
         settings = settings.but(model=model, teacher_epochs=0)
     try:
-        fine_tuned, scores = teacher.teacher(settings), teacher.importance(settings)
-        untrained = student.converted(settings)
-        trained = student.student(settings, keep_model=True) if train else None
+        fine_tuned, scores = teacher.teacher(store, settings), teacher.importance(store, settings)
+        untrained = student.converted(store, settings)
+        trained = student.student(store, settings, keep_model=True) if train else None
     except ValueError as error:
         raise error if isinstance(error, UserError) else UserError(str(error)) from None
-    dense, moebert = fine_tuned.model, trained.model().eval() if trained else untrained
+    dense, moebert = fine_tuned.model, trained.model() if trained else untrained
     bundle = dataset(settings)
-    answers = [teacher.judge(settings, each)[1] for each in (dense, moebert)]
+    answers = [teacher.evaluate_with_answers(settings, each)[1] for each in (dense, moebert)]
     names = (*DATA, *IMPORTANCE, *CONVERSION, *(TRAINING if train else ()))
     facts = {
         "settings": {"scale": settings.scale, **chosen(settings, names)},

@@ -18,7 +18,14 @@ from moebert_lib.config.presets import Shape
 from moebert_lib.config.settings import Settings
 from moebert_lib.data import loading
 from moebert_lib.data.tasks import TASKS
-from moebert_lib.experiments.stage_keys import CONVERSION, DATA, IMPORTANCE, TEACHER, TRAINING, told
+from moebert_lib.experiments.stage_keys import (
+    CONVERSION,
+    DATA,
+    IMPORTANCE,
+    TEACHER,
+    TRAINING,
+    without_later,
+)
 from moebert_lib.method.encoder_layouts import parameters, shape
 from moebert_lib.runs.plan import Job, asked, describe
 from moebert_lib.store.store import Store
@@ -95,7 +102,7 @@ class Run:
         names += [*CONVERSION, "grouping"] if self.converts else []
         names += TRAINING if self.stage == "student" else ()
         values = {name: getattr(self.settings, name) for name in names if name != "seed"}
-        return told(values | (sizes(self.settings) if self.converts else {}))
+        return without_later(values | (sizes(self.settings) if self.converts else {}))
 
     @property
     def seeds(self) -> tuple[int | None, ...]:

@@ -18,7 +18,7 @@ from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import Unwritable, read_json, write_json
 from moebert_lib.config.provenance import code_digests, digest, library_modules
 from moebert_lib.runs.plan import Job
-from moebert_lib.store import committed_results, run_outputs
+from moebert_lib.store import run_outputs
 from moebert_lib.store.store import Entry, StageKey, Store
 
 WARNING = "moebert: "  # begins a line of the library, such as a damaged file that is made again
@@ -333,7 +333,7 @@ def make(
             raise failure
         figures = folder / "figures"
         figures.mkdir()
-        offline = job.settings.offline if job.settings and not committed_results.named() else True
+        offline = job.settings.offline if job.settings and not job.results else True
         try:
             whole = run_outputs.kernel_environment(figures, offline=offline, changes=environment)
             how = {"parameters": job.given, "environment": whole}

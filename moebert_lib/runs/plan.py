@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -33,9 +33,10 @@ from moebert_lib.config.provenance import (
 )
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import ablations
+from moebert_lib.experiments.stage_keys import without_later
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.encoder_layouts import shape
-from moebert_lib.store import committed_results
+from moebert_lib.store.committed_results import committed_results, open_store
 from moebert_lib.store.store import StageKey
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
@@ -55,6 +56,7 @@ class Job:
         settings: As the notebook makes them; None for a notebook that takes none.
         origin: Tells notebooks of one name in different folders apart; decides no result.
         place: A folder below ``figures/`` where it is not the usual one; decides no result.
+        results: The folder of committed results that it is drawn from; "" where it makes its own.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Job:
     settings: Settings | None
     origin: str = ""
     place: str = ""
+    results: str = ""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -107,7 +110,7 @@ class Job:
     @property
     def cells(self) -> list[dict[str, Any]]:
         """The code cells that decide the result: no prose, and no exercise."""
-        left_out = {EXERCISE, MODEL} if committed_results.named() else {EXERCISE}
+        left_out = {EXERCISE, MODEL} if self.results else {EXERCISE}
         return [
             cell
             for cell in self.notebook["cells"]
@@ -121,7 +124,7 @@ class Job:
 
     def runs(self) -> str:
         """The notebook's text as it is executed: without models where results are drawn from."""
-        if not committed_results.named():
+        if not self.results:
             return self.source
         cells = self.notebook["cells"]
         kept = [cell for cell in cells if cell["cell_type"] != "code" or cell in self.cells]
@@ -130,7 +133,7 @@ class Job:
     def key(self) -> StageKey:
         """Everything that decides the result: code cells and no prose, values, data by its digest
         and not by where it lies, each module of the library, versions."""
-        settings = self.settings and self.settings.model_dump() | {"data_dir": ""}
+        settings = self.settings and without_later(self.settings.model_dump()) | {"data_dir": ""}
         parameters = {name: value for name, value in self.parameters.items() if name != "data_dir"}
         for name in self.folders & parameters.keys():
             parameters[name] = checksums(Path(folder)) if (folder := parameters[name]) else {}
@@ -143,7 +146,8 @@ class Job:
             "settings": settings,
         }
         origin = {
-            "inputs": _inputs(self.settings) | (_benchmarks() if self.timed else {}),
+            "inputs": _inputs(self.settings, self.results)
+            | (_benchmarks(self.results) if self.timed else {}),
             "code": code_digests(*modules),
             "versions": versions(),
         }
@@ -180,6 +184,9 @@ def plan(
     known = {path: parameters_of(path) for path in paths}
     _check_names(values, known)
     jobs = [_job(path, known[path], values) for path in paths]
+    store = open_store()
+    if not store.makes:
+        jobs = [replace(job, results=str(store.source)) for job in jobs]
     _check_inputs(jobs)
     return jobs
 
@@ -443,8 +450,7 @@ def _validated(name: str, kind: Any, value: Any, hint: str = "") -> Any:
 
 def _check_inputs(jobs: Sequence[Job]) -> None:
     """Refuse experiments, models and data that cannot be had; drawing from results needs none."""
-    if committed_results.named():
-        return
+    jobs = [job for job in jobs if not job.results]
     from moebert_lib.data import loading
 
     for settings in dict.fromkeys(job.settings for job in jobs if job.settings):
@@ -459,17 +465,17 @@ def _check_inputs(jobs: Sequence[Job]) -> None:
         loading.check(point)
 
 
-def _benchmarks() -> dict[str, str]:
+def _benchmarks(results: str) -> dict[str, str]:
     """Digests of the benchmarks' records, which a notebook that measures time may draw."""
-    local = [] if committed_results.named() else (home() / "runs").glob("bench-*.json")
+    local = [] if results else (home() / "runs").glob("bench-*.json")
     paths = [*(home() / "figures" / "bench").glob("*.json"), *local]
     return {path.name: input_digest(path) for path in sorted(paths)}
 
 
-def _inputs(settings: Settings | None) -> dict[str, str]:
+def _inputs(settings: Settings | None, results: str) -> dict[str, str]:
     """Digests of data and weights; of results where they are drawn from."""
-    if committed_results.named():
-        return committed_results.inputs()
+    if results:
+        return committed_results(results).inputs()
     if settings is None:
         return {}
     from moebert_lib.data import loading, pretrained_weights

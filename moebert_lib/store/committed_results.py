@@ -27,23 +27,14 @@ FROM = "MOEBERT_FROM"  # the environment variable that names the folder
 ROWS, FILES = "rows.parquet", "files.parquet"
 
 
-def named() -> str:
-    """The folder that ``MOEBERT_FROM`` names; "" where stages are made and kept in the store."""
-    return os.environ.get(FROM, "")
-
-
-def open_store() -> "Store | CommittedResults":
+def open_store() -> "AnyStore":
     """The committed results that ``MOEBERT_FROM`` names, else the store of this home."""
-    return opened(named()) if named() else Store()
-
-
-def inputs() -> dict[str, str]:
-    """Digests of the files that ``MOEBERT_FROM`` names, by name."""
-    return {name: input_digest(Path(named()) / name) for name in (ROWS, FILES)}
+    folder = os.environ.get(FROM, "")
+    return committed_results(folder) if folder else Store()
 
 
 @functools.lru_cache(maxsize=2)
-def opened(folder: str) -> "CommittedResults":
+def committed_results(folder: str) -> "CommittedResults":
     """The results in a folder, read once a process."""
     return CommittedResults(Path(folder))
 
@@ -54,6 +45,8 @@ class CommittedResults:
     Raises:
         UserError: no such folder, or its files cannot be read.
     """
+
+    makes = False  # what is missing cannot be made here
 
     def __init__(self, folder: Path):
         import pandas as pd
@@ -80,6 +73,10 @@ class CommittedResults:
         self.records = {key_of(record).choices_digest: record for record in records}
         self.root = Path(tempfile.mkdtemp(prefix="moebert-"))
         atexit.register(shutil.rmtree, self.root, ignore_errors=True)
+
+    def inputs(self) -> dict[str, str]:
+        """Digests of the two files, by name."""
+        return {name: input_digest(self.source / name) for name in (ROWS, FILES)}
 
     def make(
         self, key: StageKey, build: Callable[[Path], dict] | None = None, *, force: bool = False
@@ -150,6 +147,10 @@ class CommittedResults:
         kinds = sorted({other.kind for other in there})
         hint = f"the nearest differs in {apart}" if apart else nearest(key.kind, kinds)
         return f"'{self.source}' has no such {key.kind}; {hint}"
+
+
+#: What functions of an experiment take as their first argument.
+AnyStore = Store | CommittedResults
 
 
 def key_of(record: Mapping[str, Any]) -> StageKey:

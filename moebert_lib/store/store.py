@@ -210,9 +210,17 @@ class Store:
         (True, {'total': 3})
     """
 
+    makes = True  # what is missing is made here; committed results are only read
+
     def __init__(self, root: Path | str | None = None, *, cancelled: Event | None = None):
         self.root = Path(root).resolve() if root is not None else home() / "runs"
         self.cancelled = cancelled or Event()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Store) and self.root == other.root
+
+    def __hash__(self) -> int:
+        return hash(self.root)
 
     def folder(self, key: StageKey) -> Path:
         """Where the entry of this key is, or would be."""
