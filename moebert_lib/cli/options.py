@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,9 +13,10 @@ from moebert_lib.config.errors import UserError, nearest
 class CommandParser(argparse.ArgumentParser):
     """A parser whose help ends with an example and whose errors are :class:`UserError`."""
 
-    def __init__(self, *args: Any, example: str = "", **kwargs: Any):
+    def __init__(self, *args: Any, example: str = "", description: str = "", **kwargs: Any):
         super().__init__(
             *args,
+            description=textwrap.fill(description, 80),
             epilog=f"example:\n  {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
