@@ -161,7 +161,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     capsys.readouterr()
     assert_same(trained(kind, tmp_path), expected)
     who = "teacher" if kind == "teacher" else "student"
-    first, last = capsys.readouterr().out.splitlines()
+    first, *_, last = capsys.readouterr().out.splitlines()  # a slow machine prints more
     assert first == f"· {who}: resumed at step 9/{STEPS}"
     assert last.startswith(f"· {who}: step {STEPS}/{STEPS}, ")
     assert last.endswith(" s since step 9")

@@ -55,7 +55,7 @@ def test_what_is_kept_is_what_the_teacher_says_in_any_other_batch(
     teacher = accelerate(tiny_bert(dtype=torch.float64))
     states = filled(tmp_path, teacher, layers=layers, dtype=dtype)
     for batch in batches(7, sort=False):
-        found, wanted = states.of(batch, teacher), asked(teacher, batch)
+        found, wanted = states.output(batch, teacher), asked(teacher, batch)
         assert list(found.hidden_states) == layers
         for layer in layers:
             own, other = found.hidden_states[layer].double(), wanted.hidden_states[layer].double()
@@ -67,7 +67,7 @@ def test_the_same_batch_gives_the_same_bytes(tiny_bert, tmp_path):
     teacher = accelerate(tiny_bert(dtype=torch.float32))
     states = filled(tmp_path, teacher, layers=[0, 1, 2], dtype=torch.float32)
     for batch in batches(5):
-        found, wanted = states.of(batch, teacher), asked(teacher, batch)
+        found, wanted = states.output(batch, teacher), asked(teacher, batch)
         for layer, state in found.hidden_states.items():
             assert torch.equal(state, wanted.hidden_states[layer])
         assert torch.equal(found.logits, wanted.logits)
@@ -136,11 +136,11 @@ def test_what_a_teacher_said_goes_with_it(tiny_bert, tmp_path):
     teacher = tiny_bert(dtype=torch.float32)
     student = to_moebert(teacher, random_ranking(2, 64, seed=0))
     distil(student, teacher, sentences(), Pad(), SETTINGS.but(cache_teacher=True), tmp_path)
-    assert teacher in teacher_states._known
-    n = len(teacher_states._known)
+    assert teacher in teacher_states._cached
+    n = len(teacher_states._cached)
     del teacher
     gc.collect()
-    assert len(teacher_states._known) == n - 1
+    assert len(teacher_states._cached) == n - 1
 
 
 def test_a_teacher_with_dropout_or_padding_that_counts_is_refused():

@@ -39,12 +39,8 @@ class Pad:
 def trainer(student, teacher, folder, encoded=None, **changes):
     arguments = training_arguments(
         folder,
+        SETTINGS.but(epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.01),
         seed=0,
-        epochs=1,
-        batch_size=4,
-        learning_rate=1e-3,
-        weight_decay=0.01,
-        settings=SETTINGS,
     )
     return DistillationTrainer(
         student, arguments, train_dataset=encoded, teacher=teacher, data_collator=list, **changes
@@ -162,12 +158,8 @@ def test_fine_tuning_lowers_the_loss_and_leaves_no_files(tiny_bert, tmp_path, en
 def test_arguments_are_the_papers_where_it_states_them(tmp_path):
     made = training_arguments(
         tmp_path,
+        SETTINGS.but(epochs=5, batch_size=8, learning_rate=2e-5, weight_decay=0.01),
         seed=3,
-        epochs=5,
-        batch_size=8,
-        learning_rate=2e-5,
-        weight_decay=0.01,
-        settings=SETTINGS,
     )
     assert (made.adam_beta1, made.adam_beta2, made.max_grad_norm) == (0.9, 0.999, 1.0)
     assert made.get_warmup_steps(1000) == 0 and made.lr_scheduler_type == "linear"

@@ -56,12 +56,8 @@ def pair(tiny_bert):
 def trainer(student, teacher, folder, **changes):
     arguments = training_arguments(
         folder,
+        SETTINGS.but(epochs=1, batch_size=4, learning_rate=1e-3, weight_decay=0.0),
         seed=0,
-        epochs=1,
-        batch_size=4,
-        learning_rate=1e-3,
-        weight_decay=0.0,
-        settings=SETTINGS,
     )
     return DistillationTrainer(student, arguments, teacher=teacher, data_collator=list, **changes)
 
@@ -112,8 +108,8 @@ def test_padding_on_the_left_is_left_out_too(tiny_bert, tiny_batch, tmp_path):
 
 def test_kept_states_are_refused_where_padding_counts(pair, tmp_path):
     for changes in (dict(padding_in_loss=True), dict(teacher_dropout=True)):
-        with pytest.raises(ValueError, match="without padding and dropout"):
-            trainer(*pair, tmp_path, told=object(), **changes)
+        with pytest.raises(ValueError, match="without padding and without dropout"):
+            trainer(*pair, tmp_path, teacher_states=object(), **changes)
 
 
 def test_what_comes_back_is_the_ordinary_student_in_eval_mode(pair, encoded, tmp_path):

@@ -177,7 +177,7 @@ def cached(teacher_model: nn.Module, batch: Inputs, folder: Path) -> Callable[[]
     )
     with torch.no_grad():
         states.fill(lambda part: ask(teacher_model, part, "packed"), [batch])
-    return lambda: states.of(batch, teacher_model)
+    return lambda: states.output(batch, teacher_model)
 
 
 def set_dropout(student: nn.Module, dropout: float) -> None:

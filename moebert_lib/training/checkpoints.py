@@ -1,8 +1,9 @@
-"""Checkpoints of a long training, so that a killed one goes on where it was.
+"""Checkpoints of a training: written every few minutes, so that a killed training resumes.
 
-Trainer writes and reads weights, optimiser, schedule and random state. Ours are when, what
-Trainer leaves out, and a marker, written last, that says a checkpoint is whole. A resumed
-training ends with the same bits as an uninterrupted one on the same machine and threads.
+Trainer writes and reads weights, optimiser, schedule and random state. This file decides when,
+adds what Trainer leaves out, and writes checksums last, by which a complete checkpoint is known.
+A resumed training ends with the same bits as an uninterrupted one on the same machine with the
+same number of threads.
 """
 
 import json
@@ -19,7 +20,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from moebert_lib.config.errors import UserError
-from moebert_lib.config.provenance import checksums, to_json
+from moebert_lib.config.file_io import write_json
+from moebert_lib.config.provenance import checksums
 
 CHECKPOINT_SECONDS = 300  # between two checkpoints, unless the environment says otherwise
 VARIABLE = "MOEBERT_CHECKPOINT_SECONDS"
@@ -34,14 +36,14 @@ def seconds() -> float:
     Raises:
         UserError: it is not a number, or negative.
     """
-    given = os.environ.get(VARIABLE) or str(CHECKPOINT_SECONDS)
+    text = os.environ.get(VARIABLE) or str(CHECKPOINT_SECONDS)
     try:
-        value = float(given)
+        value = float(text)
     except ValueError:
         value = math.nan
     if not value >= 0:
         raise UserError(
-            f"{VARIABLE}={given!r}: expected seconds, 0 or more, "
+            f"{VARIABLE}={text!r}: expected seconds, 0 or more, "
             f"as in {VARIABLE}={CHECKPOINT_SECONDS}"
         )
     return value
@@ -52,8 +54,8 @@ def keep(trainer: Trainer, folder: Path, *, terms: list[torch.Tensor] | None = N
 
     Args:
         trainer: Not yet trained. Its output folder and limit of checkpoints are changed.
-        folder: The checkpoints' own, of one training only; made with the first of them.
-        terms: Loss terms, one tensor a step. They are kept too, and the list filled on resuming.
+        folder: For the checkpoints of this training only; made with the first of them.
+        terms: Loss terms, one tensor a step. They are stored too, and read back on resuming.
 
     Raises:
         UserError: :func:`seconds` does.
@@ -65,30 +67,30 @@ def keep(trainer: Trainer, folder: Path, *, terms: list[torch.Tensor] | None = N
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; damaged ones are removed and named on standard error."""
+    """The newest complete checkpoint; damaged ones are removed and named on standard error."""
     paths = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    found = None
+    newest = None
     for path in sorted(paths, key=lambda path: int(path.name.rpartition("-")[2])):
         damage = _damage(path)
         if damage:  # older ones too: Trainer would count them among those it keeps
             shutil.rmtree(path)
             print(f"moebert: {path}: {damage}; removed", file=sys.stderr)
         else:
-            found = path
-    return found
+            newest = path
+    return newest
 
 
 def clear(folder: Path) -> None:
-    """Remove all checkpoints of a training, also where there are none.
+    """Remove all checkpoints of a training, if there are any.
 
-    Call it when what was made of the trained model is safely stored, and not before: a
-    process killed in between then repeats only the steps after the last checkpoint.
+    Call it when the results of the trained model are stored, and not before: a process killed
+    in between then repeats only the steps after the last checkpoint.
     """
     shutil.rmtree(folder, ignore_errors=True)
 
 
 class Checkpoints(TrainerCallback):
-    """Asks Trainer for a checkpoint now and then, and completes it.
+    """Asks Trainer for a checkpoint every few minutes, and completes it.
 
     Trainer resumes inside an epoch by drawing the order of its batches again, but from the
     random state of a new process, which is right in the first epoch only. So the state at
@@ -115,7 +117,7 @@ class Checkpoints(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         due = time.monotonic() - self.saved > self.every
-        # none after the last step: resumed there inside an epoch, Trainer would do one more
+        # not after the last step: if resumed there inside an epoch, Trainer would do one more
         if due and state.global_step < state.max_steps:
             control.should_save = True
 
@@ -123,14 +125,11 @@ class Checkpoints(TrainerCallback):
         """Trainer has written all of its files by now."""
         path = _path(args, state)
         between = state.epoch == int(state.epoch)  # the next epoch starts from here
-        ours = {"epoch_state": torch.get_rng_state() if between else self.epoch_state}
+        tensors = {"epoch_state": torch.get_rng_state() if between else self.epoch_state}
         if self.terms:
-            ours["terms"] = torch.stack(self.terms)
-        save_file(ours, path / OURS)
-        part = path / f"{MARKER}.part"
-        content = to_json(checksums(path), indent=2)
-        part.write_text(content, "utf-8")
-        os.replace(part, path / MARKER)
+            tensors["terms"] = torch.stack(self.terms)
+        save_file(tensors, path / OURS)
+        write_json(path / MARKER, checksums(path))
         self.saved = time.monotonic()
 
 
@@ -144,6 +143,6 @@ def _damage(path: Path) -> str:
         expected = json.loads((path / MARKER).read_text("utf-8"))
     except (OSError, ValueError):
         return "it was not written to its end"
-    there = checksums(path)
-    changed = [name for name, sum_ in expected.items() if there.get(name) != sum_]
+    actual = checksums(path)
+    changed = [name for name, digest in expected.items() if actual.get(name) != digest]
     return f"{changed[0]} is missing or has changed" if changed else ""

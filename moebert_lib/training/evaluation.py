@@ -1,4 +1,7 @@
-"""How good a model is on a task, with scikit-learn's and scipy's metrics; spans have ``spans``."""
+"""Evaluate models: predictions, metrics, distances to the teacher, sentence states.
+
+Metrics are scikit-learn's and scipy's; those of spans are in ``data.squad``.
+"""
 
 from collections.abc import Iterable, Mapping
 
@@ -36,7 +39,7 @@ def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarra
 
     Args:
         model: Dense or MoEBERT, with a head for classification or spans; accelerated or not.
-        batches: From ``data.batches``; ``index`` says where each row belongs.
+        batches: From ``batching.batches``; ``index`` is the place of each row in the dataset.
 
     Returns:
         Shape ``(n, C)``; for spans ``(n, 2, T)``, start and end, with :data:`PADDING` beyond the
@@ -48,8 +51,9 @@ def predict(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.ndarra
     for batch in batches:
         output = model(**without_targets(batch))
         spans = "start_logits" in output
-        one = torch.stack([output.start_logits, output.end_logits], 1) if spans else output.logits
-        logits.append(one.float().cpu())
+        heads = (output.start_logits, output.end_logits) if spans else ()
+        rows = torch.stack(heads, 1) if spans else output.logits  # (B, 2, T) or (B, C)
+        logits.append(rows.float().cpu())
         places.append(batch["index"].cpu())
     model.train(training)
     longest = max(rows.shape[-1] for rows in logits)
@@ -62,8 +66,8 @@ def score(predicted: np.ndarray, labels: np.ndarray, metrics: Iterable[str]) -> 
 
     Args:
         predicted: ``(n,)``, class indices or values.
-        labels: ``(n,)``, the same of the truth.
-        metrics: Names out of :data:`METRICS`.
+        labels: ``(n,)``, the true ones.
+        metrics: Names of :data:`METRICS`.
 
     Raises:
         ValueError: an unknown metric.
@@ -90,17 +94,16 @@ def state_distances(
     total, tokens, models = torch.zeros(()), 0, (student.eval(), teacher.eval())
     for batch in batches:
         asked = {**without_targets(batch), "output_hidden_states": True}
-        own, other = (model(**asked).hidden_states for model in models)
+        states = [model(**asked).hidden_states for model in models]
         n = int(batch["attention_mask"].sum())
-        total = total + n * layer_distances(own, other, batch["attention_mask"]).cpu()
+        total = total + n * layer_distances(*states, batch["attention_mask"]).cpu()
         tokens += n
     return total / tokens
 
 
-# A sentence's state after every layer, and the plane in which a teacher's states differ most.
-# Eq. 5 compares states token by token, in all dimensions. To look at them, a sentence is one
-# point a layer, the mean over its tokens, and seen in the two directions in which the teacher's
-# sentences spread most (principal components).
+# Pictures of hidden states. Eq. 5 compares states token by token, in all dimensions. In a picture
+# a sentence is one point a layer, the mean over its tokens, in the plane of the two directions in
+# which the teacher's sentences differ most (principal components).
 
 
 @torch.inference_mode()
@@ -109,7 +112,7 @@ def sentence_states(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> n
 
     Args:
         model: Dense or MoEBERT; put into eval mode.
-        batches: From ``data.batches``; ``index`` says where each row belongs.
+        batches: From ``batching.batches``; ``index`` is the place of each row in the dataset.
 
     Returns:
         Shape ``(L + 1, n, D)``, float32, embeddings first.
@@ -141,9 +144,9 @@ def planes(states: Mapping[str, ArrayLike], *, of: str = "teacher") -> pd.DataFr
     states = {name: np.asarray(values, dtype=np.float64) for name, values in states.items()}
     frames = []
     for layer, own in enumerate(states[of]):
-        onto, seen = _plane(own)
+        directions, seen = _plane(own)
         for stage, values in states.items():
-            x, y = ((values[layer] - own.mean(0)) @ onto).T
+            x, y = ((values[layer] - own.mean(0)) @ directions).T
             columns = dict(layer=layer, stage=stage, sentence=range(len(x)), x=x, y=y, seen=seen)
             frames.append(pd.DataFrame(columns))
     return pd.concat(frames, ignore_index=True)
@@ -151,10 +154,10 @@ def planes(states: Mapping[str, ArrayLike], *, of: str = "teacher") -> pd.DataFr
 
 def _plane(own: np.ndarray) -> tuple[np.ndarray, float]:
     """Two main directions of ``(n, D)`` states as columns, and their part of the variance."""
-    onto = np.zeros((own.shape[1], 2))
+    directions = np.zeros((own.shape[1], 2))
     n = min(2, len(own) - 1)
     if n == 0 or not own.std(0).any():
-        return onto, 0.0
-    found = PCA(n, svd_solver="full").fit(own)
-    onto[:, :n] = found.components_.T
-    return onto, float(found.explained_variance_ratio_.sum())
+        return directions, 0.0
+    pca = PCA(n, svd_solver="full").fit(own)
+    directions[:, :n] = pca.components_.T
+    return directions, float(pca.explained_variance_ratio_.sum())

@@ -1,4 +1,4 @@
-"""What a model's routers did: loads of the experts, a gate's probabilities, a sentence's way."""
+"""Routing analysis: loads of experts, gate probabilities, a sentence's experts, best routing."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ def expert_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.n
 
     Args:
         model: A MoEBERT model.
-        batches: From ``data.batches``.
+        batches: From ``batching.batches``.
 
     Returns:
         Shape ``(L, E)``; rows sum to 1.
@@ -34,13 +34,11 @@ def expert_loads(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> np.n
 def mean_factor(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> float:
     """Eq. 3's ``p`` of the chosen expert averaged over real tokens and layers; 1 for a hash.
 
-    Of several experts it is the sum.
+    With several experts a token, their ``p`` are added.
     """
     layers, mask = _routes(model, batches)
-    factors = [
-        torch.cat([route.weights for route in layer])[mask].sum(1).mean() for layer in layers
-    ]
-    return float(torch.stack(factors).mean())
+    weights = [torch.cat([route.weights for route in layer])[mask] for layer in layers]
+    return float(torch.stack([p.sum(1).mean() for p in weights]).mean())
 
 
 def factors(models: Iterable[nn.Module], batches: Iterable[dict[str, Tensor]]) -> pd.DataFrame:
@@ -63,11 +61,11 @@ def _routes(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> tuple[lis
 
 
 class Ways(NamedTuple):
-    """A sentence's way through several models."""
+    """The experts that serve a sentence in several models."""
 
-    tokens: list[str]  #: the ``T`` tokens; words that the vocabulary lacks stand in pieces
+    tokens: list[str]  #: the ``T`` tokens; words that the vocabulary lacks are in pieces
     experts: dict[str, np.ndarray]  #: model's name to the expert of each token, ``(T, L)``
-    cut: bool  #: whether the sentence was longer than the models read
+    cut: bool  #: whether the sentence was longer than ``max_length``
 
 
 @torch.inference_mode()
@@ -84,7 +82,7 @@ def sentence_ways(
         models: By name, MoEBERT models with one vocabulary.
         tokenizer: Theirs.
         text: The sentence.
-        max_length: Tokens that are read; what is longer is cut.
+        max_length: Tokens that are read; a longer sentence is cut.
     """
     inputs = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
     cut = any(encoding.overflowing for encoding in inputs.encodings or ())
@@ -93,9 +91,8 @@ def sentence_ways(
     for name, model in models.items():
         with record_routes(model) as layers:
             model.eval().base_model(**inputs.to(next(model.parameters()).device))
-        experts[name] = (
-            torch.cat([layer[0].experts[:, :1] for layer in layers], dim=1).cpu().numpy()
-        )
+        first = [layer[0].experts[:, :1] for layer in layers]  # L times (T, 1)
+        experts[name] = torch.cat(first, dim=1).cpu().numpy()
     return Ways(tokens, experts, cut)
 
 
@@ -154,15 +151,14 @@ def busiest(shares: Mapping[str, np.ndarray]) -> pd.Series:
     return pd.Series({name: float((t.max(1) / t.mean(1)).max()) for name, t in shares.items()})
 
 
-# What routing could gain with given experts: the best one for each token, in hindsight.
-# Layer by layer, every token goes to the expert whose output is nearest to the dense teacher's
-# state of that token at that layer. It asks the teacher about the very input that is to be
-# predicted, so it can be measured and never used. And it is greedy: the nearest state is not the
-# best one for the layers above, nor for the answer, so it is no strict bound on a metric.
+# The best routing of given experts, in hindsight. Layer by layer, every token goes to the expert
+# whose output is nearest to the dense teacher's state. This needs the teacher's states of the input
+# that is to be predicted, so it can be measured but not used. It is greedy: the nearest state need
+# not be the best one for later layers or for the answer, so it is not a strict bound on a metric.
 
 
 class Oracle(nn.Module):
-    """A MoEBERT routed in hindsight; it takes and gives what the model does.
+    """A MoEBERT routed in hindsight, with the inputs and outputs of the model.
 
     Args:
         model: A MoEBERT with one expert a token. It and the teacher are put into eval mode.
@@ -184,7 +180,7 @@ class Oracle(nn.Module):
         self.eval()
 
     def forward(self, **batch: Tensor | bool):
-        """The model's output for a batch, whose states the teacher is asked for first."""
+        """The model's output for a batch; the teacher's states are computed first."""
         targets = self.teacher(**{**batch, "output_hidden_states": True}).hidden_states[1:]
         with hindsight(self.model, targets):
             return self.model(**batch)
@@ -196,14 +192,15 @@ def hindsight(model: nn.Module, targets: Sequence[Tensor]) -> Iterator[None]:
 
     Args:
         model: A MoEBERT, not accelerated.
-        targets: Of each layer the wanted states after it, ``(B, T, D)``.
+        targets: The states wanted after each layer, ``(B, T, D)``.
     """
-    hooks = [
-        layer.router.register_forward_hook(
-            lambda _m, args, route, own=(layer, target): nearest(*own, args[0], route)
-        )
-        for layer, target in zip(moe_layers(model), targets, strict=True)
-    ]
+    hooks = []
+    for layer, target in zip(moe_layers(model), targets, strict=True):
+
+        def reroute(_module, args, route, layer=layer, target=target) -> Route:
+            return nearest(layer, target, args[0], route)
+
+        hooks.append(layer.router.register_forward_hook(reroute))
     try:
         yield
     finally:
@@ -212,22 +209,22 @@ def hindsight(model: nn.Module, targets: Sequence[Tensor]) -> Iterator[None]:
 
 
 def nearest(layer: MoEOutput, target: Tensor, hidden: Tensor, route: Route) -> Route:
-    """The way of each token through the expert whose output is nearest to its target.
+    """The route of each token to the expert whose output is nearest to its target.
 
-    An expert behind a gate keeps its own p (Eq. 3) as factor, as in training.
+    Behind a gate an expert's factor is its p (Eq. 3), as in training.
 
     Args:
         layer: With its experts; in eval mode.
         target: Wanted states, ``(B, T, D)``.
         hidden: The layer's input, ``(B, T, D)``.
-        route: The router's own.
+        route: The router's.
     """
-    apart = []
+    distances = []
     for expert in range(layer.experts.num_experts):
-        every = torch.full_like(route.experts, expert)
-        state = layer.serve(hidden, hidden, _through(route, every))
-        apart.append((state - target).square().sum(-1).flatten())  # (B*T,)
-    return _through(route, torch.stack(apart, -1).argmin(-1, keepdim=True))
+        all_tokens = torch.full_like(route.experts, expert)
+        state = layer.serve(hidden, hidden, _through(route, all_tokens))
+        distances.append((state - target).square().sum(-1).flatten())  # (B*T,)
+    return _through(route, torch.stack(distances, -1).argmin(-1, keepdim=True))
 
 
 def _through(route: Route, experts: Tensor) -> Route:
@@ -237,12 +234,12 @@ def _through(route: Route, experts: Tensor) -> Route:
 
 
 def compare(models: Mapping[str, nn.Module], bundle: Any, **which: Any) -> pd.DataFrame:
-    """Each model by its own router and by the oracle, and the teacher itself.
+    """Each model with its own router and with the oracle, and the teacher itself.
 
     Args:
         models: By name; ``teacher`` is the dense model that the others came from.
-        bundle: An ``inputs.Dataset``, whose task's metric is the score.
-        which: Of its examples, as for its ``batches``.
+        bundle: A ``dataset.Dataset``; its task's metric is the score.
+        which: Which of its examples, as for its ``batches``.
 
     Returns:
         A row for each ``model``, ``router`` (own or oracle) and ``layer``, from 0 for the
@@ -251,19 +248,19 @@ def compare(models: Mapping[str, nn.Module], bundle: Any, **which: Any) -> pd.Da
     batches, rows = list(bundle.batches(**which)), []
     teacher = models["teacher"]
     for name, model in models.items():
-        ways = {"own": model}
+        routed = {"own": model}
         if model is not teacher:
-            ways["oracle"] = Oracle(model, teacher)
-        for router, way in ways.items():
-            logits = predict(way, batches)
-            reached = bundle.score(logits, which["split"], which.get("limit"))[bundle.task.metric]
-            apart = state_distances(way, teacher, batches).tolist()
-            rows += [(name, router, layer, x, reached) for layer, x in enumerate(apart)]
+            routed["oracle"] = Oracle(model, teacher)
+        for router, network in routed.items():
+            logits = predict(network, batches)
+            score = bundle.score(logits, which["split"], which.get("limit"))[bundle.task.metric]
+            distances = state_distances(network, teacher, batches).tolist()
+            rows += [(name, router, layer, x, score) for layer, x in enumerate(distances)]
     return pd.DataFrame(rows, columns=["model", "router", "layer", "distance", "score"])
 
 
 def nearer(frame: pd.DataFrame) -> pd.Series:
-    """Of :func:`compare`'s rows, by model: the share of the last distance that the oracle saves."""
+    """By model, the share of the last layer's distance that the oracle saves."""
     last = frame[frame["layer"] == frame["layer"].max()]
     table = last.pivot(index="model", columns="router", values="distance")
     return (1 - table["oracle"] / table["own"]).dropna()  # the teacher has no oracle

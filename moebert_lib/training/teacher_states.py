@@ -1,8 +1,7 @@
-"""A teacher's states on disk, for students that meet its sentences several times.
+"""A teacher's hidden states on disk, computed once for all epochs and students of a process.
 
-The teacher says the same about a sentence in every epoch and to every student, so it is asked
-once a process. Its answers
-(logits) are those of its head on the last state, which is always kept.
+A teacher without dropout gives the same states for a sentence every time. Its logits are not
+stored: they are computed by its head from the last state, which is always stored.
 """
 
 import os
@@ -26,16 +25,16 @@ STATES = "teacher_states.bin"  # usual name of the file
 class TeacherStates:
     """States ``X^l`` of the tokens of a dataset, at some layers, in a file.
 
-    They are what the teacher gives in ``dtype``, the embeddings rounded to it. In another batch
-    the teacher itself adds in another order, so its states differ from these by rounding: about
-    1e-6 of a state's size in float32, and 1e-2, two steps of its 8 bits, in bfloat16.
+    They are stored in ``dtype``. In another batch the teacher would add numbers in another order,
+    so its states differ from these by rounding: about 1e-6 of a state's size in float32, and
+    1e-2 (two steps of its 8 bits) in bfloat16.
 
     Args:
-        path: A file that is made, and has no name any more once it is mapped.
+        path: A new file; its name is removed as soon as it is mapped.
         lengths: Tokens of every example.
         layers: Which states ``X^0 .. X^L``, the last among them.
         width: ``D``.
-        dtype: Of what is kept.
+        dtype: Of the stored states.
 
     Raises:
         UserError: the disk has no room for it.
@@ -54,37 +53,37 @@ class TeacherStates:
         self.starts = torch.tensor([0, *lengths]).cumsum(0)
         n = int(self.starts[-1]) * len(layers) * width
         _reserve(path, n * dtype.itemsize)
-        found = torch.from_file(str(path), shared=True, size=n, dtype=dtype)
+        values = torch.from_file(str(path), shared=True, size=n, dtype=dtype)
         with suppress(PermissionError):  # Windows, while it is mapped; its folder goes later
-            path.unlink()  # the room is free as soon as nobody holds the states
-        self.rows = found.view(-1, len(layers), width)  # (tokens, layers, D)
+            path.unlink()  # the disk space is free as soon as the states are no longer used
+        self.rows = values.view(-1, len(layers), width)  # (tokens, layers, D)
 
-    def fill(self, ask: Callable[[dict], SimpleNamespace], batches: Iterable[dict]) -> None:
-        """Keep what a teacher says to all batches, which have an ``index``.
+    def fill(self, run_teacher: Callable[[dict], SimpleNamespace], batches: Iterable[dict]) -> None:
+        """Store a teacher's states for all batches, which have an ``index``.
 
         Args:
-            ask: Gives the packed states ``X^0 .. X^L`` of a batch, as ``hidden_states``.
-            batches: From ``data.batches``.
+            run_teacher: From a batch to ``hidden_states``, the packed states ``X^0 .. X^L``.
+            batches: From ``batching.batches``.
         """
         for batch in batches:
-            hidden = ask(batch).hidden_states
+            hidden = run_teacher(batch).hidden_states
             rows = torch.stack([hidden[layer].to(self.rows.dtype) for layer in self.layers], 1)
             self.rows[self._places(batch, Packing.of(batch["attention_mask"]))] = rows.cpu()
 
     @torch.no_grad()
-    def of(self, batch: dict[str, Tensor], teacher: PreTrainedModel) -> SimpleNamespace:
-        """What the teacher says to a batch: ``hidden_states`` by layer, packed, and its logits.
+    def output(self, batch: dict[str, Tensor], teacher: PreTrainedModel) -> SimpleNamespace:
+        """The teacher's output for a batch: ``hidden_states`` by layer, packed, and ``logits``.
 
         Args:
             batch: ``attention_mask`` ``(B, T)`` and ``index`` ``(B,)``, the examples' numbers.
-            teacher: Whose head answers; in eval mode, and it classifies sentences.
+            teacher: Its head gives the logits; in eval mode, and it classifies sentences.
         """
         mask = batch["attention_mask"]
         packing = Packing.of(mask)
         rows = self.rows[self._places(batch, packing)].to(mask.device)
         hidden = dict(zip(self.layers, rows.unbind(1), strict=True))
         last = hidden[self.layers[-1]].to(next(teacher.parameters()).dtype)
-        return SimpleNamespace(hidden_states=hidden, logits=_answers(teacher, packing, last))
+        return SimpleNamespace(hidden_states=hidden, logits=_logits(teacher, packing, last))
 
     def _places(self, batch: dict[str, Tensor], packing: Packing) -> Tensor:
         """Where the file holds a batch's packed tokens, ``(N,)``."""
@@ -92,27 +91,27 @@ class TeacherStates:
         return self.starts[examples.cpu()] + packing.position.cpu()
 
 
-#: What each teacher that is still in use says to a dataset, for the students to come.
-_known: WeakKeyDictionary[nn.Module, tuple[str, TeacherStates]] = WeakKeyDictionary()
+#: Dataset and states of each teacher that is still in use, for the next students.
+_cached: WeakKeyDictionary[nn.Module, tuple[str, TeacherStates]] = WeakKeyDictionary()
 
 
-def known(
+def cached_states(
     teacher: nn.Module, encoded, folder: Path | str, *, half: bool
 ) -> tuple[TeacherStates | None, bool]:
-    """A teacher's states of all layers for all examples, and whether they are still to be filled.
+    """A teacher's states of all layers for all examples, and whether they are new and empty.
 
     Args:
         teacher: A dense model.
         encoded: Training set from ``data.encode``.
-        folder: Where there is room on the disk.
-        half: Whether bfloat16 is kept.
+        folder: For the file.
+        half: Whether to store bfloat16.
     """
     dtype = torch.bfloat16 if half else torch.float32
-    what, told = _known.get(teacher, ("", None))
-    if told and what == encoded._fingerprint and told.rows.dtype == dtype:
-        return told, False
-    del told
-    _known.pop(teacher, None)  # its room on the disk is free before new room is asked for
+    fingerprint, states = _cached.get(teacher, ("", None))
+    if states and fingerprint == encoded._fingerprint and states.rows.dtype == dtype:
+        return states, False
+    del states
+    _cached.pop(teacher, None)  # its disk space is free before new space is reserved
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = teacher.config
@@ -121,13 +120,13 @@ def known(
     return TeacherStates(folder / STATES, lengths(encoded), **size), True
 
 
-def remember(teacher: nn.Module, encoded, told: TeacherStates) -> None:
-    """Keep what was filled as long as the teacher is in use."""
-    _known[teacher] = (encoded._fingerprint, told)
+def keep_states(teacher: nn.Module, encoded, states: TeacherStates) -> None:
+    """Keep filled states as long as the teacher is in use."""
+    _cached[teacher] = (encoded._fingerprint, states)
 
 
 def _reserve(path: Path, n_bytes: int) -> None:
-    """A file of that size whose room on the disk is its own: a full disk kills who writes to it."""
+    """Make a file and reserve its disk space: a write to a mapped file on a full disk is fatal."""
     free = shutil.disk_usage(path.parent).free
     if n_bytes > free:
         raise UserError(
@@ -142,7 +141,7 @@ def _reserve(path: Path, n_bytes: int) -> None:
             file.truncate(n_bytes)
 
 
-def _answers(teacher: PreTrainedModel, packing: Packing, last: Tensor) -> Tensor:
+def _logits(teacher: PreTrainedModel, packing: Packing, last: Tensor) -> Tensor:
     """The head's logits ``(B, C)`` from the last packed state ``(N, D)``."""
     first = packing.to_batch_order(last[packing.starts[:-1].long()])[:, None]  # (B, 1, D)
     return teacher.classifier(teacher.base_model.pooler(first))

@@ -27,27 +27,27 @@ from moebert_lib.data.batching import TokenBatches, batches, lengths, without_ta
 from moebert_lib.method.distillation_loss import distillation_terms, total_loss
 from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
 from moebert_lib.training.checkpoints import keep
-from moebert_lib.training.teacher_states import TeacherStates, known, remember
+from moebert_lib.training.teacher_states import TeacherStates, cached_states, keep_states
 
-FILL = 4096  # tokens that a teacher whose states are kept is asked about at once
+FILL = 4096  # tokens in a batch of a teacher whose states are cached
 
 
 class Progress(TrainerCallback):
-    """A line now and then: plain text, since a progress bar is unreadable in a log."""
+    """Prints a line every few seconds: plain text, since a progress bar is unreadable in a log."""
 
     def __init__(self, name: str, *, every_seconds: float = 15.0):
         self.name, self.every = name, every_seconds
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started = self.said = time.monotonic()
+        self.started = self.printed = time.monotonic()
         self.first = state.global_step
         if self.first:
             print(f"· {self.name}: resumed at step {self.first}/{state.max_steps}", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         now = time.monotonic()
-        if now - self.said >= self.every or state.global_step == state.max_steps:
-            self.said = now
+        if now - self.printed >= self.every or state.global_step == state.max_steps:
+            self.printed = now
             passed = f"{now - self.started:.0f} s"
             since = f" since step {self.first}" if self.first else ""
             print(
@@ -59,12 +59,12 @@ class Progress(TrainerCallback):
 class DistillationTrainer(Trainer):
     """Trainer with the paper's objective (Sec. 3.2): task loss plus weighted Eq. 7.
 
-    The teacher is no part of the student: it is not trained, saved or counted. It runs
-    without gradient and in eval mode unless ``teacher_dropout`` says otherwise.
+    The teacher is not part of the student: it is not trained, saved or counted. It runs without
+    gradient, and in eval mode unless ``teacher_dropout`` is set.
 
     Both run without padding (``packed``): ``trainer.model`` is an accelerated model that shares
-    its parameters with the given one, and Eq. 5 compares real tokens alone. Where padding counts,
-    as in the logits of spans, or gradient checkpointing is asked for, both run as they are.
+    its parameters with the given one, and Eq. 5 compares real tokens only. Where padding counts,
+    as in the logits of spans, or with gradient checkpointing, both run as they are.
 
     Args:
         model: The student.
@@ -75,10 +75,10 @@ class DistillationTrainer(Trainer):
         padding_in_loss: Count padding in Eq. 5, as the release does.
         teacher_dropout: Run the teacher in train mode, as the release does.
         max_tokens: Tokens in a batch, instead of the arguments' number of examples.
-        told: What the teacher says, kept; batches then need an ``index``.
+        teacher_states: The teacher's cached states; batches then need an ``index``.
 
     Raises:
-        ValueError: ``told`` where padding counts or the teacher has dropout.
+        ValueError: ``teacher_states`` where padding counts or the teacher has dropout.
     """
 
     def __init__(
@@ -92,17 +92,21 @@ class DistillationTrainer(Trainer):
         padding_in_loss: bool = False,
         teacher_dropout: bool = False,
         max_tokens: int | None = None,
-        told: TeacherStates | None = None,
+        teacher_states: TeacherStates | None = None,
         **kwargs,
     ):
         ordinary = padding_in_loss or (args is not None and args.gradient_checkpointing)
         student = model if ordinary else accelerate_if_exact(model)
         super().__init__(student, args, *others, **kwargs)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
-        self.label_names += ["index"] if told else []  # else Trainer drops the column
-        self.packed, self.told, self.max_tokens = student is not model, told, max_tokens
-        if told and (teacher_dropout or not self.packed):
-            raise ValueError("told holds states without padding and dropout; this training has it")
+        self.label_names += ["index"] if teacher_states else []  # else Trainer drops the column
+        self.packed, self.max_tokens = student is not model, max_tokens
+        self.teacher_states = teacher_states
+        if teacher_states and (teacher_dropout or not self.packed):
+            raise ValueError(
+                "teacher_states are cached without padding and without dropout; "
+                "this training has one of them"
+            )
         teacher = teacher.to(self.args.device)
         half = torch.bfloat16 if self.args.bf16 else None
         teacher = accelerate(teacher, dtype=half) if self.packed else teacher
@@ -117,7 +121,8 @@ class DistillationTrainer(Trainer):
         task = loss = student.loss
         hidden = prediction = torch.zeros_like(loss)
         if self.distill != "none":
-            teacher = self.told.of(inputs, self.teacher) if self.told else self.ask(inputs)
+            cached = self.teacher_states
+            teacher = cached.output(inputs, self.teacher) if cached else self.run_teacher(inputs)
             mask = None if self.padding_in_loss else inputs["attention_mask"]
             hidden, prediction = distillation_terms(
                 student, teacher, mask=mask, layers=self.distill
@@ -132,11 +137,11 @@ class DistillationTrainer(Trainer):
         return "packed" if self.packed else True
 
     @torch.no_grad()
-    def ask(self, inputs):
-        """What the teacher says to a batch."""
+    def run_teacher(self, inputs):
+        """The teacher's output for a batch."""
         device = self.args.device.type
-        by_itself = self.packed and device == "cpu" and not self.teacher.training
-        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not by_itself):
+        own_dtype = self.packed and device == "cpu" and not self.teacher.training
+        with torch.autocast(device, torch.bfloat16, enabled=self.args.bf16 and not own_dtype):
             return self.teacher(**without_targets(inputs), output_hidden_states=self._states)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -182,18 +187,9 @@ def fine_tune(
             ``checkpoints.CHECKPOINT_SECONDS``; left for the caller to ``checkpoints.clear``
             once the result is stored. None: no checkpoints.
     """
-    arguments = training_arguments(
-        folder,
-        seed=settings.dense_seed,
-        epochs=settings.teacher_epochs,
-        batch_size=settings.teacher_batch_size,
-        learning_rate=settings.teacher_learning_rate,
-        weight_decay=settings.teacher_weight_decay,
-        settings=settings,
-    )
     trainer = Trainer(
         accelerate_if_exact(model),
-        arguments,
+        training_arguments(folder, settings, of="teacher_", seed=settings.dense_seed),
         train_dataset=encoded,
         callbacks=[Progress("teacher")],
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -223,23 +219,14 @@ def distil(
         folder: For Trainer's own files; nothing is left there.
         checkpoints: As in :func:`fine_tune`.
     """
-    arguments = training_arguments(
-        folder,
-        seed=settings.seed,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        settings=settings,
-    )
-    wanted = settings.cache_teacher and settings.distill != "none"
-    half = in_half(settings)
-    told, new = known(teacher, encoded, folder, half=half) if wanted else (None, False)
+    states, is_new = None, False
+    if settings.cache_teacher and settings.distill != "none":
+        states, is_new = cached_states(teacher, encoded, folder, half=in_half(settings))
     trainer = DistillationTrainer(
         student,
-        arguments,
+        training_arguments(folder, settings, seed=settings.seed),
         callbacks=[Progress("student")],
-        train_dataset=_numbered(encoded) if told else encoded,
+        train_dataset=_numbered(encoded) if states else encoded,
         data_collator=_collator(tokenizer, settings),
         teacher=teacher,
         distill=settings.distill,
@@ -247,12 +234,12 @@ def distil(
         padding_in_loss=settings.padding_in_loss,
         teacher_dropout=settings.teacher_dropout,
         max_tokens=settings.tokens_per_batch,
-        told=told,
+        teacher_states=states,
     )
-    if new:  # before the first step: a resumed training must find the same bytes
-        device = trainer.args.device
-        told.fill(trainer.ask, batches(encoded, tokenizer, 1, device=device, max_tokens=FILL))
-        remember(teacher, encoded, told)
+    if is_new:  # filled before the first step, so that a resumed training has the same bytes
+        rows = batches(encoded, tokenizer, 1, device=trainer.args.device, max_tokens=FILL)
+        states.fill(trainer.run_teacher, rows)
+        keep_states(teacher, encoded, states)
     _run(trainer, checkpoints, terms=trainer._terms)
     student.eval()  # its own flags: what was trained is the accelerated one
     teacher.eval()
@@ -280,27 +267,26 @@ def in_half(settings: Settings) -> bool:
 
 
 def training_arguments(
-    folder: Path,
-    *,
-    seed: int,
-    epochs: float,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    settings: Settings,
+    folder: Path, settings: Settings, *, seed: int, of: str = ""
 ) -> TrainingArguments:
-    """Trainer's arguments for one of our runs: quiet, on one device, no warm-up.
+    """Trainer's arguments for a teacher or a student: quiet, on one device, no warm-up.
 
-    Batches hold examples of like length, which spares padding; the release mixes lengths.
+    Batches are of examples of similar length, which spares padding; the release mixes lengths.
+
+    Args:
+        folder: For Trainer's own files.
+        settings: The experiment.
+        seed: Of data order and dropout.
+        of: ``teacher_`` for the settings of the teacher's training, empty for the student's.
     """
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
         data_seed=seed,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=batch_size,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
+        num_train_epochs=getattr(settings, f"{of}epochs"),
+        per_device_train_batch_size=getattr(settings, f"{of}batch_size"),
+        learning_rate=getattr(settings, f"{of}learning_rate"),
+        weight_decay=getattr(settings, f"{of}weight_decay"),
         max_grad_norm=settings.max_grad_norm,
         lr_scheduler_type="linear",
         warmup_steps=0,
