@@ -88,7 +88,7 @@ def listed(job) -> set[tuple[str, str]]:
     (runs,) = cost.runs([job])
     stages = {(run.stage, run.settings) for run in runs}
     stages |= {("converted", settings) for stage, settings in stages if stage == "student"}
-    return {(stage, KEYS[stage](settings).choices_digest) for stage, settings in stages}
+    return {(stage, KEYS[stage](Store(), settings).choices_digest) for stage, settings in stages}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
