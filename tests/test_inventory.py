@@ -42,13 +42,13 @@ def entry(kind, key, row=None) -> Entry:
 @pytest.mark.parametrize("scale", ["smoke", "quick"])
 @pytest.mark.parametrize("make", [teacher_key, importance_key, student.student_key])
 def test_what_a_scale_decides_is_not_named(scale, make):
-    assert status.summary(entry("x", make(Settings.at(scale)).values())) == f"{scale} library"
+    assert status.summary(entry("x", make(Store(), Settings.at(scale)).values())) == f"{scale} library"
 
 
 @given(one=CHANGES, other=CHANGES)
 @pytest.mark.parametrize("make", [teacher_key, student.conversion_key, student.student_key])
 def test_two_experiments_read_alike_only_if_they_are_one(make, one, other):
-    keys = [make(Settings.at("smoke", **changes)) for changes in (one, other)]
+    keys = [make(Store(), Settings.at("smoke", **changes)) for changes in (one, other)]
     rows = [status.summary(entry("x", key.values())) for key in keys]
     assert (rows[0] == rows[1]) == (keys[0] == keys[1])
 
