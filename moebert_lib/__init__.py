@@ -33,6 +33,7 @@ PUBLIC = {
     "DistillationTrainer": "training.trainer",
     "Settings": "config.settings",
     "record": "store.run_outputs",
+    "start_run": "runs.notebook_session",
     "sweep": "runs.sweep",
 }
 __all__ = sorted(PUBLIC)

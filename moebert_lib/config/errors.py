@@ -12,6 +12,10 @@ CHECKOUT = LIBRARY.parent
 class UserError(ValueError):
     """Something the user asked for cannot be had: one line, exit status 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the line alone, without the library's frames."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def nearest(name: str, choices: Iterable[str]) -> str:
     """End of an error message: the closest choice, or all of them.

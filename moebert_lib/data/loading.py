@@ -75,8 +75,9 @@ def check(settings: Settings) -> None:
     elif task.source != "built-in" and settings.offline:
         own = ", ".join(name for name, task in TASKS.items() if task.source == "built-in")
         raise UserError(
-            f"task '{task.name}' needs --data-dir DIR with DIR/{task.name}/train.jsonl at scale "
-            f"{settings.scale}, which is offline; built in are {own}"
+            f"task '{task.name}' needs a data_dir DIR with DIR/{task.name}/train.jsonl at scale "
+            f"{settings.scale}, which is offline (--data-dir DIR, or papermill -p data_dir DIR); "
+            f"built in are {own}"
         )
 
 
