@@ -42,7 +42,9 @@ def entry(kind, key, row=None) -> Entry:
 @pytest.mark.parametrize("scale", ["smoke", "quick"])
 @pytest.mark.parametrize("make", [teacher_key, importance_key, student.student_key])
 def test_what_a_scale_decides_is_not_named(scale, make):
-    assert status.summary(entry("x", make(Store(), Settings.at(scale)).values())) == f"{scale} library"
+    assert (
+        status.summary(entry("x", make(Store(), Settings.at(scale)).values())) == f"{scale} library"
+    )
 
 
 @given(one=CHANGES, other=CHANGES)
@@ -114,8 +116,7 @@ def test_every_scale_can_be_told_from_the_others():
 
 def teacher_key_of(scale):
     """As a teacher's key, without reading the scale's data."""
-    from moebert_lib.experiments.stage_keys import chosen
-    from moebert_lib.experiments.stage_keys import DATA, TEACHER
+    from moebert_lib.experiments.stage_keys import DATA, TEACHER, chosen
 
     settings = Settings.at(scale)
     return {**chosen(settings, DATA + TEACHER), "teacher_seed": 0, "model": settings.model}
