@@ -1,4 +1,4 @@
-"""What the store asks of its folder: locks, work folders, whole files, errors in one line."""
+"""File-system helpers: locks, temporary folders, atomic writes, readable I/O errors, YAML."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ class Unwritable(UserError):
 
 @contextmanager
 def writing(root: Path) -> Iterator[None]:
-    """Say in one line that the disk of ``root`` is full or forbidden; other errors pass.
+    """Turn errors of a full or read-only disk below ``root`` into one clear line; others pass.
 
     Raises:
         Unwritable: from an error about a file below ``root``, or of a full disk about none.
@@ -83,7 +83,7 @@ def lock(root: Path, name: str, cancelled: Event | None = None) -> AbstractConte
 
 
 def is_locked(root: Path, name: str) -> bool:
-    """Whether a process holds the lock now; makes no lock file."""
+    """Whether a process has the lock now; does not create a lock file."""
     if not _lock_file(root, name).exists():
         return False
     try:
@@ -95,7 +95,7 @@ def is_locked(root: Path, name: str) -> bool:
 
 
 def scratch(folder: Path) -> Path:
-    """A new folder for work on the entry ``folder``: ``tmp/<name>-<8 hex>`` beside it."""
+    """A new temporary folder for the entry ``folder``: ``tmp/<name>-<8 hex>`` beside it."""
     place = folder.parent / "tmp" / f"{folder.name}-{secrets.token_hex(4)}"
     place.mkdir(parents=True)
     return place
@@ -147,12 +147,12 @@ def read_json(path: Path, types: Mapping[str, type]) -> dict[str, Any] | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically: whole or not at all."""
     write_bytes(path, (to_json(value, indent=2) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically: whole or not at all."""
     temporary = unfinished(path)
     try:
         temporary.write_bytes(content)
@@ -169,7 +169,7 @@ def unfinished(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before going on."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,9 +1,8 @@
-"""Which encoders can be converted, and where each keeps its feed-forward network: one table.
+"""Encoder layouts: which encoders can be converted, and the names of their parts, in one table.
 
-A row of :data:`FAMILIES` is data only. All of these encoders compute ``LN(W2 act(W1 a + b1) + b2
-+ a)`` (Eq. 1 with residual and LayerNorm) and differ in names. ModernBERT does not: its layer is
-gated, so that a neuron is two columns and a row, and no LayerNorm follows it. Such neurons could
-be permuted and scored as well; no row here describes them yet.
+All encoders in :data:`FAMILIES` compute ``LN(W2 act(W1 a + b1) + b2 + a)`` (Eq. 1 with residual
+and LayerNorm) and differ in names only. ModernBERT does not: its feed-forward layer is gated, so a
+neuron is two columns and a row, and no LayerNorm follows. Such layers are not described here yet.
 """
 
 import json
@@ -41,8 +40,8 @@ class Family:
         name: As people write it.
         layers: Where the encoder has its list of layers.
         parts: Where a layer has the parts of an :class:`FFN`.
-        hollow: What of a layer becomes idle when its experts move in.
-        seat: What of a layer the experts replace; it is called after ``hollow``.
+        bypassed: The part of a layer that does nothing any more once experts are in place.
+        replaced: The part of a layer that the experts replace; it is called after ``bypassed``.
         config: Configuration names, by BERT's, where they are others.
         dropout: Configuration names of all dropout rates.
     """
@@ -51,8 +50,8 @@ class Family:
     name: str
     layers: str = "encoder.layer"
     parts: FFN = FFN("intermediate.dense", "intermediate", "output.dense", "output.LayerNorm")
-    hollow: str = "intermediate"
-    seat: str = "output"
+    bypassed: str = "intermediate"
+    replaced: str = "output"
     config: dict[str, str] = field(default_factory=dict)
     dropout: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -76,8 +75,8 @@ FAMILIES = {
             "DistilBERT",
             layers="transformer.layer",
             parts=FFN("ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
-            hollow="ffn",
-            seat="output_layer_norm",
+            bypassed="ffn",
+            replaced="output_layer_norm",
             config={
                 "num_hidden_layers": "n_layers",
                 "hidden_size": "dim",
@@ -205,11 +204,11 @@ def check(settings: Settings) -> None:
 
 
 def ffn(layer: "nn.Module") -> FFN | None:
-    """A layer's dense feed-forward network; ``None`` where a module holds none."""
+    """A layer's dense feed-forward network; ``None`` where a module has none."""
     for row in FAMILIES.values():
-        found = [_at(layer, path) for path in row.parts]
-        if None not in found:
-            return FFN(*found)
+        parts = [_at(layer, path) for path in row.parts]
+        if None not in parts:
+            return FFN(*parts)
     return None
 
 
@@ -223,7 +222,7 @@ def ffns(model: "nn.Module") -> Iterator[FFN]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is not None:
         family(kind.removeprefix("moe"))  # of a MoEBERT there are none
-    return (found for module in model.modules() if (found := ffn(module)))
+    return (layer for module in model.modules() if (layer := ffn(module)))
 
 
 def longest(model: "nn.Module") -> int:

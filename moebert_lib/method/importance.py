@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from moebert_lib.config.file_io import write_bytes
 from moebert_lib.method.encoder_layouts import FFN, ffns, supported
 
 N_BLOCKS = 20  # examples are spread over this many block sums, for intervals
@@ -140,12 +141,9 @@ class Importance:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with ``meta`` as JSON in the header; replaces atomically."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".part")
         parts = {name: getattr(self, name).contiguous() for name in ("scores", "blocks", "counts")}
         meta = {"moebert_importance": json.dumps(self.meta, sort_keys=True)}
-        save_file(parts, partial, metadata=meta)
-        partial.replace(path)
+        write_bytes(Path(path), save(parts, metadata=meta))
 
     @classmethod
     def load(cls, path: str | Path) -> "Importance":

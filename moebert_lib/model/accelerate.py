@@ -1,9 +1,9 @@
-"""The same model, faster: no padding, weights as the processor likes them, no idle last layer.
+"""Accelerate a model: no padding, prepacked weights, and only first tokens in the last layer.
 
-``accelerate`` gives a model that shares its parameters with the one it was made from. A batch
-is packed once (``packing``); embeddings, LayerNorms, experts and the head stay the modules they
-are, so a dense BERT and a MoEBERT, hash or gate, training or not, go the same way. Without
-gradient on a CPU, linear layers run through ``kernels``.
+``accelerate`` returns a model that shares its parameters with the original. A batch is packed once
+(``batching.Packing``). Embeddings, LayerNorms, experts and the head remain the same modules, so it
+works alike for a dense BERT and a MoEBERT, hash or gate, in training or not. Without gradient on a
+CPU, linear layers run through ``cpu_kernels``.
 """
 
 import copy
@@ -25,7 +25,13 @@ from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.data.batching import Packing, attention
 from moebert_lib.method.importance import over_tokens
-from moebert_lib.model.cpu_kernels import Kernels, PreparedLayer, Rerouted, heard, hooks_of
+from moebert_lib.model.cpu_kernels import (
+    Kernels,
+    OneDNNLinear,
+    PreparedLayer,
+    has_user_hook,
+    hooks_of,
+)
 
 
 def accelerate(
@@ -36,7 +42,7 @@ def accelerate(
     Outputs are those of ``model`` at real tokens; states at padding are zero. It trains, saves
     and loads as ``model`` does. ``output_hidden_states="packed"`` gives the states of the real
     tokens alone, ``(N, D)``, in an order that depends on the attention mask only. Under a head that
-    classifies sentences, ``base_model``'s ``last_hidden_state`` holds the first token alone.
+    classifies sentences, ``base_model``'s ``last_hidden_state`` is of the first token only.
 
     It is fast in eval mode without gradient (``torch.inference_mode()``), and in training. The
     ordinary forward does what packing cannot: ``inputs_embeds``, attention maps, hooks on whole
@@ -92,9 +98,9 @@ def accelerate(
     packed = _packed(bert, Kernels(dtype=dtype, prepack=prepack), head)
     if isinstance(model, BertModel):
         return packed
-    faster = _twin(model)
-    faster._modules[model.base_model_prefix] = packed
-    return faster
+    twin = _twin(model)
+    twin._modules[model.base_model_prefix] = packed
+    return twin
 
 
 def accelerate_if_possible(model: nn.Module) -> nn.Module:
@@ -119,11 +125,11 @@ def accelerate_if_exact(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class PackedBert:
-    """``BertModel.forward`` over packed tokens; mixed in before the model's own class.
+    """``BertModel.forward`` over packed tokens; a mix-in before the model's class.
 
     Attributes:
         kernels: Linear layers without gradient.
-        prepared: Layers as ``kernels`` wants them, by number.
+        prepared: Layers with prepacked weights, by number.
         reads: What the head reads of the last state: only the ``first`` tokens, ``padding`` too,
             or the real tokens ("").
     """
@@ -134,14 +140,14 @@ class PackedBert:
 
     @property
     def ordinary(self) -> BertModel:
-        """The model that this one was made from, with the same parameters."""
+        """The original model, with the same parameters."""
         return self._ordinary[0]
 
     def __reduce_ex__(self, protocol: int):
         return _packed, (self.ordinary, self.kernels, self.reads)  # copies and pickles
 
     def train(self, mode: bool = True) -> "PackedBert":
-        """As ``nn.Module.train``; weights are looked at anew."""
+        """As ``nn.Module.train``; weights are prepared again."""
         self.prepared.clear()
         return super().train(mode)
 
@@ -157,7 +163,7 @@ class PackedBert:
         """As ``BertModel.forward``; see :func:`accelerate`."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        if self._beyond(input_ids, attention_mask, others):
+        if self._needs_ordinary(input_ids, attention_mask, others):
             output = self.ordinary(
                 input_ids,
                 attention_mask=attention_mask,
@@ -214,15 +220,15 @@ class PackedBert:
 
         return summed
 
-    def _beyond(self, input_ids: Tensor | None, mask: Tensor | None, others: dict) -> bool:
-        """Whether the ordinary forward has to do it."""
-        asked = ("inputs_embeds", "position_ids", "past_key_values", "encoder_hidden_states")
-        if input_ids is None or any(others.get(name) is not None for name in asked):
+    def _needs_ordinary(self, input_ids: Tensor | None, mask: Tensor | None, others: dict) -> bool:
+        """Whether the ordinary forward has to compute this call."""
+        unpacked = ("inputs_embeds", "position_ids", "past_key_values", "encoder_hidden_states")
+        if input_ids is None or any(others.get(name) is not None for name in unpacked):
             return True
         if others.get("output_attentions", self.config.output_attentions):
             return True
         tables = (hooks for module in _passed_over(self.encoder) for hooks in hooks_of(module))
-        if any(map(heard, tables)):
+        if any(map(has_user_hook, tables)):
             return True
         if mask is None:
             return False
@@ -250,10 +256,10 @@ class PackedBert:
             first = last and self.reads == "first" and not all_rows
             single = getattr(layer.output, "top_k", 1) == 1  # all that a prepared layer knows
             ready = self._prepared(index, layer) if fast and single else None
-            if ready and not ready.watch.listened():
+            if ready and not ready.watch.has_hooks():
                 x = ready(x.to(self.kernels.dtype or dtype), ids, packing, first=first)
             else:
-                with Rerouted() if on_cpu and self.kernels.prepack else nullcontext():
+                with OneDNNLinear() if on_cpu and self.kernels.prepack else nullcontext():
                     x = self._plain(layer, x.to(dtype), ids, packing, first=first)
             states.append(x.to(dtype) if all_rows or last else x)
         return states
@@ -261,30 +267,30 @@ class PackedBert:
     def _plain(
         self, layer: nn.Module, x: Tensor, ids: Tensor, packing: Packing, *, first: bool
     ) -> Tensor:
-        """One layer through its own modules, hooks and dropout included."""
-        own = layer.attention.self
+        """One layer through its modules, with their hooks and dropout."""
+        attend = layer.attention.self
         moe = hasattr(layer.output, "experts")
         first = first and not (moe and layer.output.gated)  # a gate balances over all tokens
-        mine = x[packing.starts[:-1].long()] if first else x
-        heads = (len(ids), own.num_attention_heads, own.attention_head_size)
-        q = own.query(mine).view(-1, *heads[1:])
-        k, v = own.key(x).view(heads), own.value(x).view(heads)
-        dropout = own.dropout.p if own.training else 0.0
-        a = layer.attention.output(attention(q, k, v, packing, dropout=dropout), mine)[None]
+        queries = x[packing.starts[:-1].long()] if first else x
+        heads = (len(ids), attend.num_attention_heads, attend.attention_head_size)
+        q = attend.query(queries).view(-1, *heads[1:])
+        k, v = attend.key(x).view(heads), attend.value(x).view(heads)
+        dropout = attend.dropout.p if attend.training else 0.0
+        a = layer.attention.output(attention(q, k, v, packing, dropout=dropout), queries)[None]
         if moe:
             self.context.input_ids = ids[None, packing.starts[:-1].long()] if first else ids[None]
         return layer.output(layer.intermediate(a), a)[0]
 
     def _prepared(self, index: int, layer: nn.Module) -> PreparedLayer:
-        """The layer for ``kernels``, prepared again where it has changed."""
-        found = self.prepared.get(index)
-        if found is None or found.layer is not layer or not found.watch.same():
-            self.prepared[index] = found = PreparedLayer(layer, self.kernels)
-        return found
+        """The layer with prepacked weights, prepared again where it has changed."""
+        prepared = self.prepared.get(index)
+        if prepared is None or prepared.layer is not layer or not prepared.watch.same():
+            self.prepared[index] = prepared = PreparedLayer(layer, self.kernels)
+        return prepared
 
 
 def _replaced(bert: BertModel) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of everything whose work is done here, without its forward."""
+    """Names and modules whose forward is replaced here."""
     parts = (
         "",
         "attention",
@@ -300,8 +306,8 @@ def _replaced(bert: BertModel) -> Iterator[tuple[str, nn.Module]]:
     for index, layer in enumerate(bert.encoder.layer):
         for part in parts:
             name = f"encoder.layer.{index}" + f".{part}" * bool(part)
-            found = functools.reduce(lambda m, one: getattr(m, one, None), part.split("."), layer)
-            yield name, found if part else layer
+            names = part.split(".") if part else []
+            yield name, functools.reduce(lambda m, child: getattr(m, child, None), names, layer)
 
 
 def _is_berts_own(module: nn.Module) -> bool:
@@ -311,7 +317,7 @@ def _is_berts_own(module: nn.Module) -> bool:
 
 
 def _passed_over(encoder: nn.Module) -> Iterator[nn.Module]:
-    """Modules whose own forward is never called."""
+    """Modules whose forward is never called."""
     yield encoder
     for layer in encoder.layer:
         yield from (layer, layer.attention, layer.attention.self)
@@ -335,7 +341,7 @@ def _class(kind: type[BertModel]) -> type[BertModel]:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Another module of the same parts, whose own tables can be changed."""
+    """A shallow copy: the same parts, in dictionaries that can be changed apart."""
     twin = copy.copy(module)
     for name, value in vars(module).items():
         if name.startswith("_") and isinstance(value, dict):

@@ -36,7 +36,7 @@ OPTIONS = (
     "allow_identical",
 )
 
-#: Where to find what other parts of the library call so.
+#: Hints for names that other parts of the library use.
 ELSEWHERE = {
     "gate_top_k": "did you mean 'num_experts_per_tok'?",
     "grouping": "pass the neurons of each expert, (L, E, K), in place of the importance",
@@ -57,25 +57,25 @@ def to_moebert(
 ) -> PreTrainedModel:
     """Split every feed-forward layer of ``model`` into experts.
 
-    The dense model is left as it is. Each expert is a copy of the neurons it was dealt, with
-    the layer's output bias and LayerNorm. Every routing serves both heads; with
-    ``gate-sentence``, question and context are one sentence and go to one expert.
+    The dense model is not changed. Each expert is a copy of its neurons, with the layer's output
+    bias and LayerNorm. Every routing works with both heads; with ``gate-sentence``, question and
+    context count as one sentence and go to one expert.
 
     Args:
-        model: Fine-tuned, of a family in ``adapters`` (BERT, RoBERTa, ELECTRA, DistilBERT), with
-            a head for sequence classification or question answering.
+        model: Fine-tuned, of a family in ``encoder_layouts`` (BERT, RoBERTa, ELECTRA,
+            DistilBERT), with a head for sequence classification or question answering.
         importance: Scores of this model's neurons from :func:`ffn_importance`, or a ranking
             ``(L, F)`` of integers, most important neuron first: a tensor, an array or lists.
             Or the neurons of each expert, ``(L, E, K)``, shared ones first, as
-            :func:`experts.deal_layers` or ``groups`` make them; the sizes must be theirs.
+            ``partition`` makes them; the sizes must be theirs.
         n_experts: Experts per layer (the paper: 4).
         expert_size: Neurons in each; ``None`` is the FFN's width over ``n_experts``.
         n_shared: Neurons in all of them; ``None`` is two thirds of ``expert_size``
             (the paper: 512 of 768).
         routing: ``hash-random``, ``hash-balance``, ``hash-cluster`` (by the model's own
             embeddings of words), ``gate-token`` or ``gate-sentence``.
-        seed: Of the hash tables (one a layer; clusters, which are of words, are one for all) and
-            the gates' initial weights.
+        seed: Of the hash tables (another one in each layer; clusters of words are the same in
+            all layers) and of the gates' initial weights.
         token_frequencies: Occurrences of each vocabulary entry in the training set,
             ``(vocab,)``; ``hash-balance`` needs them.
         config: ``num_experts_per_tok`` (behind a gate, how many serve each token),
@@ -108,8 +108,8 @@ def to_moebert(
 
     with init.no_init_weights():  # every weight is set below
         student = head(_config(model, routing=routing, **sizes, **config)).to(model.dtype)
-    own = student.state_dict()
-    same = {k: v for k, v in model.state_dict().items() if k in own and own[k].shape == v.shape}
+    shapes = {name: value.shape for name, value in student.state_dict().items()}
+    same = {k: v for k, v in model.state_dict().items() if shapes.get(k) == v.shape}
     student.load_state_dict(same, strict=False)  # everything but the FFNs, filled below
     _set_routers(student, seed=seed, token_frequencies=token_frequencies)
     for layer, old, kept in zip(
@@ -120,7 +120,7 @@ def to_moebert(
 
 
 def _integers(importance: Any, model: PreTrainedModel) -> Tensor:
-    """The ranking or assignment that was passed; scores of another model are refused."""
+    """The ranking or assignment that was passed; refuses scores of another model."""
     scores = importance if isinstance(importance, Importance) else None
     try:
         ranking = torch.as_tensor(scores.ranking if scores else importance)
@@ -147,7 +147,7 @@ def _integers(importance: Any, model: PreTrainedModel) -> Tensor:
 def _assigned(
     neurons: Tensor, model: PreTrainedModel, *, n_experts: int, expert_size: int, n_shared: int
 ) -> Tensor:
-    """An assignment as it was passed; refused where its sizes are others than were asked for."""
+    """An assignment as it was passed, after checks that it has the sizes that were asked for."""
     shape = (model.config.num_hidden_layers, n_experts, expert_size)
     if tuple(neurons.shape) != shape:
         raise ValueError(
@@ -183,10 +183,10 @@ def load_dense(name: str) -> PreTrainedModel:
     names = AutoConfig.from_pretrained(name).architectures or []
     spans = any(name.endswith("ForQuestionAnswering") for name in names)
     auto = AutoModelForQuestionAnswering if spans else AutoModelForSequenceClassification
-    with _quiet():  # what is missing is said below
-        model, found = auto.from_pretrained(name, output_loading_info=True)
+    with _quiet():  # missing weights are reported below
+        model, loading = auto.from_pretrained(name, output_loading_info=True)
     _head(model)
-    missing = sorted(found["missing_keys"])
+    missing = sorted(loading["missing_keys"])
     if missing:
         kind = names[0] if names else "model"
         known = " or ".join(cls.__name__ for cls in HEADS)

@@ -1,8 +1,8 @@
-"""Linear layers as a processor likes them: weights rearranged once, gelu or a sum in one pass.
+"""Linear layers through oneDNN, with prepacked weights and fused GELU and add; layers made of them.
 
-oneDNN, the matrix library in torch's CPU builds, reads weights faster in an order of its own.
-The operators that torch.compile uses for it are private, so a plain ``F.linear`` stands behind
-them wherever they are missing, refuse, or do not know a dtype.
+oneDNN, the matrix library in torch's CPU builds, reads weights faster in an order of its own. The
+operators that torch.compile uses for this are private, so a plain ``F.linear`` is used wherever
+they are missing, fail, or do not support a dtype.
 """
 
 from collections.abc import Callable, Iterable
@@ -42,7 +42,7 @@ class Kernels:
         """
         weight, bias = (x.detach().to(self.dtype or x.dtype) for x in (weight, bias))
         if self.prepack and weight.numel() and _packable(weight.device.type, weight.dtype):
-            return _rearranged(weight, bias, gelu)
+            return _prepacked(weight, bias, gelu)
 
         def plain(x: Tensor, other: Tensor | None = None) -> Tensor:
             y = F.linear(x, weight, bias)
@@ -54,7 +54,7 @@ class Kernels:
     def layers(self, *layers: nn.Module, gelu: bool = False) -> Linear:
         """:meth:`linear` with the outputs of several layers side by side.
 
-        What is no plain ``nn.Linear``, or is listened to by hooks, is called as it is.
+        A layer that is not a plain ``nn.Linear``, or has hooks, is called itself.
         """
         if all(map(_is_plain, layers)):
             weights, biases = [m.weight for m in layers], [m.bias for m in layers]
@@ -79,15 +79,15 @@ class Kernels:
 
 
 class Watch:
-    """Tells whether a module is still what it was: its parts, and what its parameters hold.
+    """Detects whether a module has changed: its parts, and the values of its parameters.
 
-    A parameter's address, layout and torch's count of its changes tell; a change through
-    ``.data`` in place is not counted. Parameters made in inference mode count nothing, so a module
-    that has one is never the same.
+    A change of values is seen by a parameter's address, layout and torch's version counter, which
+    does not count a change through ``.data`` in place. Parameters made in inference mode have no
+    counter, so a module that has one always counts as changed.
 
     Args:
-        module: What is watched.
-        called: Those of its parts that are called as they are, so that their hooks run.
+        module: The module.
+        called: Those of its parts whose own forward is called, so that their hooks run.
     """
 
     def __init__(self, module: nn.Module, *, called: Iterable[nn.Module] = ()):
@@ -97,8 +97,8 @@ class Watch:
         linear = [m for m in modules if isinstance(m, nn.Linear)]
         self.hooks = [hooks for m in linear for hooks in hooks_of(m)]
         self.n_hooks = [*map(len, self.hooks)]
-        silent = [m for m in modules if m not in called and not isinstance(m, nn.Linear)]
-        self.unheard = [hooks for m in silent for hooks in hooks_of(m)]
+        skipped = [m for m in modules if m not in called and not isinstance(m, nn.Linear)]
+        self.skipped_hooks = [hooks for m in skipped for hooks in hooks_of(m)]
         # aliases keep the storage, so that no other weight comes to lie at its address
         self.aliases = [(x, x.detach()) for x in module.parameters()]
         self.counts = not any(x.is_inference() for x in module.parameters())
@@ -118,13 +118,13 @@ class Watch:
             for (x, alias), version in zip(self.aliases, self.versions, strict=True)
         )
 
-    def listened(self) -> bool:
-        """Whether a part that is not called has hooks."""
-        return any(map(heard, self.unheard))
+    def has_hooks(self) -> bool:
+        """Whether a part whose forward is not called has hooks of a user."""
+        return any(map(has_user_hook, self.skipped_hooks))
 
 
 def hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    """The tables of a module's hooks around its forward and backward."""
+    """A module's dictionaries of forward and backward hooks."""
     return (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -133,12 +133,12 @@ def hooks_of(module: nn.Module) -> tuple[dict, ...]:
     )
 
 
-def heard(hooks: dict) -> bool:
-    """Whether a user's hook is among them; transformers leaves its own, which collect states."""
+def has_user_hook(hooks: dict) -> bool:
+    """Whether a user's hook is among them; transformers has hooks that collect states."""
     return any(not getattr(h, "__module__", "").startswith("transformers.") for h in hooks.values())
 
 
-class Rerouted(TorchFunctionMode):
+class OneDNNLinear(TorchFunctionMode):
     """Inside the block ``F.linear`` runs through oneDNN, gradients too, where it can.
 
     Modules, hooks and parameters stay as they are; the two products of the backward pass are
@@ -146,7 +146,7 @@ class Rerouted(TorchFunctionMode):
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and not kwargs and len(args) == 3 and _reroutable(args[0], args[1]):
+        if func is F.linear and not kwargs and len(args) == 3 and _supported(args[0], args[1]):
             return _Linear.apply(*args)
         return func(*args, **(kwargs or {}))
 
@@ -171,7 +171,7 @@ class _Linear(torch.autograd.Function):
         return of_x, of_weight, flat.sum(0) if ctx.with_bias and needed[2] else None
 
 
-def _reroutable(x: Tensor, weight: Tensor) -> bool:
+def _supported(x: Tensor, weight: Tensor) -> bool:
     if not {type(x), type(weight)} <= {Tensor, nn.Parameter}:  # quantised, sharded, functorch's
         return False
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.dim() < 2:
@@ -182,15 +182,15 @@ def _reroutable(x: Tensor, weight: Tensor) -> bool:
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    own = type(layer) is nn.Linear and "forward" not in vars(layer)
-    return own and not any(hooks_of(layer))
+    unchanged = type(layer) is nn.Linear and "forward" not in vars(layer)
+    return unchanged and not any(hooks_of(layer))
 
 
 _KNOWN: dict[tuple[str, torch.dtype], bool] = {}
 
 
 def _packable(device: str, dtype: torch.dtype) -> bool:
-    """Whether this torch rearranges and multiplies such weights correctly; tried once."""
+    """Whether this torch prepacks and multiplies such weights correctly; tried once."""
     if (device, dtype) not in _KNOWN:
         _KNOWN[device, dtype] = device == "cpu" and _tried(dtype)
     return _KNOWN[device, dtype]
@@ -204,39 +204,39 @@ def _tried(dtype: torch.dtype) -> bool:
     x, weight, bias, other = (values.to(dtype) for values in random)
     y = F.linear(x, weight, bias)
     try:
-        found = (
-            _rearranged(weight, bias, True)(x),
-            _rearranged(weight, bias, False)(x, other),
+        results = (
+            _prepacked(weight, bias, True)(x),
+            _prepacked(weight, bias, False)(x, other),
             _Linear.apply(x, weight.t().contiguous().t(), bias),
         )
-    except Exception:  # missing operator, dtype or processor: all mean the plain way
+    except Exception:  # a missing operator, dtype or processor feature: use F.linear
         return False
     near = dict(rtol=1e-5, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-2, atol=5e-2)
     expected = (F.gelu(y), y + other, y)
-    return all(torch.allclose(a, b, **near) for a, b in zip(found, expected, strict=True))
+    return all(torch.allclose(a, b, **near) for a, b in zip(results, expected, strict=True))
 
 
-def _rearranged(weight: Tensor, bias: Tensor, gelu: bool) -> Linear:
+def _prepacked(weight: Tensor, bias: Tensor, gelu: bool) -> Linear:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     once = torch.ops.mkldnn._linear_pointwise.default
     summed = torch.ops.mkldnn._linear_pointwise.binary
     attr, algorithm = ("gelu", "none") if gelu else ("none", "")
 
-    def rearranged(x: Tensor, other: Tensor | None = None) -> Tensor:
+    def prepacked(x: Tensor, other: Tensor | None = None) -> Tensor:
         if other is None:
             return once(x, packed, bias, attr, [], algorithm)
         if gelu:
             return once(x, packed, bias, attr, [], algorithm).add_(other)
         return summed(x, other, packed, bias, "add")
 
-    return rearranged
+    return prepacked
 
 
-# One layer of a BERT or MoEBERT without gradient, its weights as ``kernels`` wants them.
+# One layer of a BERT or MoEBERT without gradient, with prepacked weights.
 
 
 class PreparedLayer:
-    """A ``BertLayer`` ready to run; of use as long as ``watch.same()``.
+    """A ``BertLayer`` with prepacked weights; valid as long as ``watch.same()``.
 
     Args:
         layer: With a dense feed-forward layer, or with ``MoEOutput``.
@@ -247,12 +247,12 @@ class PreparedLayer:
         self.moe = hasattr(layer.output, "experts")
         routers = layer.output.router.modules() if self.moe else ()
         self.watch, self.layer, self.kernels = Watch(layer, called=routers), layer, kernels
-        own, output = layer.attention.self, layer.attention.output
-        self.heads = (own.num_attention_heads, own.attention_head_size)
+        attend, output = layer.attention.self, layer.attention.output
+        self.heads = (attend.num_attention_heads, attend.attention_head_size)
         self.projection, self.norm = kernels.layers(output.dense), self._norm(output.LayerNorm)
         if self.moe:
             stacks = zip(*layer.output.experts.unbound(), strict=True)
-            self.ffns = [self._expert(layer.output, e, own) for e, own in enumerate(stacks)]
+            self.ffns = [self._expert(layer.output, e, weights) for e, weights in enumerate(stacks)]
         else:
             act, up = layer.intermediate.intermediate_act_fn, layer.intermediate.dense
             up = kernels.layers(up, gelu=is_gelu(act))
@@ -262,14 +262,15 @@ class PreparedLayer:
     @cached_property
     def qkv(self) -> Linear:
         """Queries, keys and values side by side."""
-        own = self.layer.attention.self
-        return self.kernels.layers(own.query, own.key, own.value)
+        attend = self.layer.attention.self
+        return self.kernels.layers(attend.query, attend.key, attend.value)
 
     @cached_property
     def q_and_kv(self) -> tuple[Linear, Linear]:
-        """The same apart, for a layer in which few tokens ask."""
-        own = self.layer.attention.self
-        return self.kernels.layers(own.query), self.kernels.layers(own.key, own.value)
+        """The same in two products, for a layer with few queries."""
+        attend = self.layer.attention.self
+        query = self.kernels.layers(attend.query)
+        return query, self.kernels.layers(attend.key, attend.value)
 
     def __call__(self, x: Tensor, ids: Tensor, packing: Packing, *, first: bool = False) -> Tensor:
         """The next state.
@@ -278,7 +279,7 @@ class PreparedLayer:
             x: State of all tokens, ``(N, D)``.
             ids: Token ids, ``(N,)``.
             packing: Of the batch.
-            first: Only the first tokens' states are wanted.
+            first: Compute the states of first tokens only.
 
         Returns:
             Shape ``(N, D)``, or with ``first`` ``(B, D)``, shortest sentence first.
@@ -287,20 +288,19 @@ class PreparedLayer:
         gated = self.moe and self.layer.output.gated  # a gate looks at all tokens
         if first and not gated:
             q_of, kv_of = self.q_and_kv
-            mine, ids, rows = x.index_select(0, rows), ids[rows], None
-            q, (k, v) = (
-                q_of(mine).view(-1, *self.heads),
-                kv_of(x).view(-1, 2, *self.heads).unbind(1),
-            )
+            queries, ids, rows = x.index_select(0, rows), ids[rows], None
+            q = q_of(queries).view(-1, *self.heads)
+            k, v = kv_of(x).view(-1, 2, *self.heads).unbind(1)
         else:
-            mine, (q, k, v) = x, self.qkv(x).view(-1, 3, *self.heads).unbind(1)
-        a = self.norm(self.projection(attention(q, k, v, packing), mine))
+            queries = x
+            q, k, v = self.qkv(x).view(-1, 3, *self.heads).unbind(1)
+        a = self.norm(self.projection(attention(q, k, v, packing), queries))
         return self.feed_forward(a, ids, packing, rows)
 
     def feed_forward(
         self, a: Tensor, ids: Tensor, packing: Packing, rows: Tensor | None = None
     ) -> Tensor:
-        """The layer's second half: each expert's tokens picked out, served and put back.
+        """The layer's second half: gather each expert's tokens, apply it, put the rows back.
 
         Args:
             a: Attention output, ``(N, D)``.
@@ -318,18 +318,18 @@ class PreparedLayer:
         if rows is not None:
             a, expert_of, weights = (x if x is None else x[rows] for x in (a, expert_of, weights))
         order, back, counts = by_expert(expert_of[:, 0], len(self.ffns))
-        if max(counts) == len(a):  # one expert has all: nothing to pick out
+        if max(counts) == len(a):  # one expert has all tokens: nothing to gather
             return self.ffns[counts.index(len(a))](a, weights, outside=output.outside)
         factors = [None] * len(counts)
         if weights is not None:
             factors = weights.index_select(0, order).split(counts)
         parts = zip(self.ffns, a.index_select(0, order).split(counts), factors, strict=True)
-        served = [ffn(x, own, outside=output.outside) for ffn, x, own in parts if len(x)]
-        return torch.cat(served).index_select(0, back)
+        results = [ffn(x, p, outside=output.outside) for ffn, x, p in parts if len(x)]
+        return torch.cat(results).index_select(0, back)
 
-    def _expert(self, output: nn.Module, expert: int, own: tuple[Tensor, ...]) -> "FFN":
+    def _expert(self, output: nn.Module, expert: int, weights: tuple[Tensor, ...]) -> "FFN":
         act, norm = output.experts.act_fn, output.LayerNorm
-        up, up_bias, down, down_bias = own
+        up, up_bias, down, down_bias = weights
         up = self.kernels.linear(up, up_bias, gelu=is_gelu(act))
         gain, bias = norm.weight, norm.bias
         if output.per_expert:

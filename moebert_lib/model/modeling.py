@@ -1,13 +1,12 @@
 """MoEBERT as a transformers model: an encoder whose feed-forward layers are experts.
 
-``BertLayer`` computes ``output(intermediate(x), x)``. With the identity at ``intermediate``
-and ``moe_layer.MoEOutput`` at ``output`` the FFN is replaced at one seam, and every other line
-that runs is transformers' own. Saving, loading, pipelines and ``Trainer`` therefore work
-unchanged, and ``AutoModel``, ``AutoModelForSequenceClassification`` and
-``AutoModelForQuestionAnswering`` find the model once ``moebert_lib`` is imported.
+``BertLayer`` computes ``output(intermediate(x), x)``. With the identity for ``intermediate`` and
+``moe_layer.MoEOutput`` for ``output`` the FFN is replaced in one place, and every other line that
+runs is transformers' own. Saving, loading, pipelines and ``Trainer`` therefore work unchanged, and
+``AutoModel``, ``AutoModelForSequenceClassification`` and ``AutoModelForQuestionAnswering`` find
+the model once ``moebert_lib`` is imported.
 
-Here are BERT's classes, and what they share with other families' (``encoders``): everything
-but names.
+The classes of all families are here; they differ in names only.
 """
 
 from dataclasses import dataclass
@@ -56,7 +55,7 @@ from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingContext
 
 @dataclass(repr=False, eq=False, kw_only=True)
 class ExpertsConfig:
-    """How FFNs became experts; mixed in before a family's own configuration.
+    """How FFNs became experts; a mix-in before a family's configuration.
 
     Attributes:
         n_experts: Experts per layer ``E``.
@@ -109,17 +108,17 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 class MoEPreTrainedModel(PreTrainedModel):
-    """What all MoEBERT models have in common; mixed in before transformers' classes."""
+    """Common to all MoEBERT models; a mix-in before transformers' classes."""
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers caches its answer on the class, and a dense BERT built earlier in the
-        # process would pass on its "no" by inheritance
+        # transformers caches the answer on the class, and a dense BERT built earlier in the
+        # process would hand down its "no" by inheritance
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         # grouped_mm, transformers' default, has no float64; the loop works in every dtype and
-        # costs the same on a CPU. On a GPU: model.set_experts_implementation("grouped_mm").
+        # is as fast on a CPU. On a GPU: model.set_experts_implementation("grouped_mm").
         return super().get_correct_experts_implementation(requested_experts or "eager")
 
     @torch.no_grad()
@@ -148,17 +147,17 @@ class MoEPreTrainedModel(PreTrainedModel):
 
 
 class MoEEncoder(MoEPreTrainedModel):
-    """An encoder with experts for feed-forward layers; mixed in before the dense one."""
+    """An encoder with experts for feed-forward layers; a mix-in before the dense class."""
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         if config.chunk_size_feed_forward:
             raise ValueError("chunk_size_feed_forward must be 0: chunks would lose their token ids")
         super().__init__(config, *args, **kwargs)
         self.context, row = RoutingContext(), family(config.model_type.removeprefix("moe"))
-        after = row.seat == row.parts.norm  # the residual is added before the experts are called
+        after = row.replaced == row.parts.norm  # experts are called after the residual is added
         for layer in row.layers_of(self):
-            setattr(layer, row.hollow, Zero() if after else nn.Identity())
-            setattr(layer, row.seat, (MoENorm if after else MoEOutput)(config, self.context))
+            setattr(layer, row.bypassed, Zero() if after else nn.Identity())
+            setattr(layer, row.replaced, (MoENorm if after else MoEOutput)(config, self.context))
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, **kwargs):
@@ -170,7 +169,7 @@ class MoEEncoder(MoEPreTrainedModel):
 
 
 class Zero(nn.Module):
-    """Adds nothing to a residual: ``LN(ffn(a) + a)`` becomes ``LN(a)``, experts for ``LN``."""
+    """Adds 0 to a residual: ``LN(ffn(a) + a)`` becomes ``LN(a)``; experts replace ``LN``."""
 
     def forward(self, hidden_states: Tensor) -> float:
         """Whatever comes in, 0."""
@@ -186,7 +185,7 @@ class MoENorm(MoEOutput):
 
 
 class MoEHead(MoEPreTrainedModel):
-    """A dense model's head around an encoder of class :attr:`encoder`; mixed in before it."""
+    """A dense model's head with an encoder of class :attr:`encoder`; a mix-in before the head."""
 
     encoder: type[MoEEncoder]
 
@@ -360,7 +359,7 @@ class MoEDistilBertConfig(ExpertsConfig, DistilBertConfig):
         "hidden_act": "activation",
         "hidden_dropout_prob": "dropout",
     }
-    layer_norm_eps: float = 1e-12  # which DistilBERT's own code fixes
+    layer_norm_eps: float = 1e-12  # fixed in DistilBERT's code
 
 
 class MoEDistilBertModel(MoEEncoder, DistilBertModel):

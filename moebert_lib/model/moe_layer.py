@@ -1,7 +1,7 @@
 """One feed-forward layer of experts, and how to look inside it.
 
-:class:`MoEOutput` stands where ``BertOutput`` stood. It asks the router for each token's
-expert, lets the experts serve their tokens (Eq. 2), and adds residual and LayerNorm.
+:class:`MoEOutput` replaces ``BertOutput``. It routes each token to an expert, applies the experts
+to their tokens (``routing.experts_forward``, Eqs. 1-2), and adds residual and LayerNorm.
 """
 
 from collections.abc import Iterator
@@ -82,8 +82,8 @@ class Experts(nn.Module):
 class TiedExperts(Experts):
     """Experts whose first ``s`` neurons are one set of parameters, so they stay the same.
 
-    What each expert has of its own is stored beside them. ``up_proj``, ``up_proj_bias`` and
-    ``down_proj`` are put together on every access, in the shapes of :class:`Experts`, so every
+    The other neurons of each expert are stored beside them. ``up_proj``, ``up_proj_bias`` and
+    ``down_proj`` are concatenated on every access, in the shapes of :class:`Experts`, so every
     implementation of transformers runs, and gradients add up over the experts.
     """
 
@@ -127,7 +127,7 @@ class TiedExperts(Experts):
 class ExpertLayerNorm(nn.Module):
     """LayerNorm whose gain and bias belong to the expert that served the token.
 
-    Of several experts it is the mean of theirs, each weighted by its share of the ``k`` factors.
+    With several experts a token, their gains and biases are averaged, weighted by their factors.
     """
 
     def __init__(self, config: PreTrainedConfig):
@@ -139,16 +139,17 @@ class ExpertLayerNorm(nn.Module):
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """``x`` has shape ``(B*T, D)``, ``experts`` and ``weights`` ``(B*T, k)``."""
         normal = F.layer_norm(x, x.shape[-1:], eps=self.eps)
-        gain, bias = (self._of(own, experts, weights) for own in (self.weight, self.bias))
+        gain = self._of(self.weight, experts, weights)
+        bias = self._of(self.bias, experts, weights)
         return normal * gain + bias
 
     @staticmethod
-    def _of(own: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Rows of ``(E, D)`` looked up as embeddings: an index's gradient varies on two threads."""
+    def _of(table: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Rows of ``(E, D)`` for each token; an index's gradient would vary on two threads."""
         if experts.shape[1] == 1:
-            return F.embedding(experts[:, 0], own)  # (B*T, D)
+            return F.embedding(experts[:, 0], table)  # (B*T, D)
         share = weights / weights.sum(-1, keepdim=True)
-        return (F.embedding(experts, own) * share[..., None]).sum(1)
+        return (F.embedding(experts, table) * share[..., None]).sum(1)
 
 
 @dataclass
@@ -164,9 +165,9 @@ class RoutingContext:
 
 
 class MoEOutput(nn.Module):
-    """Stands where ``BertOutput`` stood: route, expert, dropout, residual, LayerNorm.
+    """Replaces ``BertOutput``: route, experts, dropout, residual, LayerNorm.
 
-    ``neurons`` ``(E, K)`` remembers which of the dense layer's neurons each expert got.
+    ``neurons`` ``(E, K)`` are the dense layer's neurons that each expert was made of.
     """
 
     def __init__(self, config: PreTrainedConfig, context: RoutingContext):
@@ -195,8 +196,8 @@ class MoEOutput(nn.Module):
         """:meth:`forward` along a given route."""
         tokens = hidden_states.flatten(0, 1)  # (B*T, D)
         weights = torch.ones_like(route.weights) if self.outside else route.weights
-        served = self.dropout(self.experts(tokens, route.experts, weights))
-        summed = served + input_tensor.flatten(0, 1)
+        x = self.dropout(self.experts(tokens, route.experts, weights))  # Eq. 2
+        summed = x + input_tensor.flatten(0, 1)
         args = (summed, route.experts, route.weights) if self.per_expert else (summed,)
         output = self.LayerNorm(*args)
         if self.outside:
@@ -262,10 +263,10 @@ class ParameterCounts(NamedTuple):
 
 
 def parameter_counts(model: nn.Module) -> ParameterCounts:
-    """Count parameters; effective leaves out the experts that a token does not visit.
+    """Count parameters; effective are those without the experts that a token does not visit.
 
-    Tied neurons are stored once and used by every token. Buffers (hash tables) are no
-    parameters. Works on the meta device.
+    Tied neurons are stored once and used by every token. Buffers (hash tables) are not counted.
+    Works on the meta device.
     """
     stored = sum(p.numel() for p in model.parameters())
     idle = 0
