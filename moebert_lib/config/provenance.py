@@ -1,4 +1,4 @@
-"""What made a result: digests of keys, files and code; versions, commit and machine."""
+"""Where a result comes from: digests of keys, files and code; versions, commit and machine."""
 
 import ast
 import functools
@@ -148,17 +148,16 @@ def _modules_of(full_name: str) -> set[str]:
     return {name for name in modules if not below or name.startswith(f"{parts[0]}.")}
 
 
-def reached(*names: str, but: tuple[str, ...] = ()) -> list[str]:
-    """This library's modules that some import, themselves and theirs too.
+def reached(*names: str) -> list[str]:
+    """Modules of this library, and all modules that they import, directly or through others.
 
     Args:
         names: Modules to begin with, named as in :func:`library_modules`.
-        but: Modules that are not followed.
     """
     modules, seen, left = library_modules(), set(), {*names}
     while left:
         seen.add(module := left.pop())
-        left |= imported(ast.parse(modules[module].read_text("utf-8"))) - seen - {*but}
+        left |= imported(ast.parse(modules[module].read_text("utf-8"))) - seen
     return sorted(seen)
 
 
@@ -230,12 +229,12 @@ class _Source:
 
     def _named(self, node: ast.AST, names: Mapping[str, str]) -> set[tuple[str, str]]:
         full_name = dotted(node, names)
-        found = _definitions_of(full_name) if full_name else set()
+        used = _definitions_of(full_name) if full_name else set()
         if isinstance(node, ast.Name) and node.id in self.definitions:
-            found.add((self.module, node.id))
+            used.add((self.module, node.id))
         if full_name:
-            return found
-        return found.union(*(self._named(child, names) for child in _parts(node)))
+            return used
+        return used.union(*(self._named(child, names) for child in _parts(node)))
 
 
 #: Statements that run when a module is imported and define no name.
@@ -246,18 +245,18 @@ _source = functools.cache(_Source)
 
 def _definitions_of(full_name: str) -> set[tuple[str, str]]:
     """Module and name of what a dotted name stands for; all of a module, or of a folder."""
-    found = set()
+    definitions = set()
     for module in _modules_of(full_name):
         source = _source(module)
         below = full_name.removeprefix(f"moebert_lib.{module}").removeprefix(".")
         name = full_name.split(".")[1] if below == full_name else below.partition(".")[0]
         if name in source.definitions:
-            found.add((module, name))
+            definitions.add((module, name))
         elif name in source.imports:
-            found |= _definitions_of(source.imports[name] + below.removeprefix(name))
+            definitions |= _definitions_of(source.imports[name] + below.removeprefix(name))
         else:
-            found |= {(module, each) for each in source.definitions}
-    return found
+            definitions |= {(module, each) for each in source.definitions}
+    return definitions
 
 
 def _defined_names(statement: ast.stmt) -> list[str]:
@@ -288,13 +287,13 @@ def _parts(node: ast.AST) -> Iterator[ast.AST]:
 @functools.cache
 def versions() -> dict[str, str]:
     """Python's and the libraries' versions, without importing them."""
-    found = {"python": platform.python_version()}
+    by_name = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            by_name[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return by_name
 
 
 def commit() -> str | None:
@@ -323,12 +322,12 @@ def machine() -> dict[str, Any]:
 def cores() -> int:
     """CPU cores this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # absent outside Linux
-    mine = len(affinity(0)) if affinity else os.cpu_count() or 1
+    usable = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(min(mine, int(quota) // int(period)), 1)
+        return max(min(usable, int(quota) // int(period)), 1)
     except (OSError, ValueError):  # no such group, or without a limit
-        return mine
+        return usable
 
 
 def to_json(obj: Any, *, sort_keys: bool = True, **layout: Any) -> str:
@@ -337,7 +336,7 @@ def to_json(obj: Any, *, sort_keys: bool = True, **layout: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what is not: numpy and torch values, pydantic models, paths."""
+    """JSON values for numpy and torch values, pydantic models and paths."""
     for method in ("tolist", "model_dump"):
         if hasattr(value, method):
             return getattr(value, method)()

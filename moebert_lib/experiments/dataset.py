@@ -99,7 +99,7 @@ class Dataset:
             return logits[:, 0] if self.task.kind == "regression" else logits.argmax(1)
         chosen = self.settings
         with_null = self.task.name == "squad_v2"
-        found = squad.texts(
+        texts = squad.texts(
             logits,
             self.rows(split, limit),
             self.examples[split]["context"][:],
@@ -107,7 +107,7 @@ class Dataset:
             max_answer_length=chosen.max_answer_length,
             null_threshold=chosen.null_threshold if with_null else None,
         )
-        return np.array([found[example] for example in sorted(found)], dtype=object)
+        return np.array([texts[example] for example in sorted(texts)], dtype=object)
 
     def truths(self, split: str = "validation", limit: int | None = None) -> list:
         """The right answers of :meth:`answers`: labels, or for spans lists of accepted texts."""

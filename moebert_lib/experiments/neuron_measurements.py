@@ -258,7 +258,7 @@ class Excitation:
         Returns:
             ``(activation, before, token, after)`` for each of the ``k`` examples.
         """
-        found = []
+        contexts = []
         for value, row, place in zip(
             self.top[layer, neuron].tolist(),
             self.example[layer, neuron].tolist(),
@@ -274,8 +274,8 @@ class Excitation:
             before = ("... " if start else "") + joined(pieces[start:place])
             after = joined(pieces[end : end + around])
             after += " ..." if end + around < len(pieces) else ""
-            found.append((value, before, joined(pieces[place:end]), after))
-        return found
+            contexts.append((value, before, joined(pieces[place:end]), after))
+        return contexts
 
 
 def joined(pieces: list[str]) -> str:
@@ -310,7 +310,7 @@ def excite(model: nn.Module, batches, *, top: int = TOP) -> dict[str, Tensor]:
                 best[n] = _merge(best[n], h.masked_fill(~real, -torch.inf), batch["index"], top)
     finally:
         model.train(training)
-    value, example, token = (torch.stack(found) for found in zip(*best, strict=True))
+    value, example, token = (torch.stack(layers) for layers in zip(*best, strict=True))
     return {
         "mean": torch.stack(totals) / n_tokens,
         "magnitude": magnitudes(layers),
@@ -322,7 +322,7 @@ def excite(model: nn.Module, batches, *, top: int = TOP) -> dict[str, Tensor]:
 
 def _merge(best: tuple | None, h: Tensor, index: Tensor, top: int) -> tuple[Tensor, ...]:
     """The ``top`` examples so far, by each one's best token: three tensors ``(F, k)``."""
-    value, token = (found.T.cpu() for found in h.max(1))  # (F, B)
+    value, token = (part.T.cpu() for part in h.max(1))  # (F, B)
     new = (value, index.cpu().expand_as(token), token)
     if best is not None:
         new = tuple(torch.cat(pair, -1) for pair in zip(best, new, strict=True))
