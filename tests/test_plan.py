@@ -14,7 +14,7 @@ from checkout import NOTEBOOKS
 from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import ablations, student, teacher
-from moebert_lib.runs import cost, plan
+from moebert_lib.runs import cost, notebook_session, plan
 from moebert_lib.store.store import StageKey, Store
 
 KEYS = {
@@ -74,6 +74,7 @@ def asked_for(job, monkeypatch) -> set[tuple[str, str]]:
 
     monkeypatch.setattr(Store, "make", logged_make)
     monkeypatch.setattr(Store, "find", logged_find)
+    monkeypatch.setattr(notebook_session, "start_run", lambda variables: job.settings)
     forget()
     names = {"__name__": "__main__"}
     for cell in job.cells:
