@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "moebert_lib"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FINDINGS = ROOT / "notebooks" / "09_what_we_found.ipynb"  # a page of results, not a lesson
 PYTHON = sorted([*LIBRARY.rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 
 _MADE = {".git", ".venv", "runs", ".ipynb_checkpoints", "__pycache__", "build", "dist"}

@@ -9,7 +9,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
-from checkout import NOTEBOOKS
+from checkout import FINDINGS, NOTEBOOKS
 
 import moebert_lib
 from moebert_lib.config.provenance import dotted, local_names
@@ -66,7 +66,8 @@ def test_code_is_short_enough_to_read(path):
     sizes = [statements(ast.parse(source)) for source in sources(path, "code")]
     assert 12 <= len(sizes) <= 25, f"{len(sizes)} code cells"
     assert sum(sizes) <= 150, f"{sum(sizes)} statements"
-    assert np.median(sizes) <= 5
+    if path != FINDINGS:  # a page of results, which hides its code
+        assert np.median(sizes) <= 5
     assert np.percentile(sizes, 90) <= 10
     assert max(sizes) <= 15
 
@@ -84,6 +85,8 @@ def test_a_notebook_imports_at_most_eight_names_of_the_library(path):
 
 
 def test_exercises_are_one_section_of_short_cells_before_the_take_away(path):
+    if path == FINDINGS:
+        pytest.skip("a page of results has no exercises")
     cells = read(path).cells
     places = [n for n, cell in enumerate(cells) if "exercise" in cell.metadata.get("tags", [])]
     assert places == list(range(len(cells) - 9, len(cells) - 3))

@@ -11,7 +11,7 @@ from checkout import LIBRARY, NOTEBOOKS, ROOT
 
 from moebert_lib.bench import harness
 from moebert_lib.cli import main
-from moebert_lib.publish import findings
+from moebert_lib.publish import report
 from moebert_lib.runs import sweep
 from moebert_lib.store import committed_results
 
@@ -128,7 +128,7 @@ def test_the_speeds_are_those_of_the_committed_records():
 def test_figures_are_those_of_their_provenance_and_of_the_committed_rows():
     known = json.loads((ROOT / "figures" / "provenance.json").read_text())
     there = {path.name for path in (ROOT / "figures").iterdir() if path.is_file()}
-    assert there - {"provenance.json", findings.PAGE} == set(known)
+    assert there - {"provenance.json", report.FOUND} == set(known)
     for name, about in known.items():
         assert hashlib.sha256((ROOT / "figures" / name).read_bytes()).hexdigest() == about["sha256"]
         for results in (committed_results.ROWS, committed_results.FILES):

@@ -97,15 +97,16 @@ def test_every_figure_is_embedded_with_caption_and_alternative_text(page):
 def test_every_figure_of_the_workbook_has_a_caption_from_before_its_cell(path):
     node = json.loads(path.read_text())
     sources = ["".join(cell["source"]) for cell in node["cells"]]
+    sources = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", source) for source in sources]
     names = set(
         re.findall(
             r"[\"'](\d\d_\w+|figure\d\w?)[\"']",
-            "\n".join(source for source in sources if "plots.save(" in source or "draw(" in source),
+            "\n".join(source for source in sources if "save(" in source or "draw(" in source),
         )
     )
     assert names
     for name in names:
-        words = re.sub(r"<(math|a) .*?</\1>|<[^>]*>", "\0", report._caption(name, node), flags=re.S)
+        words = re.sub(r"<math .*?</math>|<[^>]*>", "\0", report.caption_of(name, node), flags=re.S)
         longest = max(map(unescape, words.split("\0")), key=len).strip()
         assert len(longest) > 20, name
         said = next(
@@ -148,6 +149,16 @@ def test_links_lead_to_files_that_are_there(page, home):
     assert all((home / "runs" / link).is_file() for link in links)
 
 
+def test_each_run_has_a_page_that_is_written_once(page, home):
+    (written,) = (home / "runs" / "pages").iterdir()
+    before = written.stat().st_mtime_ns
+    report.write_report()
+    assert written.stat().st_mtime_ns == before and "<script" not in written.read_text()
+    written.unlink()
+    report.write_report()
+    assert written.is_file()
+
+
 def test_links_within_the_page_have_targets_and_ids_are_unique(page):
     ids = [found["id"] for _, found in Page(page).tags if "id" in found]
     inside = [link[1:] for link in Page(page).all("a", "href") if link.startswith("#")]
@@ -159,8 +170,8 @@ def test_what_files_hold_is_escaped(page):
 
 
 def test_a_run_shows_what_its_settings_change_and_the_numbers(page):
-    assert "seed=3" in page and "follows" in page and "accuracy 0.750" in page
-    assert "0.1235" in page and "<b>5</b>" not in page and ">5</td>" in page
+    assert "seed=3" in page and "follows" in page and ">0.75</td>" in page
+    assert "0.1235" in page and "<strong>5</strong></td>" in page
 
 
 def test_the_newest_state_replaces_the_page_whole(page, home):

@@ -1,5 +1,6 @@
 """The site, from real runs at scale smoke: whole, offline, and readable by everyone."""
 
+import ast
 import re
 from copy import copy
 from functools import partial
@@ -12,13 +13,12 @@ import pytest
 import smoke_runs
 from browser import controls, tabbed
 from bs4 import BeautifulSoup
-from checkout import LIBRARY, NOTEBOOKS, ROOT
+from checkout import NOTEBOOKS
 from PIL import Image
 
 from moebert_lib.config.errors import UserError
+from moebert_lib.config.provenance import library_modules
 from moebert_lib.publish import site
-from moebert_lib.publish import site as site_pages
-from moebert_lib.publish import site as site_reference
 from moebert_lib.runs import local_pool, plan
 
 FIGURES = "smoke-library"
@@ -180,10 +180,8 @@ def test_no_page_is_wider_than_a_phone(made, pages, serve, page):
 
 def test_alt_texts_are_the_figures_findings(home, pages):
     said = {tag["alt"] for tag in pages["figures.html"].select("img")}
-    pngs = [
-        *(home / "runs" / "figures").glob("*.png"),
-        *(home / "runs" / "figures" / FIGURES).glob("*.png"),
-    ]
+    figures = home / "runs" / "figures"
+    pngs = [*figures.glob("00_*.png"), *(figures / FIGURES).glob("*.png")]
     titles = {Image.open(path).text["Title"] for path in pngs}
     assert said == titles and len(titles) > 10
 
@@ -204,25 +202,24 @@ def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home,
 
 def test_every_figure_and_table_is_offered_with_its_files(home, pages):
     offered = {tag["href"] for tag in pages["figures.html"].select("a[href^='figures/']")}
-    known = [
-        *local_pool.read_provenance(home / "runs" / "figures" / FIGURES),
-        "00_deal.png",
-        "00_deal.csv",
-    ]
-    assert {f"figures/{name}" for name in known} == offered
+    known = local_pool.read_provenance(home / "runs" / "figures" / FIGURES)
+    assert {f"figures/{name}" for name in [*known, "00_deal.png", "00_deal.csv"]} == offered
 
 
-def test_every_public_name_has_an_entry(pages):
+def test_every_public_function_and_class_has_an_entry(pages):
     ids = {
         tag["id"]
         for name, soup in pages.items()
         if name.startswith("reference/")
         for tag in soup.select("[id]")
     }
-    modules = {path.stem for path in LIBRARY.glob("*.py") if not path.stem.startswith("__")}
-    rooms = site.rooms((ROOT / "README.md").read_text())
-    assert set().union(*rooms.values()) == modules
-    names = [f"moebert_lib.{m}.{one.name}" for m in modules for one in site.names(m)]
+    names = [
+        f"moebert_lib.{module}.{node.name}"
+        for module, path in library_modules().items()
+        for node in ast.parse(path.read_text("utf-8")).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if module != "__main__" and ast.get_docstring(node)
+    ]
     assert [name for name in names if name not in ids] == [] and len(names) > 300
 
 
@@ -255,8 +252,13 @@ def test_a_warning_of_sphinx_leaves_the_old_site_as_it_was(home, tmp_path, monke
     old = tmp_path / "site"
     old.mkdir()
     (old / site.MARK).write_text("old")
-    monkeypatch.setattr(site_pages, "gallery", lambda ran: "# A\n\n[b](gone.md)")
-    monkeypatch.setattr(site_reference, "write", lambda folder, readme: None)
+    usual = site._render
+
+    def broken(name, **values):
+        return "# A\n\n[b](gone.md)" if name == "figures.md" else usual(name, **values)
+
+    monkeypatch.setattr(site, "_render", broken)
+    monkeypatch.setattr(site, "library_modules", lambda: {"config.errors": None})
     with pytest.raises(UserError, match="not written: .*"):
         site.build(old, figures=home / "runs" / "figures" / FIGURES)
     assert [path.name for path in old.iterdir()] == [site.MARK] and len([*tmp_path.iterdir()]) == 1

@@ -28,7 +28,8 @@ def add_commands(commands: Any) -> None:
         help="gather figures, tables and runs in one HTML page",
         description="Write runs/report.html, one file that needs no network. With --from, first "
         "draw all figures and tables from committed results; no model is needed or trained.",
-        example="moebert report\n  moebert report --from figures/runs",
+        example="moebert report\n  moebert report --from figures/runs\n"
+        "  moebert report --from figures/runs --format pdf",
     )
     command.add_argument(
         "--from",
@@ -39,6 +40,11 @@ def add_commands(commands: Any) -> None:
     )
     command.add_argument(
         "--check", action="store_true", help="with --from: compare with figures/, write nothing"
+    )
+    command.add_argument(
+        "--format",
+        choices=("pdf", "svg"),
+        help="with --from: draw the figures as vectors too, into runs/figures-pdf or -svg",
     )
     command.set_defaults(run=report)
 
@@ -100,6 +106,8 @@ def report(args: argparse.Namespace) -> int:
 
     if args.check and not args.results:
         raise UserError("--check compares what --from draws; give both")
+    if args.format and (args.check or not args.results):
+        raise UserError("--format draws figures from --from; give both, and no --check")
     if args.check:
         differences = reports.check(args.results, echo=say)
         for line in differences:
@@ -109,7 +117,7 @@ def report(args: argparse.Namespace) -> int:
         return 1 if n else 0
     figures = None
     if args.results:
-        figures = reports.draw(args.results, echo=say)
+        figures = reports.draw(args.results, vectors=args.format or "", echo=say)
         say(f"figures   {near(figures)}")
     say(f"page      {near(reports.write_report(figures))}")
     return 0

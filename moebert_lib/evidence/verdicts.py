@@ -84,6 +84,28 @@ def judge(gaps: Iterable[float], kind: str) -> tuple[str, float, float]:
     return told if len(gaps) else NO_RUNS, low, high
 
 
+def interval_text(mean: float, low: float, high: float) -> str:
+    """A mean difference with its interval, if it has one.
+
+    Example:
+        >>> interval_text(0.52, -0.1, 1.14), interval_text(0.5, np.nan, np.nan)
+        ('+0.5 (-0.1 to +1.1)', '+0.5')
+    """
+    return f"{mean:+.1f}" + ("" if np.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
+
+
+def judged_text(gaps: pd.Series, kind: str = "better", *, named: bool = False) -> str:
+    """The mean of differences with the interval of :func:`judge`, in Markdown.
+
+    In bold if :func:`judge` decides; with ``named`` the verdict follows in bold instead.
+    """
+    verdict, low, high = judge(gaps, kind)
+    text = interval_text(gaps.mean(), low, high)
+    if verdict not in (REPRODUCED, CONTRADICTED):
+        return text
+    return f"{text} **{verdict}**" if named else f"**{text}**"
+
+
 def compare(frame: pd.DataFrame) -> pd.DataFrame:
     """Every comparison of every claim: one row each, differences in points.
 

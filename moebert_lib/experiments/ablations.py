@@ -456,3 +456,40 @@ def switches(settings: Settings) -> Grid:
 def importance_splits(settings: Settings) -> Grid:
     """Importance scored on the training split, as in the paper, and on validation (release)."""
     return {name: [settings.but(importance_split=name)] for name in ("train", "validation")}
+
+
+# Notebook 9: findings.
+
+
+@_taken_to("student")
+def findings(
+    settings: Settings, *, names: Tasks = (), ablated: Tasks = (), switch_epochs: float = 0
+) -> Grid:
+    """The experiments that notebook 9 reads: those of notebooks 4, 5, 6 and 8.
+
+    Args:
+        settings: The default configuration.
+        names: Tasks beside the main one; none: all that scale and data have.
+        ablated: Of these, the tasks that have all ablations too.
+        switch_epochs: Training of notebook 8's students; 0: as the others.
+
+    Returns:
+        ``claims``; for the main task and each ablated one ``claims on TASK`` and every
+        ``TASK: CONSTRUCTION``; every ``router: NAME`` and ``switch: NAME``.
+    """
+    brief = settings.but(epochs=switch_epochs) if switch_epochs else settings
+    grid = {"claims": _all(claims(settings, names=names))}
+    for task in [settings.task, *ablated]:
+        other = on_task(settings, task)
+        grid[f"claims on {task}"] = _all(claims(other, names=[task]))
+        grid |= _named(f"{task}: ", constructions(other))
+    grid |= _named("router: ", beyond_routers(settings))
+    return grid | _named("switch: ", switches(brief))
+
+
+def _all(grid: Grid) -> list[Settings]:
+    return list(dict.fromkeys(chain.from_iterable(grid.values())))
+
+
+def _named(prefix: str, grid: Grid) -> Grid:
+    return {prefix + name: points for name, points in grid.items()}

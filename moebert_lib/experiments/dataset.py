@@ -380,9 +380,18 @@ def measured_table(
         table.to_parquet(folder / TABLE)
         return {"rows": len(table)}
 
-    key = StageKey("table", {"name": name, "of": _without_places(depends_on)})
-    entry = store.make(key, keep, force=True)
+    entry = store.make(_table_key(name, depends_on), keep, force=True)
     return pd.read_parquet(entry.folder / TABLE)
+
+
+def stored_table(store: AnyStore, name: str, depends_on: Any) -> pd.DataFrame | None:
+    """A table of :func:`measured_table` as it was stored last; None if it never was."""
+    entry = store.find(_table_key(name, depends_on))
+    return pd.read_parquet(entry.folder / TABLE) if entry else None
+
+
+def _table_key(name: str, depends_on: Any) -> StageKey:
+    return StageKey("table", {"name": name, "of": _without_places(depends_on)})
 
 
 def _without_places(value: Any) -> Any:

@@ -1,23 +1,20 @@
-"""One HTML page with everything the runs made: figures, tables, runs, where each came from.
+"""The report: one HTML page of figures, tables and runs; and the committed figures drawn again.
 
-The page is one file that needs no network: figures are embedded. It links to the executed
-notebooks and to the CSV behind each figure, which lie beside it.
+``write_report`` makes ``runs/report.html``, one file with all pictures that needs no network, and a
+page of each run's executed notebook. ``draw`` runs the notebooks on committed results, which gives
+every committed figure and table without training; ``check`` compares them with ``figures/``.
 """
 
-from __future__ import annotations
-
 import base64
-import csv
+import copy
 import dataclasses
-import json
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,67 +22,27 @@ from urllib.parse import quote
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import write_bytes
 from moebert_lib.config.provenance import file_digest
-from moebert_lib.publish import findings
 from moebert_lib.runs import execution, export, local_pool, status, sweep
-from moebert_lib.runs.local_pool import side_by_side
+from moebert_lib.runs.local_pool import read_provenance, run_of, side_by_side
 from moebert_lib.runs.plan import Job
-from moebert_lib.store import committed_results
 from moebert_lib.store.store import Entry, Store
 
-BODY = """
-{% macro grid(table) %}<div class="scroll"><table><thead><tr>
-{% for name in table.head %}
-<th{% if table.right[loop.index0] %} class="num"{% endif %}>{{ name }}</th>
-{% endfor %}</tr></thead><tbody>{% for row in table.rows %}<tr>{% for cell in row %}
-<td{% if table.right[loop.index0] %} class="num"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endmacro %}
-<header><h1>MoEBERT workbook</h1>
-<p class="meta">{{ runs|length }} notebook runs, {{ n_figures }} figures, {{ n_tables }} tables.
-The newest run is of {{ newest }} UTC.</p>
-<nav aria-label="Contents"><ul>{% for part in parts %}
-<li><a href="#{{ part.id }}">{{ part.title }}</a></li>{% endfor %}
-{% for sweep in sweeps %}<li><a href="#{{ sweep.id }}">{{ sweep.title }}</a></li>{% endfor %}
-<li><a href="#runs">Runs</a></li></ul></nav></header>
-<main>
-{% if failed %}<section aria-label="Failed runs"><h2>Failed</h2><ul>{% for run in failed %}
-<li><b class="bad">{{ run.notebook }}{% if run.cell %}, cell {{ run.cell }}{% endif %}</b>
-{{ run.values }}: {{ run.error }}{% if run.link %} (<a href="{{ run.link }}">executed copy</a>)
-{% endif %}</li>{% endfor %}</ul></section>
-{% endif %}
-{% for part in parts %}
-<section id="{{ part.id }}"><h2>{{ part.title }}</h2>
-<p class="meta"><span class="pill">{{ part.where }}</span> {{ part.about }}
-{% if part.link %}<a href="{{ part.link }}">Executed notebook</a>{% endif %}</p>
-{% for figure in part.figures %}
-<figure id="{{ figure.id }}"><img src="{{ figure.source }}" alt="{{ figure.alt }}" loading="lazy">
-<figcaption><b>{{ figure.label }}.</b> {{ figure.caption }}
-{% if figure.numbers %}<details><summary>Numbers behind it</summary>{{ grid(figure.numbers) }}
-<a href="{{ figure.csv }}">{{ figure.csv }}</a></details>{% endif %}</figcaption></figure>
-{% endfor %}
-{% for table in part.tables %}
-<section id="{{ table.id }}"><h3>{{ table.label }}</h3>
-<p class="meta">{{ table.caption }}</p>{{ grid(table.grid) }}</section>{% endfor %}
-</section>{% endfor %}
-{% for sweep in sweeps %}<section id="{{ sweep.id }}"><h2>{{ sweep.title }}</h2>
-<p class="meta">{{ sweep.about }} <a href="{{ sweep.link }}">{{ sweep.link }}</a></p>
-{% if sweep.means %}<p class="meta">The mean over runs; low and high are the ends of its 95 %
-interval by Student's t.</p>{{ grid(sweep.means) }}{% endif %}
-<details><summary>All runs</summary>{{ grid(sweep.table) }}</details></section>{% endfor %}
-<section id="runs"><h2>Runs</h2>
-<p>Each row is one executed notebook. A run is used again as long as its notebook, settings,
-library, data and weights stay as they were.</p>
-<div class="scroll"><table><thead><tr><th>Notebook</th><th>Scale</th><th>Task</th>
-<th>Changed settings</th><th>Made (UTC)</th><th class="num">Minutes</th><th>Commit</th></tr></thead>
-<tbody>{% for run in runs %}<tr><td><a href="{{ run.link }}">{{ run.notebook }}</a></td>
-<td>{{ run.scale }}</td><td>{{ run.task }}</td><td>{{ run.changed }}</td><td>{{ run.created }}</td>
-<td class="num">{{ run.minutes }}</td><td><code>{{ run.commit }}</code></td></tr>
-{% endfor %}</tbody></table></div>
-{% if experiments %}<h3>Experiments behind them</h3>
-<details><summary>{{ experiments.rows|length }} stored results</summary>{{ grid(experiments) }}
-</details>{% endif %}
-<h3>Made with</h3><p class="meta">{{ versions }}<br>{{ machine }}</p>
-</section></main>
-"""
+TEMPLATES = Path(__file__).parent / "templates"
+MOST_ROWS = 40  # shown of a CSV file; the file has all
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+MOVE = "Interactive: open the notebook in JupyterLab to use it."
+CODE_OR_MATH = re.compile(
+    r"(?P<code>```.*?```|`+[^`]*`+)|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?!\s)(?P<line>[^$\n]+?)(?<!\s)\$(?!\w)",
+    re.DOTALL,
+)
+BOLD_LETTER = re.compile(r"\\(mathbf|mathcal|mathbb) (\w)")
+
+WORKBOOK = "workbook.yaml"  # beside committed results: the notebook runs that draw them
+UNDRAWN = {"runs", "bench"}  # folders of figures/ whose files no notebook draws
+FINDINGS, FOUND = "09_what_we_found", "found.md"
+#: Cells of the findings notebook that its page leaves out.
+LEFT_OUT = ("exercise", "parameters", "notebook-only")
+NOTEBOOK_LINK = re.compile(r"\]\(([\w-]+\.(?:ipynb|md))")
 
 
 def write_report(figures: Path | None = None) -> Path:
@@ -97,124 +54,93 @@ def write_report(figures: Path | None = None) -> Path:
     Raises:
         UserError: nothing has been run yet.
     """
-    from jinja2 import Environment
-
     entries = Store().entries("notebook")
     if not entries:
         raise UserError("nothing to report yet; run moebert run first")
-    parts = _distinct([part for folder in _folders(figures) for part in _parts(folder, entries)])
-    record = entries[-1].record()
-    body = (
-        Environment(autoescape=True, trim_blocks=True)
-        .from_string(BODY)
-        .render(
-            parts=parts,
-            runs=[_run(entry) for entry in entries],
-            failed=_failed(),
-            n_figures=sum(len(part["figures"]) for part in parts),
-            n_tables=sum(len(part["tables"]) for part in parts),
-            newest=_minute(record["created"]),
-            experiments=_experiments(),
-            sweeps=_sweeps(),
-            versions=", ".join(f"{name} {value}" for name, value in record["versions"].items()),
-            machine=", ".join(
-                f"{name} {value}" for name, value in record["machine"].items() if value
-            ),
-        )
+    figures = figures or figures_folder()
+    folders = [figures, *sorted(path for path in figures.glob("*") if path.is_dir())]
+    sections = [section for folder in folders for section in _sections(folder, entries)]
+    counts = Counter(section["title"] for section in sections)
+    for section in sections:
+        if counts[section["title"]] > 1:  # several runs of one notebook
+            section["title"] += f" · {section['about']}"
+    n_results, results = _results()
+    newest = entries[-1].record()
+    page = template("report.html.jinja").render(
+        title="MoEBERT workbook",
+        sections=sections,
+        runs=[_run(entry) for entry in entries],
+        failed=[_failed(run) for run in execution.failed_runs()],
+        newest=_minute(newest["created"]),
+        n_results=n_results,
+        results=results,
+        sweeps=[sweep for record in status.recorded() for sweep in _sweep(record)],
+        versions=newest["versions"],
+        machine=newest["machine"],
     )
     target = home() / "runs" / "report.html"
-    write_bytes(target, page("MoEBERT workbook", body).encode())
+    write_bytes(target, page.encode())
     return target
 
 
-def notebook_page(entry: Entry) -> Path:
-    """The page of a run's executed notebook, in ``runs/pages``; written where it is missing."""
-    page = home() / "runs" / "pages" / f"{entry.folder.name}.html"
-    notebook = entry.folder / "notebook.ipynb"
-    if not page.is_file() or page.stat().st_mtime < notebook.stat().st_mtime:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        write_page(notebook, page)
-    return page
+def figures_folder() -> Path:
+    """Where the figures and tables of this home's own runs are."""
+    return home() / "runs" / "figures"
 
 
-def _folders(figures: Path | None) -> list[Path]:
-    figures = figures or home() / "runs" / "figures"
-    below = sorted(path for path in figures.glob("*") if path.is_dir())
-    return [folder for folder in (figures, *below) if local_pool.read_provenance(folder)]
-
-
-def _parts(folder: Path, entries: list[Entry]) -> list[dict[str, Any]]:
-    """One section for each notebook whose files lie in ``folder``, in notebook order."""
-    known = local_pool.read_provenance(folder)
-    where = folder.relative_to(home()).as_posix()
-    parts = []
-    for notebook in sorted({about["notebook"] for about in known.values()}):
-        names = sorted(name for name in known if known[name]["notebook"] == notebook)
+def _sections(folder: Path, entries: list[Entry]) -> Iterator[dict[str, Any]]:
+    """For each notebook with files in ``folder``: its figures, tables and executed copy."""
+    files = {name: about for name, about in read_provenance(folder).items()}
+    where = Path(os.path.relpath(folder, home())).as_posix()
+    for notebook in sorted({about["notebook"] for about in files.values()}):
+        names = sorted(name for name, about in files.items() if about["notebook"] == notebook)
         names = [name for name in names if (folder / name).is_file()]
-        digest = known[names[0]]["run"] if names else ""
-        entry = next((entry for entry in entries if local_pool.run_of(entry) == digest), None)
-        node = _notebook(entry)
-        settings = known[names[0]]["settings"] if names else {}
-        parts.append(
-            {
-                "id": f"{where}-{notebook}".replace("/", "-"),
-                "where": where,
-                "title": title(node) if node["cells"] else notebook,
-                "about": _variant(settings, _changed(settings, entry)),
-                "link": _link(notebook_page(entry)) if entry else "",
-                "figures": [
-                    _figure(folder / name, node) for name in names if name.endswith(".png")
-                ],
-                "tables": [_table(folder / name) for name in names if name.endswith(".md")],
-            }
-        )
-    return parts
+        about = files[names[0]] if names else {"run": "", "settings": {}}
+        entry = next((entry for entry in entries if run_of(entry) == about["run"]), None)
+        node = read(entry.folder / "notebook.ipynb") if entry else {"cells": []}
+        figures = [_figure(folder / name, node) for name in names if name.endswith(".png")]
+        tables = [_table(folder / name) for name in names if name.endswith(".md")]
+        yield {
+            "id": f"{where}-{notebook}".replace("/", "-"),
+            "folder": where,
+            "title": title(node) if node["cells"] else notebook,
+            "about": _variant(about["settings"], entry),
+            "link": _link(notebook_page(entry)) if entry else "",
+            "figures": figures,
+            "tables": tables,
+            "n_figures": len(figures),
+            "n_tables": len(tables),
+        }
 
 
-def _distinct(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sections, with what was run in the title where another has the same one."""
-    titles = [part["title"] for part in parts]
-    for part in parts:
-        if titles.count(part["title"]) > 1:
-            part["title"] += f" · {part['about']}"
-    return parts
-
-
-def _figure(png: Path, node: dict[str, Any]) -> dict[str, Any]:
-    from markupsafe import Markup
-
-    said, numbers = label(png.stem), png.with_suffix(".csv")
-    caption = _caption(png.stem, node)
-    plain = unescape(re.sub(r"<[^>]*>", "", caption))
+def _figure(png: Path, node: Any) -> dict[str, Any]:
+    numbers, caption = png.with_suffix(".csv"), caption_of(png.stem, node)
+    text = unescape(re.sub(r"<[^>]*>", "", caption))
     has_numbers = numbers.is_file()
     return {
         "id": f"{png.parent.name}-{png.stem}",
-        "label": said,
-        "caption": Markup(caption),
-        "alt": f"{said}. {plain}" + (" The numbers follow as a table." if has_numbers else ""),
+        "label": label(png.stem),
+        "caption": trusted(caption),
+        "alt": f"{label(png.stem)}. {text}" + " The numbers follow as a table." * has_numbers,
         "source": f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}",
-        "numbers": read_csv(numbers) if has_numbers else None,
+        "numbers": _csv_table(numbers) if has_numbers else None,
         "csv": _link(numbers),
     }
 
 
-def _caption(name: str, node: dict[str, Any]) -> str:
-    """HTML of the last thing the notebook says before the cell that makes the figure."""
-    from nbconvert.filters import markdown2html
-
-    cells, quoted = node["cells"], re.compile(rf"[\"']{re.escape(name)}[\"']")
-    sources = ["".join(cell["source"]) if cell["cell_type"] == "code" else "" for cell in cells]
-    naming = [index for index, source in enumerate(sources) if quoted.search(source)]
-    saving = [index for index in naming if "save(" in sources[index]] or naming
-    before = cells[saving[-1] :: -1] if saving else []
+def caption_of(name: str, node: Any) -> str:
+    """HTML of the last paragraph before the cell that saves the figure ``name``."""
+    cells = node["cells"]
+    naming = [i for i, cell in enumerate(cells) if name in quoted("".join(cell["source"]))]
+    code = [index for index in naming if cells[index]["cell_type"] == "code"]
+    saving = [index for index in code if "save(" in "".join(cells[index]["source"])] or code
+    before = reversed(cells[: saving[-1]]) if saving else ()
     prose = (_last_paragraph(cell) for cell in before if cell["cell_type"] == "markdown")
-    text = next(filter(None, prose), "")
-    html = markdown2html(with_mathml(text))
-    return re.sub(r"^\s*<p>|</p>\s*$", "", html).strip()
+    return inline_html(next(filter(None, prose), ""))
 
 
-def _last_paragraph(cell: dict[str, Any]) -> str:
-    """The last paragraph of prose in a markdown cell: no heading, formula, table or aside."""
+def _last_paragraph(cell: Any) -> str:
+    """The last paragraph of a markdown cell that is no heading, formula, table or note."""
     source = re.sub(r"<details>.*?</details>", "", "".join(cell["source"]), flags=re.DOTALL)
     blocks = re.split(r"\n\s*\n", source.strip())
     prose = [block for block in blocks if not block.startswith(("#", "<", "|", ">", "$$"))]
@@ -222,95 +148,88 @@ def _last_paragraph(cell: dict[str, Any]) -> str:
 
 
 def _table(path: Path) -> dict[str, Any]:
-    prose, grid = read_markdown(path)
-    return {
-        "id": f"{path.parent.name}-{path.stem}",
-        "label": label(path.stem),
-        "caption": prose,
-        "grid": grid,
-    }
+    text = escape(path.read_text("utf-8"), quote=False)
+    html = trusted(_html(text))
+    return {"id": f"{path.parent.name}-{path.stem}", "label": label(path.stem), "html": html}
 
 
-def _sweeps() -> list[dict[str, Any]]:
-    """One section for each sweep that has come to its end once."""
-    found = []
-    for record in status.recorded():
-        table, means = record["folder"] / status.TABLE, record["folder"] / status.MEANS
-        if table.is_file():
-            counts = Counter(state for _, state, _ in status.states(record))
-            told = ", ".join(f"{n} {state}" for state, n in counts.items())
-            found.append(
-                {
-                    "id": f"sweep-{record['folder'].name}",
-                    "title": f"Sweep {record['folder'].name}",
-                    "about": f"{len(record['points'])} runs: {told}.",
-                    "link": _link(table),
-                    "means": read_csv(means) if means.is_file() else None,
-                    "table": read_csv(table),
-                }
-            )
-    return found
+def _csv_table(path: Path) -> Any:
+    """The first rows of a CSV file as an HTML table, numbers with four digits."""
+    import pandas as pd
+
+    frame = pd.read_csv(path)
+    more = len(frame) - MOST_ROWS
+    note = f"<p>... {more} more rows in the file</p>" if more > 0 else ""
+    return trusted(_frame_html(frame.head(MOST_ROWS)) + note)
 
 
-def _experiments() -> Grid | None:
-    rows = []
-    for entry in Store().entries():
-        if entry.kind != "notebook":
-            values = {name: value for name, value in entry.row.items() if isinstance(value, float)}
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-            rows.append(
-                [
-                    entry.kind,
-                    status.summary(entry),
-                    shown,
-                    entry.digest[:8],
-                    f"{entry.seconds / 60:.1f}",
-                ]
-            )
-    head = ["Kind", "What", "Result", "Run", "Minutes"]
-    return Grid(head, rows, [False, False, False, False, True]) if rows else None
+def _frame_html(frame: Any) -> str:
+    """A table as HTML, its texts escaped, its numbers with four digits and set right."""
+    frame = frame.rename(columns=_cell).astype(object).map(_cell)
+    return _html(frame.where(frame.notna(), None).to_markdown(index=False, floatfmt=".4g"))
+
+
+def _cell(value: Any) -> Any:
+    return escape(value, quote=False).replace("|", "\\|") if isinstance(value, str) else value
+
+
+def _results() -> tuple[int, Any]:
+    """How many results of experiments are stored, and their table of what differs among them."""
+    if not any(entry.kind != "notebook" for entry in Store().entries()):
+        return 0, None
+    frame = export.frame(kind="all").query("kind != 'notebook'").dropna(axis="columns", how="all")
+    differing = [name for name in frame if frame[name].nunique(dropna=False) > 1]
+    shown = frame[["kind", *(name for name in differing if name != "kind")]]
+    return len(frame), trusted(_frame_html(frame if len(frame) == 1 else shown))
+
+
+def _sweep(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The section of a sweep that has a table, which it has once it came to its end."""
+    folder = record["folder"]
+    table, means = folder / status.TABLE, folder / status.MEANS
+    if table.is_file():
+        counts = status.count_states(state for _, state, _ in status.states(record))
+        yield {
+            "id": f"sweep-{folder.name}",
+            "title": f"Sweep {folder.name}",
+            "about": f"{len(record['points'])} runs: {counts}.",
+            "link": _link(table),
+            "means": _csv_table(means) if means.is_file() else None,
+            "table": _csv_table(table),
+        }
 
 
 def _run(entry: Entry) -> dict[str, str]:
-    settings, record = entry.key.choices.get("settings") or {}, entry.record()
+    choices, record = entry.key.choices, entry.record()
+    settings = choices.get("settings") or {}
     return {
-        "notebook": entry.key.choices["notebook"],
+        "notebook": choices["notebook"],
         "link": _link(notebook_page(entry)),
         "scale": settings.get("scale", ""),
         "task": settings.get("task", ""),
         "changed": _changed(settings, entry),
         "created": _minute(record["created"]),
         "minutes": f"{entry.seconds / 60:.1f}",
-        "commit": _commit(record["commit"]),
+        "commit": re.sub(r"^(.{8})[^-]*", r"\1", record["commit"] or ""),
     }
 
 
-def _failed() -> list[dict[str, Any]]:
-    found = []
-    for run in execution.failed_runs():
-        copy = Path(run["folder"]) / "notebook.ipynb"
-        values = " ".join(f"{name}={value}" for name, value in run["given"].items())
-        found.append(run | {"values": values, "link": _link(copy) if copy.is_file() else ""})
-    return found
+def _failed(run: dict[str, Any]) -> dict[str, Any]:
+    executed = Path(run["folder"]) / "notebook.ipynb"
+    return run | {"link": _link(executed) if executed.is_file() else ""}
 
 
-def _variant(settings: dict[str, Any], changed: str) -> str:
-    """Scale, task and what was changed, as text."""
+def _variant(settings: dict[str, Any], entry: Entry | None) -> str:
+    """Scale, task and changed settings, as text."""
     usual = f"scale {settings['scale']}, task {settings['task']}" if settings else ""
-    return ", ".join(filter(None, [usual, changed])) or "no settings"
+    return ", ".join(filter(None, [usual, _changed(settings, entry)])) or "no settings"
 
 
 def _changed(settings: dict[str, Any], entry: Entry | None) -> str:
-    """What differs from the scale's own, as text; of a stored run, also notebook parameters."""
+    """What differs from the scale's own values, as text; of a run also notebook parameters."""
     changed = entry.row.get("changed") if entry else None
     changed = status.unusual(settings) if changed is None else changed
     return ", ".join(f"{name}={value}" for name, value in changed.items() if name != "task")
-
-
-def _notebook(entry: Entry | None) -> dict[str, Any]:
-    if entry is None:
-        return {"cells": []}
-    return json.loads((entry.folder / "notebook.ipynb").read_text("utf-8"))
 
 
 def label(stem: str) -> str:
@@ -329,293 +248,40 @@ def _minute(created: str) -> str:
     return created.replace("T", " ")[:16]
 
 
-def _commit(commit: str | None) -> str:
-    return re.sub(r"^(.{8})[^-]*", r"\1", commit) if commit else ""
+# Notebooks as pages: formulas become MathML, which browsers draw without a script, and a sentence
+# stands for each widget, which would need a kernel.
 
 
-# The tables of a report: what CSV and markdown files hold, as rows of text.
-
-MOST_ROWS = 40  # shown of a CSV; the file has all
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A table of strings; ``right`` says which columns hold numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-    right: list[bool]
-
-
-def read_markdown(path: Path) -> tuple[str, Grid]:
-    """The prose around a markdown file's table, and the table."""
-    lines = path.read_text("utf-8").splitlines()
-    cells = [
-        [cell.strip().replace("**", "") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
-        for line in lines
-        if line.lstrip().startswith("|")
-    ]
-    prose = " ".join(line.strip("*# ") for line in lines if line and not line.startswith("|"))
-    rule = cells[1] if len(cells) > 1 else []
-    right = [mark.endswith(":") for mark in rule]
-    return prose, Grid(cells[0] if cells else [], cells[2:], right)
-
-
-def read_csv(path: Path) -> Grid:
-    """The first rows of a CSV, numbers shortened to four digits."""
-    with path.open(encoding="utf-8", newline="") as file:
-        head, *rows = list(csv.reader(file)) or [[]]
-    right = [all(_is_number(row[i]) for row in rows if len(row) > i) for i in range(len(head))]
-    shown = [[_short(cell) for cell in row] for row in rows[:MOST_ROWS]]
-    if len(rows) > MOST_ROWS:
-        shown.append([f"... {len(rows) - MOST_ROWS} more rows in the file"])
-    return Grid(head, shown, right)
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"[-+]?(\d+\.?\d*([eE][-+]?\d+)?|nan|inf)?", text) is not None
-
-
-def _short(text: str) -> str:
-    return f"{float(text):.4g}" if "." in text and _is_number(text) else text
-
-
-# Committed figures and tables drawn again from committed results: nothing is trained.
-# A folder of results (``archive``) also holds ``workbook.yaml``: the grid of ``moebert sweep``
-# whose
-# points are all notebook runs that figures and tables come from. Each is executed here without the
-# cells that need a model. The first run of a notebook goes to ``figures/``, a further one to the
-# folder there that is named after its task.
-
-WORKBOOK = "workbook.yaml"
-#: Folders of ``figures/`` whose files no notebook draws.
-GIVEN = {"runs", "bench"}
-
-
-def draw(folder: Path, *, into: Path | None = None, echo: Callable[[str], Any] = print) -> Path:
-    """Draw everything that a folder of results holds; returns where it lies.
-
-    Args:
-        folder: Results, and the grid of notebook runs.
-        into: Where figures go; ``figures/`` of this home by default.
-        echo: Receives a line for each start and end.
-
-    Raises:
-        UserError: the folder holds no results, or they lack what a notebook asks for.
-        NotebookFailed: a notebook does not run on them.
-    """
-    into = into or home() / "figures"
-    with _from(folder):
-        export.verify(folder)  # refused here, once, and not in each kernel
-        jobs = plan(folder, into)
-        local_pool.run(jobs, engine=side_by_side(jobs), echo=echo)
-        if findings.NOTEBOOK in {job.name for job in jobs}:
-            findings.write(into)
-    return into
-
-
-def plan(folder: Path, into: Path) -> list[Job]:
-    """The notebook runs of a folder of results, each with its place below ``into``."""
-    grid = folder / WORKBOOK
-    if not grid.is_file():
-        raise UserError(f"no {WORKBOOK} in '{folder}'; expected the grid of its notebook runs")
-    jobs, seen = [], set()
-    for job in sweep.read(grid).jobs:
-        further = job.settings.task if job.name in seen and job.settings else ""
-        jobs.append(dataclasses.replace(job, place=str((into / further).resolve())))
-        seen.add(job.name)
-    return jobs
-
-
-def check(folder: Path, *, echo: Callable[[str], Any] = print) -> list[str]:
-    """Draw everything into a folder of its own; returns what differs from ``figures/``.
-
-    Each line names a file and says how: it has other bytes, is missing, or nothing draws it.
-    """
-    with tempfile.TemporaryDirectory(prefix="moebert-") as place:
-        drawn = digests(draw(folder, into=Path(place), echo=echo))
-    there = digests(home() / "figures")
-    told = {
-        **{name: "other bytes" for name in drawn if there.get(name, drawn[name]) != drawn[name]},
-        **{name: "missing from figures/" for name in drawn.keys() - there.keys()},
-        **{name: "nothing draws it" for name in there.keys() - drawn.keys()},
-    }
-    return [f"{name}: {told[name]}" for name in sorted(told)]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file that runs drew below a folder of figures, by relative path."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return {
-        path.as_posix(): file_digest(folder / path)
-        for path in sorted(found)
-        if path.parts[0] not in GIVEN
-    }
-
-
-@contextmanager
-def _from(folder: Path) -> Iterator[None]:
-    """Results instead of the store, here and in the kernels that are started in the block."""
-    before = os.environ.get(committed_results.FROM)
-    os.environ[committed_results.FROM] = str(folder.resolve())
-    try:
-        yield
-    finally:
-        del os.environ[committed_results.FROM]
-        if before is not None:
-            os.environ[committed_results.FROM] = before
-
-
-# HTML pages that stand alone: one file, no request, light and dark.
-# ``write_page`` turns an executed notebook into one. Formulas become MathML, which browsers
-# draw without a script. A widget needs a kernel, so the page shows a sentence and
-# the static figure that follows.
-
-WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-MOVE = "Interactive: open the notebook in JupyterLab to move it."
-CODE_OR_MATH = re.compile(
-    r"(?P<code>```.*?```|`+[^`]*`+)|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?!\s)(?P<line>[^$\n]+?)(?<!\s)\$(?!\w)",
-    re.DOTALL,
-)
-
-LETTER = re.compile(r"\\(mathbf|mathcal|mathbb) (\w)")
-
-#: What colours mean on every page, by day and by night.
-LIGHT = {
-    "ink": "#1c2024",
-    "soft": "#60656c",
-    "line": "#e0e3e7",
-    "paper": "#ffffff",
-    "wash": "#f6f7f9",
-    "link": "#0b5cad",
-    "good": "#18794e",
-    "word": "#8a2f82",
-    "bad": "#b3261e",
-}
-DARK = {
-    "ink": "#e6e8eb",
-    "soft": "#a0a6ad",
-    "line": "#33383e",
-    "paper": "#15181b",
-    "wash": "#1d2125",
-    "link": "#7cb8f5",
-    "good": "#5bd6a0",
-    "word": "#e39bdc",
-    "bad": "#ff8f86",
-}
-
-
-def _variables(colours: dict[str, str]) -> str:
-    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
-
-
-STYLE = (
-    f"""
-:root {{ {_variables(LIGHT)} color-scheme: light; }}
-@media (prefers-color-scheme: dark) {{ :root {{ {_variables(DARK)} color-scheme: dark; }} }}
-"""
-    + """
-* { box-sizing: border-box; }
-html { scroll-behavior: smooth; scroll-padding-top: 1rem; }
-body { margin: 0 auto; padding: 2.5rem 1.25rem 5rem; max-width: 56rem; color: var(--ink);
-  background: var(--paper); font: 17px/1.6 Charter, "Bitstream Charter", Cambria, Georgia, serif; }
-h1, h2, h3, h4, nav, table, figcaption, .meta, summary, .pill { font-family: system-ui,
-  -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-h1 { font-size: 2rem; line-height: 1.2; letter-spacing: -.015em; margin: 0 0 .5rem; }
-h2 { font-size: 1.35rem; margin: 3.25rem 0 .75rem; padding-top: 1.25rem;
-  border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-p, li, blockquote { max-width: 42rem; }
-a { color: var(--link); text-underline-offset: .15em; }
-.meta, figcaption, summary { color: var(--soft); font-size: .85rem; line-height: 1.5; }
-figure { margin: 1.75rem 0 2.25rem; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; padding: .75rem;
-  border: 1px solid var(--line); border-radius: 6px; }
-figcaption { margin-top: .6rem; max-width: 46rem; }
-figcaption b { color: var(--ink); }
-.scroll { overflow-x: auto; margin: 1rem 0 1.5rem; }
-table { border-collapse: collapse; font-size: .84rem; line-height: 1.45;
-  font-variant-numeric: tabular-nums; border-bottom: 1.5px solid var(--ink); }
-th, td { padding: .34rem .8rem .34rem 0; text-align: left; vertical-align: top;
-  border-top: 1px solid var(--line); }
-thead th { border-top: 1.5px solid var(--ink); border-bottom: 1px solid var(--ink);
-  font-weight: 600; white-space: nowrap; }
-td.num, th.num { text-align: right; }
-caption { caption-side: top; text-align: left; color: var(--soft); padding-bottom: .5rem; }
-pre, code { font: .84em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-pre { overflow-x: auto; margin: .75rem 0; padding: .75rem 1rem; background: var(--wash);
-  border-radius: 6px; }
-p code, li code, td code { background: var(--wash); padding: .1em .3em; border-radius: 3px; }
-blockquote { margin: 1rem 0; padding: 0 1rem; border-left: 3px solid var(--line);
-  color: var(--soft); }
-math[display="block"] { margin: 1rem 0; overflow: auto hidden; font-size: 1.1em; }
-.pill { display: inline-block; font-size: .75rem; padding: .05rem .5rem; border-radius: 1rem;
-  border: 1px solid var(--line); color: var(--soft); }
-.good { color: var(--good); } .bad { color: var(--bad); }
-a:focus-visible, summary:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-@media print { body { max-width: none; font-size: 11pt; } details > * { display: block; } }
-"""
-)
-
-NOTEBOOK_STYLE = """
-.prompt, .anchor-link { display: none; }
-.output_subarea { overflow-x: auto; margin: .5rem 0; }
-.output_stream pre, .output_text pre { background: none; padding: 0 0 0 1rem; margin: 0;
-  color: var(--soft); border-left: 2px solid var(--line); border-radius: 0;
-  white-space: pre-wrap; }
-.output_subarea img, .output_subarea svg { max-width: 100%; height: auto; background: #fff;
-  border-radius: 6px; padding: .5rem; }
-.highlight .k, .highlight .kn, .highlight .kc, .highlight .ow { color: var(--word); }
-.highlight .s1, .highlight .s2, .highlight .sa, .highlight .sd { color: var(--good); }
-.highlight .c1 { color: var(--soft); font-style: italic; }
-.highlight .mi, .highlight .mf, .highlight .nb { color: var(--link); }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:;
- style-src 'unsafe-inline'">
-<title>{{ title }}</title>
-<style>{{ style }}</style>
-</head>
-<body>
-{{ body }}
-</body>
-</html>
-"""
-
-
-def page(title: str, body: str, *, style: str = STYLE) -> str:
-    """A whole page around a body of trusted HTML; the title is escaped."""
-    from jinja2 import Environment
-    from markupsafe import Markup
-
-    template = Environment(autoescape=True).from_string(PAGE)
-    return template.render(title=title, body=Markup(body), style=Markup(style)) + "\n"
+def notebook_page(entry: Entry) -> Path:
+    """The page of a run's executed notebook in ``runs/pages``, written if missing or older."""
+    page, notebook = home() / "runs" / "pages" / f"{entry.folder.name}.html", "notebook.ipynb"
+    if not page.is_file() or page.stat().st_mtime < (entry.folder / notebook).stat().st_mtime:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        write_page(entry.folder / notebook, page)
+    return page
 
 
 def write_page(notebook: Path, target: Path) -> None:
-    """Write an executed notebook as one HTML page.
-
-    Args:
-        notebook: The executed ``.ipynb``.
-        target: The page, written whole or not at all.
-    """
-    import nbformat
+    """Write an executed ``.ipynb`` as one HTML file that asks nothing of other hosts."""
     from nbconvert import HTMLExporter
 
-    node = nbformat.read(notebook, as_version=4)
+    node = read(notebook)
     for cell in node.cells:
         if cell.cell_type == "markdown":
-            cell.source = with_mathml(cell.source)
+            cell.source = with_mathml(NOTEBOOK_LINK.sub(r"](../../notebooks/\1", cell.source))
         elif cell.cell_type == "code":
             cell.outputs = without_widgets(cell.outputs)
     node.metadata.pop("widgets", None)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(node)
-    write_bytes(target, page(title(node), body, style=STYLE + NOTEBOOK_STYLE).encode())
+    page = template("page.html.jinja").render(title=title(node), body=trusted(body))
+    write_bytes(target, page.encode())
+
+
+def read(notebook: Path) -> Any:
+    """A notebook, as nbformat reads it."""
+    import nbformat
+
+    return nbformat.read(notebook, as_version=4)
 
 
 def title(node: Any) -> str:
@@ -627,45 +293,223 @@ def title(node: Any) -> str:
     return "Notebook"
 
 
+def quoted(source: str) -> list[str]:
+    """The words in quotes in a piece of code, such as names that figures are saved under."""
+    return re.findall(r"""["']([\w-]+)["']""", source)
+
+
 def with_mathml(markdown: str) -> str:
-    """Markdown with its ``$...$`` and ``$$...$$`` as MathML; code is left alone.
+    """Markdown with its ``$...$`` and ``$$...$$`` as MathML, outside of code."""
+    return CODE_OR_MATH.sub(_mathml, markdown)
 
-    Without the package latex2mathml the formulas stay TeX.
-    """
+
+def _mathml(match: re.Match) -> str:
+    from latex2mathml.converter import convert
+
+    tex = match["block"] or match["line"]
+    if tex is None:
+        return match[0]
+    tex = BOLD_LETTER.sub(r"\\\1{\2}", tex)  # the package sees bold letters only in braces
+    display = "block" if match["block"] else "inline"
     try:
-        from latex2mathml.converter import convert
-    except ImportError:
-        return markdown
-
-    def draw(match: re.Match) -> str:
-        tex = match["block"] or match["line"]
-        if tex is None:
-            return match[0]
-        tex = LETTER.sub(r"\\\1{\2}", tex)  # the package sees bold letters only in braces
-        display = "block" if match["block"] else "inline"
-        try:
-            return " ".join(convert(tex.strip(), display=display).split())
-        except Exception:  # noqa: BLE001  the library raises many kinds; TeX is still readable
-            return match[0]
-
-    return CODE_OR_MATH.sub(draw, markdown)
+        return " ".join(convert(tex.strip(), display=display).split())
+    except Exception:  # it raises many kinds; TeX is still readable
+        return match[0]
 
 
 def without_widgets(outputs: Sequence[Any]) -> list[Any]:
-    """A cell's outputs with one sentence in place of its widgets, which would need a kernel.
+    """A cell's outputs with one sentence in place of its widgets.
 
-    Of a widget that comes with a picture of itself the picture stays.
+    A widget that comes with a picture of itself is replaced by the picture.
     """
-    kept, told = [], False
+    kept, has_sentence = [], False
     for output in outputs:
         data = output.get("data", {})
-        if WIDGET_VIEW not in data:
-            kept.append(output)
-        elif "image/png" in data:
+        if WIDGET_VIEW in data and "image/png" in data:
             output["data"] = {"image/png": data["image/png"]}
-            kept.append(output)
-        elif not told:
-            told = True
+        elif WIDGET_VIEW in data and has_sentence:
+            continue
+        elif WIDGET_VIEW in data:
+            has_sentence = True
             output["data"] = {"text/html": f'<p class="meta">{MOVE}</p>', "text/plain": MOVE}
-            kept.append(output)
+        kept.append(output)
     return kept
+
+
+def with_saved_pictures(
+    node: Any, names: Sequence[str], data: Callable[[str], dict[str, str]]
+) -> Any:
+    """A copy of an executed notebook that refers to the saved figures it shows.
+
+    Args:
+        node: The notebook.
+        names: Of the figures that it saved.
+        data: An output's data, by type, in place of the figure of that name.
+
+    Raises:
+        UserError: a cell shows more pictures than it saves.
+    """
+    node = copy.deepcopy(node)
+    for number, cell in enumerate(node.cells):
+        pictures = [out for out in cell.get("outputs", []) if "image/png" in out.get("data", {})]
+        saved = [name for name in dict.fromkeys(quoted(cell.source)) if name in names]
+        if len(saved) < len(pictures):
+            raise UserError(f"cell {number} of '{title(node)}' shows a figure it does not save")
+        for picture, name in zip(pictures, saved[len(saved) - len(pictures) :], strict=True):
+            picture["data"] = data(name)
+    return node
+
+
+def figure_title(png: Path) -> str:
+    """What a figure shows, as ``plots.save`` wrote it into the PNG.
+
+    Raises:
+        UserError: the file has no title.
+    """
+    from PIL import Image
+
+    with Image.open(png) as image:
+        text = " ".join(str(image.info.get("Title", "")).split())
+    if not text:
+        raise UserError(f"{png.name} has no title; make it again with plots.save")
+    return text
+
+
+def inline_html(markdown: str) -> str:
+    """A paragraph of markdown as HTML, with MathML, without links, which start elsewhere."""
+    unlinked = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", markdown)
+    return re.sub(r"^\s*<p>|</p>\s*$", "", _html(with_mathml(unlinked))).strip()
+
+
+def _html(markdown: str) -> str:
+    from nbconvert.filters import markdown2html
+
+    return markdown2html(markdown)
+
+
+def trusted(html: str) -> Any:
+    """HTML that templates take as it is, without escaping it."""
+    from markupsafe import Markup
+
+    return Markup(html)
+
+
+def template(name: str, *, autoescape: bool = True) -> Any:
+    """A Jinja template of this room, by its path below ``templates``."""
+    from jinja2 import Environment, FileSystemLoader
+
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    loader = FileSystemLoader(TEMPLATES)
+    return Environment(loader=loader, autoescape=autoescape, **blocks).get_template(name)
+
+
+# Committed figures and tables, drawn again from committed results (``store.committed_results``).
+# The folder of results holds ``workbook.yaml`` too, a grid of ``moebert sweep`` with every notebook
+# run that draws something. They run here without the cells that need a model. The first run of a
+# notebook is drawn into ``figures/``, another one into the folder there that its task names.
+
+
+def draw(
+    results: Path,
+    *,
+    into: Path | None = None,
+    vectors: str = "",
+    echo: Callable[[str], Any] = print,
+) -> Path:
+    """Draw everything that a folder of results has; returns the folder of the drawings.
+
+    Args:
+        results: Results, and the grid of notebook runs.
+        into: Where the drawings go; ``figures/`` of this home by default, and with ``vectors``
+            ``runs/figures-pdf/`` or ``runs/figures-svg/``.
+        vectors: "pdf" or "svg" to draw each figure in this format too.
+        echo: Receives a line for each start and end.
+
+    Raises:
+        UserError: the folder holds no results, or they lack what a notebook asks for.
+        NotebookFailed: a notebook does not run on them.
+    """
+    usual = home() / "runs" / f"figures-{vectors}" if vectors else home() / "figures"
+    into = into or usual
+    with _environment(MOEBERT_FROM=str(results.resolve()), MOEBERT_FORMATS=vectors):
+        export.verify(results)  # refused here, once, and not in each kernel
+        jobs = plan(results, into)
+        entries = local_pool.run(jobs, engine=side_by_side(jobs), echo=echo)
+    for entry in entries:
+        if entry.key.choices["notebook"] == FINDINGS:
+            write_found(entry, into)
+    return into
+
+
+def plan(results: Path, into: Path) -> list[Job]:
+    """The notebook runs of a folder of results, each with its place below ``into``."""
+    grid = results / WORKBOOK
+    if not grid.is_file():
+        raise UserError(f"no {WORKBOOK} in '{results}'; expected the grid of its notebook runs")
+    jobs, seen = [], set()
+    for job in sweep.read(grid).jobs:
+        further = job.settings.task if job.name in seen and job.settings else ""
+        jobs.append(dataclasses.replace(job, place=str((into / further).resolve())))
+        seen.add(job.name)
+    return jobs
+
+
+def write_found(entry: Entry, into: Path) -> None:
+    """Write the findings notebook of a run as Markdown, its code hidden, into ``found.md``."""
+    from nbconvert import MarkdownExporter
+    from traitlets.config import Config
+
+    def picture(name: str) -> dict[str, str]:
+        return {"text/markdown": f"![{figure_title(into / f'{name}.png')}]({name}.png)"}
+
+    names = [path.stem for path in (entry.folder / "figures").glob("*.png")]
+    node = with_saved_pictures(read(entry.folder / "notebook.ipynb"), names, picture)
+    node.cells[0].source = re.sub(
+        r"^>.*\n?", "", node.cells[0].source, flags=re.MULTILINE
+    )  # its box
+    for cell in node.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out.output_type != "stream"]
+    remove = {"enabled": True, "remove_cell_tags": LEFT_OUT}
+    exporter = MarkdownExporter(exclude_input=True, config=Config(TagRemovePreprocessor=remove))
+    text, _ = exporter.from_notebook_node(node)
+    text = re.sub(r"\n{3,}", "\n\n", NOTEBOOK_LINK.sub(r"](../notebooks/\1", text))
+    write_bytes(into / FOUND, f"{text.strip()}\n".encode())
+
+
+def check(results: Path, *, echo: Callable[[str], Any] = print) -> list[str]:
+    """Draw everything into another folder; returns what differs from ``figures/``.
+
+    Each line names a file and says how: it has other bytes, is missing, or nothing draws it.
+    """
+    with tempfile.TemporaryDirectory(prefix="moebert-") as place:
+        drawn = digests(draw(results, into=Path(place), echo=echo))
+    there = digests(home() / "figures")
+    differing = {
+        name: "other bytes" for name in drawn if there.get(name, drawn[name]) != drawn[name]
+    }
+    missing = dict.fromkeys(drawn.keys() - there.keys(), "missing from figures/")
+    undrawn = dict.fromkeys(there.keys() - drawn.keys(), "nothing draws it")
+    return [f"{name}: {how}" for name, how in sorted((differing | missing | undrawn).items())]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that runs drew below a folder of figures, by relative path."""
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    drawn = [path for path in paths if path.parts[0] not in UNDRAWN]
+    return {path.as_posix(): file_digest(folder / path) for path in drawn}
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables inside the block, also of the kernels that are started there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -9,6 +9,7 @@ dictionary takes every other setting by name. Its experiments are its calls of
 import ast
 import functools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,6 +152,8 @@ class Job:
             "code": code_digests(*modules),
             "versions": versions(),
         }
+        if formats := os.environ.get("MOEBERT_FORMATS"):
+            origin["formats"] = formats
         return StageKey("notebook", choices, origin)
 
 
