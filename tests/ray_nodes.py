@@ -13,12 +13,12 @@ from moebert_lib.runs.ray_cluster import LOOPBACK
 
 
 def start(place: Path, name: str, *options: str) -> None:
-    """Start a Ray node with one core and a home of its own, ``place/name``.
+    """Start a Ray node with one core and no home of its own.
 
     Its processes and what they start have ``CLUSTER_MARK`` in their environment.
     """
-    (place / name).mkdir(exist_ok=True)
-    own = {"MOEBERT_HOME": str(place / name), "CLUSTER_MARK": f"{place} {name}"}
+    own = {"NODE_NAME": name, "CLUSTER_MARK": f"{place} {name}"}
+    environment = {name: value for name, value in os.environ.items() if name != "MOEBERT_HOME"}
     command = [
         sys.executable,
         "-m",
@@ -32,7 +32,7 @@ def start(place: Path, name: str, *options: str) -> None:
         "--include-log-monitor=false",
         *options,
     ]
-    subprocess.run(command, env={**os.environ, **own}, check=True, capture_output=True)
+    subprocess.run(command, env={**environment, **own}, check=True, capture_output=True)
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -47,15 +47,15 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def runs(mark: object) -> list[psutil.Process]:
-    """Of these the ones that make runs: workers and kernels."""
+def kernels(mark: object) -> list[psutil.Process]:
+    """Of these the kernels of notebooks."""
     found = []
     for process in marked(str(mark)):
         try:
             told = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if "moebert_lib.runs.execution" in told or "ipykernel" in told:
+        if "ipykernel" in told:
             found.append(process)
     return found
 

@@ -64,12 +64,7 @@ class Ray(Local):
         return {"OMP_NUM_THREADS": threads, **PASSIVE, **hidden}
 
     def make(self, job: Job, *, slot: int, kernels: Kernels, force: bool, **how: Any) -> Entry:
-        """The stored run of a job, executed on a node.
-
-        Raises:
-            NotebookFailed: as :func:`execution.make`; its state is "died" where the node was lost,
-                and "not run" where a node does not see this home.
-        """
+        """The stored run of a job, executed on a node; a lost node counts as a run that died."""
         from ray.exceptions import RayError, RayTaskError
 
         options = {"num_cpus": self.needs["CPU"], "num_gpus": self.needs.get("GPU", 0)}
@@ -104,15 +99,9 @@ class Ray(Local):
 def run_on_node(
     job: Job, planned: str, home: Path, marker: str, environment: dict[str, str], force: bool
 ) -> NotebookFailed | None:
-    """Run a notebook on this node.
+    """Run a notebook on this node, if it has the planned key and sees the driver's home.
 
-    Args:
-        job: What to run.
-        planned: The digest of its key on the driver.
-        home: The driver's MOEBERT_HOME; this node's own, where it has one, must be the same disk.
-        marker: A file in the driver's ``runs/``.
-        environment: Variables of the kernel.
-        force: Execute even what is stored.
+    ``marker`` is a file in the driver's ``runs/``; a MOEBERT_HOME of this node's own goes first.
     """
     folder = Path(os.environ.get("MOEBERT_HOME") or home)
     os.environ |= {"MOEBERT_HOME": str(folder), **environment}
