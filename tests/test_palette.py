@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from colour_vision import SIGHTS, distance, lab
+from matplotlib.colors import to_hex
+from matplotlib.markers import MarkerStyle
 
 from moebert_lib.plots import experts, importance, results, routing
 from moebert_lib.plots.style import COLORS, DIAMOND, EXPERTS, MARKERS, depth_colors
@@ -36,6 +38,12 @@ def near(names, sight, palette=COLORS | NUMBERED):
     """Pairs of names whose colours are closer than ``APART`` as a sight has them."""
     pairs = itertools.combinations(names, 2)
     return {frozenset(p) for p in pairs if distance(*(palette[n] for n in p), sight) < APART}
+
+
+def shape(marker):
+    """A marker's outline."""
+    style = MarkerStyle(marker)
+    return tuple(style.get_path().transformed(style.get_transform()).vertices.round(3).ravel())
 
 
 def numbered(pair):
@@ -82,30 +90,32 @@ def test_layers_get_darker_for_every_eye(n_layers, sight):
 @pytest.mark.parametrize("draw", ["after_conversion", "by_shared", "removal_curves"])
 def test_ways_to_split_have_marks_of_their_own(draw):
     module = importance if draw == "removal_curves" else results
-    orders = dict(zip(MARKERS, importance.REMOVAL_COLORS, strict=True))
+    orders = dict(zip(MARKERS, importance.REMOVAL_LOOKS, strict=True))
     frame = pd.DataFrame({"ranking": [*MARKERS], "accuracy": 0.5, "n_shared": 0, "fraction": 0.5})
     frame = frame.assign(order=frame["ranking"].map(orders), draw=0)
     ax = getattr(module, draw)(frame, **({"dense": 0.6} if draw == "after_conversion" else {}))
-    marks = {
-        line.get_color(): line.get_marker()
-        for line in ax.get_lines()[::-1]
-        if line.get_marker() in MARKERS.values()
-    }
-    assert marks == {COLORS[name]: mark for name, mark in MARKERS.items()}
+    lines = [line for line in ax.get_lines() if line.get_marker() in MARKERS.values()]
+    marks = {line.get_color(): shape(line.get_marker()) for line in lines}
+    for points in ax.collections:
+        paths = itertools.cycle(points.get_paths())  # one for all points, or one for each
+        for color, path in zip(points.get_facecolors(), paths, strict=False):
+            marks[to_hex(color).upper()] = tuple(path.vertices.round(3).ravel())
+    assert marks == {COLORS[name]: shape(mark) for name, mark in MARKERS.items()}
 
 
 def test_the_papers_values_are_the_only_hollow_marks():
     frame = pd.DataFrame({"expert_size": [2, 8], "accuracy": [0.5, 0.6]})
     figure = results.beside_paper(frame, "figure2a", dense=0.7)
-    marked = [line for ax in figure.axes for line in ax.get_lines() if line.get_marker() in "oD"]
-    hollow = {line.get_marker(): line.get_markerfacecolor() == "white" for line in marked}
-    assert hollow == {"o": False, "D": True} and DIAMOND["mfc"] == "white"
+    marked = [line for ax in figure.axes for line in ax.get_lines() if line.get_marker() == "D"]
+    assert {line.get_markerfacecolor() for line in marked} == {"white"} == {DIAMOND["mfc"]}
+    runs = [points for points in figure.axes[0].collections if len(points.get_offsets())]
+    assert {to_hex(points.get_facecolor()[0]).upper() for points in runs} == {COLORS["moebert"]}
 
 
 def test_every_verdict_is_written_in_its_row():
     words = list(results.VERDICTS)
     rows = pd.DataFrame({"claim": words, "comparison": words, "kind": "better", "verdict": words})
-    rows = rows.assign(mean=1.0, low=0.5, high=2.0, paper=1.0)
+    rows = rows.assign(mean=1.0, low=0.5, high=2.0, paper=1.0, pairs=3)
     pairs = pd.DataFrame({"comparison": words, "difference": 1.0})
     ax = results.forest(rows, pairs)
     written = {text.get_text(): text.xy[1] for text in ax.texts}

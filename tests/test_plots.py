@@ -5,6 +5,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from drawings import drawn_bars, drawn_points
+from matplotlib.lines import Line2D
 from matplotlib.text import Text
 from PIL import Image
 
@@ -27,15 +29,17 @@ def style():
 
 
 def picture():
-    ax = plots.axes(None)
+    ax = plots.axes()
     ax.plot([0, 1], [2, 3], label="line")
-    plots.headline(ax, "A finding", legend_rows=plots.legend_above(ax, 1))
+    plots.legend_above(ax, 1)
+    plots.headline(ax, "A finding")
     return ax
 
 
 def title_of(ax):
-    """The text that holds the left-aligned title."""
-    return next(t for t in ax.findobj(Text) if t.get_text() == ax.get_title(loc="left") != "")
+    """The text of a figure's title."""
+    figure = ax.get_figure()
+    return next(t for t in figure.findobj(Text) if t.get_text() == figure.get_suptitle() != "")
 
 
 def contents(folder):
@@ -50,11 +54,11 @@ def test_saving_writes_png_and_csv_and_nothing_else(out, style):
 
 
 def test_a_saved_figure_carries_its_finding_as_title(out, style):
-    ax = plots.axes(None)
+    ax = plots.axes()
     plots.headline(ax, "Without hash-random, a step of -1.5 points is all that remains to be seen")
     path = plots.save(ax, "figure0")
     said = "Without hash-random, a step of \u22121.5 points is all that remains to be seen"
-    assert "\n" in ax.get_title(loc="left")
+    assert "\n" in title_of(ax).get_text()
     assert Image.open(path).text["Title"] == said
 
 
@@ -76,24 +80,14 @@ def test_an_unknown_format_is_refused(out, monkeypatch):
         plots.save(picture(), "figure0")
 
 
-def test_a_figure_of_panels_is_titled_by_its_headline_or_by_theirs():
-    figure, panels = plots.panels(None, 2, per_row=2)
-    for ax, title in zip(panels, ("One", "Other"), strict=True):
-        ax.set_title(title)
-        plots.headline(ax, title)
-    assert run_outputs.finding(figure) == "One. Other"
-    plots.headline(figure, "Both", legend_rows=1)
-    assert run_outputs.finding(figure) == "Both"
-
-
 def test_a_figure_without_a_finding_is_not_saved(out):
     with pytest.raises(ValueError, match="figure0 has no title"):
-        plots.save(plots.axes(None), "figure0")
+        plots.save(plots.axes(), "figure0")
     assert contents(out) == {}
 
 
 def test_names_at_the_ends_of_lines_keep_their_order_and_do_not_touch(style):
-    ax = plots.axes(None)
+    ax = plots.axes()
     ax.set(xlim=(0, 1), ylim=(0, 1))
     ends = {name: (1.0, y, "k") for name, y in {"b": 0.5, "a": 0.49, "d": 0.9, "c": 0.51}.items()}
     plots.label_ends(ax, ends)
@@ -104,7 +98,7 @@ def test_names_at_the_ends_of_lines_keep_their_order_and_do_not_touch(style):
 
 
 def test_names_at_the_bottom_stay_above_the_axis(style):
-    ax = plots.axes(None)
+    ax = plots.axes()
     ax.set(xlim=(0, 1), ylim=(0, 1))
     plots.label_ends(ax, {name: (1.0, 0.01, "k") for name in "abc"})
     run_outputs.settle(ax.get_figure())
@@ -153,23 +147,96 @@ def test_a_name_that_is_no_plain_name_is_refused(out, name):
         plots.save(picture(), name)
 
 
-def test_dots_are_the_values_and_the_bar_their_mean():
-    ax = plots.axes(None)
-    plots.dots(ax, 3, [1.0, 2.0, 6.0], color="k")
-    points, bar = ax.get_lines()
-    assert list(points.get_ydata()) == [1, 2, 6]
-    assert points.get_xdata().mean() == pytest.approx(3)
-    assert list(bar.get_ydata()) == [3, 3]
+RUNS = pd.DataFrame(
+    {"kind": ["b", "b", "b", "a"], "score": [1.0, 2.0, 6.0, 5.0], "seed": [0, 1, 2, 0]}
+)
 
 
-def test_one_value_has_no_bar():
-    ax = plots.axes(None)
-    plots.dots(ax, 0, [1.0], color="k")
-    assert len(ax.get_lines()) == 1
+@pytest.mark.parametrize("rows", [False, True])
+def test_a_strip_has_every_run_beside_the_others_and_a_bar_at_the_mean(rows):
+    ax = plots.axes()
+    assert plots.strip(ax, RUNS, "kind", "score", rows=rows) == ["b", "a"]
+    points = drawn_points(ax)[:, ::-1] if rows else drawn_points(ax)  # (place, value)
+    assert sorted(points[:, 1]) == [1, 2, 5, 6]
+    assert len(set(points[:3, 0])) == 3 and points[:3, 0].mean() == pytest.approx(0)
+    assert points[3, 0] == pytest.approx(1)
+    assert drawn_bars(ax, rows=rows) == [(0, 3)]  # one value has no bar
+
+
+def test_a_strip_can_have_medians_hollow_points_or_no_bar():
+    ax, bare = plots.axes(), plots.axes()
+    plots.strip(ax, RUNS, "kind", "score", hollow=["a"], middle="median")
+    plots.strip(bare, RUNS, "kind", "score", middle=None)
+    assert drawn_bars(ax, rows=False) == [(0, 2)] and bare.get_lines()[:] == []
+    drawn = [points for points in ax.collections if len(points.get_offsets())]
+    faces = [mpl.colors.to_hex(points.get_facecolor()[0]) for points in drawn]
+    assert [face == "#ffffff" for face in faces] == [False, False, False, True]
+
+
+def test_strips_have_the_same_bytes_every_time(out, style):
+    for name in ("one", "other"):
+        ax = plots.axes()
+        plots.strip(ax, RUNS, "kind", "score")
+        plots.headline(ax, "Same")
+        plots.save(ax, name)
+    assert contents(out)["one.png"] == contents(out)["other.png"]
+
+
+def test_seed_lines_join_the_runs_of_each_seed():
+    ax = plots.axes()
+    frame = pd.DataFrame(
+        {"kind": ["b", "b", "a", "a"], "score": [1.0, 2, 6, 5], "seed": [0, 1] * 2}
+    )
+    plots.seed_lines(ax, frame, "kind", "score")
+    first, second, mean = (list(line.get_ydata()) for line in ax.get_lines())
+    assert (first, second, mean) == ([1, 6], [2, 5], [1.5, 5.5])
+
+
+def test_a_heat_map_has_readable_numbers_and_leaves_out_what_is_missing():
+    ax = plots.axes()
+    plots.heat(ax, pd.DataFrame([[0.0, 1.0], [np.nan, 0.5]]), ".1f", vmax=1)
+    assert [text.get_text() for text in ax.texts] == ["0.0", "1.0", "0.5"]
+    assert [text.get_color() for text in ax.texts[:2]] == [plots.INK, "white"]
+
+
+def test_facets_draw_each_value_in_a_panel_of_its_own(style):
+    figure = plots.facets(
+        RUNS,
+        "kind",
+        lambda ax, rows: ax.plot(rows["score"].to_numpy()),
+        title="Panels",
+        labels=("x", "y"),
+        name="kind {}",
+        handles=[Line2D([], [], label="all")],
+    )
+    assert [ax.get_title(loc="left") for ax in figure.axes] == ["kind b", "kind a"]
+    assert [list(ax.get_lines()[0].get_ydata()) for ax in figure.axes] == [[1, 2, 6], [5]]
+    assert run_outputs.finding(figure) == "Panels"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all"]
+
+
+def test_comparisons_are_told_in_words_by_their_signs():
+    rows = {"better": [8, 4, 2], "worse": [4, 2, 1], "mean": [0.24, -0.51, 0.3], "pairs": 3}
+    first, none = "in all 3 seeds 8 scored 0.2 points above 4", "no clear difference between"
+    second = "4 scored 0.5 points below 2"
+    told = {
+        ">??": f"N: {first}; {none} 4, 2 and 1",
+        "???": f"N: {none} 8, 4, 2 and 1",
+        "><>": f"N: {first}, {second} and 2 scored 0.3 points above 1",
+        "?>?": f"N: in all 3 seeds {second}; {none} 8 and 4; {none} 2 and 1",
+    }
+    for signs, words in told.items():
+        assert plots.order_in_words(pd.DataFrame({**rows, "sign": [*signs]}), "N") == words
+
+
+def test_values_apart_from_a_base_are_named():
+    compared = pd.DataFrame({"low": [0.1, -1, np.nan], "high": [1.0, 1, np.nan]}, ["a", "b", "c"])
+    assert plots.differing_in_words(compared, "c").endswith(": a")
+    assert plots.differing_in_words(compared.drop("a"), "c").startswith("No clear difference")
 
 
 def test_a_title_is_wrapped_inside_the_figure_even_beside_long_labels(style):
-    ax = plots.axes(None)
+    ax = plots.axes()
     ax.set_yticks([0, 1], ["a rather long label", "b"])
     plots.headline(ax, "One active expert in four makes MoEBERT faster than BERT by a half")
     figure = ax.get_figure()
@@ -180,7 +247,7 @@ def test_a_title_is_wrapped_inside_the_figure_even_beside_long_labels(style):
 
 
 def test_a_long_title_is_balanced_over_no_more_lines_than_it_needs(style):
-    ax = plots.axes(None)
+    ax = plots.axes()
     title = "With half of the neurons gone, importance is worth +1.9 points over luck, it seems"
     plots.headline(ax, title)
     first, second = title_of(ax).get_text().split("\n")

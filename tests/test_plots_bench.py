@@ -1,4 +1,4 @@
-"""Figures of kept benchmarks: every round a point, limits and targets where they belong."""
+"""Figures of kept benchmarks: every round is a point at its ratio, settings are panels."""
 
 import json
 
@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from drawings import drawn_bars, drawn_points
 
 from moebert_lib.bench import harness, inference, roofline
 from moebert_lib.plots import speed
@@ -35,23 +36,14 @@ def timings():
     return pd.DataFrame(rows, columns=["setting", "variant", "repeat", "seconds"])
 
 
-def judged(timings):
-    """Two targets in the first setting: one against the baseline, one against the limit."""
-    rows = []
-    for other, wanted in (("dense", 1.5), (LIMIT, 0.8)):
-        limits = {MOE: other}
-        bench = harness.Benchmark(settings={}, limits=limits, targets={MOE: wanted})
-        rows += harness.judge(harness.summary(timings, limits=limits), bench)
-    return [row for row in rows if row["setting"] == "1 x 64"]
-
-
-def record(timings, gpu="none", **more):
+def record(timings, **more):
+    """As ``harness.read`` returns it."""
     return {
-        "what": "inference" if gpu == "none" else "inference-cuda",
-        "summary": harness.summary(timings, limits={MOE: LIMIT}).to_dict("records"),
+        "what": "inference",
+        "summary": harness.summary(timings).to_dict("records"),
         "timings": timings.to_dict("records"),
-        "targets": judged(timings),
-        "machine": {"cpu": "A processor", "cores": 2, "gpu": gpu},
+        "targets": [{"variant": MOE}],
+        "machine": {"cpu": "A processor", "cores": 2, "gpu": "none"},
         "versions": {"torch": "2.13.0"},
         "commit": "0123456789",
         "created": "2026-01-02T03:04",
@@ -59,92 +51,58 @@ def record(timings, gpu="none", **more):
     }
 
 
-def dots(ax):
-    """Points of each row from top to bottom."""
-    found = [line for line in ax.get_lines() if line.get_marker() not in ("None", "|")]
-    return {round(line.get_ydata()[0], 2): list(line.get_xdata()) for line in found}
-
-
-def strokes(ax, color):
-    return [line.get_xdata()[0] for line in ax.get_lines() if line.get_color() == color]
+def rows(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
 
 
 def test_every_round_is_a_point_at_its_ratio_within_the_round(timings):
     timings.loc[0, "seconds"] = 12.0  # dense, first round, first setting
-    left, right = speed.ratios(timings, against="dense").axes
-    assert sorted(dots(left).values()) == [[1, 1], [4, 2], [6, 3]]
-    assert sorted(dots(right).values()) == [[1, 1], [2, 2], [3, 3]]
+    left, right = speed.page({"inference": record(timings)}).axes
+    assert drawn_points(left)[:, 0].tolist() == [1, 1, 6, 3, 4, 2]
+    assert drawn_points(right)[:, 0].tolist() == [1, 1, 3, 3, 2, 2]
+    assert drawn_bars(left, rows=True) == [(0, 1), (1, 4.5), (2, 3)]
 
 
-def test_settings_are_panels_and_codes_are_headings(timings):
-    left, right = speed.ratios(timings, against="dense").axes
-    assert [ax.get_title(loc="left") for ax in (left, right)] == ["1 × 64", "32 × 128"]
-    rows = [label.get_text() for label in left.get_yticklabels()]
-    assert rows == [
-        "as transformers runs them",
-        "dense BERT",
-        "accelerated",
-        "equal FLOPs",
-        "MoEBERT, hash-random",
+def test_settings_are_panels_and_variants_are_rows_with_their_medians(timings):
+    left, right = speed.page({"inference": record(timings)}).axes
+    titles = [ax.get_title(loc="right") for ax in (left, right)]
+    assert titles == ["inference, 1 × 64", "inference, 32 × 128"]
+    assert rows(left) == [
+        "dense BERT   1.00",
+        "equal FLOPs, accelerated   3.00",
+        "MoEBERT, hash-random, accelerated   2.00",
     ]
 
 
-def test_the_limit_is_a_line_across_the_rows_of_its_code_alone(timings):
-    left, _ = speed.ratios(timings, against="dense").axes
-    (line,) = [line for line in left.get_lines() if line.get_linestyle() == "--"]
-    assert list(line.get_xdata()) == [3, 3]
-    dense, limit, moe = sorted(dots(left))
-    assert dense < line.get_ydata()[0] < limit < moe < line.get_ydata()[1]
-
-
-def test_what_is_wanted_stands_where_it_would_be_reached(timings):
-    targets = judged(timings)
-    left, right = speed.ratios(timings, against="dense", targets=targets).axes
-    assert strokes(left, speed.TARGET) == pytest.approx([1.5, 0.8 * 3])
-    assert strokes(right, speed.TARGET) == []
-
-
-def test_a_variant_that_a_setting_lacks_leaves_its_row_empty(timings):
+def test_a_variant_that_a_setting_lacks_has_no_row_there(timings):
     some = timings[~((timings["setting"] == "32 x 128") & (timings["variant"] == MOE))]
-    left, right = speed.ratios(some, against="dense").axes
-    assert len(dots(left)) == 3 and len(dots(right)) == 2
+    left, right = speed.page({"inference": record(some)}).axes
+    assert (len(rows(left)), len(rows(right))) == (3, 2)
 
 
 def test_a_page_says_of_each_benchmark_what_was_found_and_on_what(timings):
     fig = speed.page({"inference": record(timings), "other": record(timings)})
-    said = (
-        "MoEBERT, hash-random, accelerated, is 2.00 (1 × 64) and 2.00 (32 × 128) times as "
-        "fast as dense BERT; 1 of 2 targets met"
-    )
-    assert finding(fig) == f"Inference: {said}. Other: {said}"
-    below = [part.get_supxlabel() for part in fig.subfigs]
-    assert (
-        below
-        == [
-            "times as fast as dense BERT\nA processor, 2 cores, torch 2.13.0, commit "
-            "0123456, 2026-01-02, no GPU was measured yet"
-        ]
-        * 2
-    )
+    told = "MoEBERT (hash-random, accelerated) is 2.0 times as fast as dense BERT"
+    assert finding(fig) == f"Inference: {told}. Other: {told}"
+    machine = "A processor, 2 cores, torch 2.13.0, commit 0123456, 2026-01-02"
+    assert f"inference: {machine}\nother: {machine}" in fig.get_supxlabel()
 
 
-def test_with_a_gpus_record_nothing_is_missing(timings):
-    fig = speed.page({"inference": record(timings), "inference-cuda": record(timings, "H")})
-    first, second = (part.get_supxlabel() for part in fig.subfigs)
-    assert "no GPU" not in first + second and "\nH, 2 cores" in second
+def test_a_gpus_record_names_the_gpu(timings):
+    gpu = record(timings, what="inference-cuda", machine={"cpu": "A", "gpu": "H"})
+    assert speed.origin(gpu).startswith("H, torch")
 
 
 def test_without_targets_the_fastest_variant_is_told(timings):
-    kept = record(timings) | {"targets": []}
-    told = speed.found("inference", kept)
-    assert told.startswith("Inference: equal FLOPs, accelerated, is 3.00")
+    told = speed.fastest_in_words("inference", record(timings, targets=[]))
+    assert told.startswith("Inference: equal FLOPs (accelerated) is 3.0 times as fast")
 
 
 def test_the_baseline_is_the_variant_whose_ratio_is_one(timings):
-    kept = record(timings)
-    assert speed.baseline(kept) == "dense"
-    kept["summary"] = harness.summary(timings, baseline=MOE).to_dict("records")
-    assert speed.baseline(kept) == MOE
+    summary = harness.summary(timings).to_dict("records")
+    assert speed.baseline(record(timings)) == "dense"
+    other = [{**row, "ratio": float(row["variant"] == MOE)} for row in summary]
+    assert speed.baseline(record(timings, summary=other)) == MOE
 
 
 @pytest.fixture
@@ -153,11 +111,12 @@ def grown():
     rows = [("tokens", n, MOE, repeat, n**0.5) for n in (4, 16, 64) for repeat in range(2)]
     timings = pd.DataFrame(rows, columns=["axis", "value", "variant", "repeat", "seconds"])
     table = timings.drop_duplicates("value").assign(flops=lambda t: 10 * t["value"])
-    return timings, table
+    kept = {"timings": timings.to_dict("records"), "summary": table.to_dict("records")}
+    return speed.growth({**record(timings.assign(setting="a")[:1].assign(variant="dense")), **kept})
 
 
 def test_operations_are_a_line_through_the_largest_size(grown):
-    (ax,) = speed.scaling(*grown).axes
+    (ax,) = grown.axes
     points, median, counted = ax.get_lines()
     assert list(points.get_xdata()) == [4, 4, 16, 16, 64, 64]
     np.testing.assert_allclose(median.get_ydata(), [2000, 4000, 8000])
@@ -166,13 +125,7 @@ def test_operations_are_a_line_through_the_largest_size(grown):
 
 
 def test_growth_is_told_from_the_first_to_the_last_size(grown):
-    timings, table = grown
-    kept = record(
-        pd.DataFrame({"setting": ["a"], "variant": ["dense"], "repeat": [0], "seconds": [1.0]})
-    )
-    kept |= {"timings": timings.to_dict("records"), "summary": table.to_dict("records")}
-    said = "MoEBERT takes 4.0 times as long for 16 times the tokens"
-    assert finding(speed.growth(kept)) == said
+    assert finding(grown) == "MoEBERT takes 4.0 times as long with 16 times the tokens"
 
 
 def test_records_of_the_benchmarks_themselves_can_be_drawn(moebert_home, monkeypatch):

@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from drawings import drawn_points
+from matplotlib.collections import LineCollection
 
 from moebert_lib.evidence import claims, verdicts
 from moebert_lib.plots.results import forest
@@ -28,7 +30,7 @@ def marks(ax, marker):
 def test_every_pair_is_a_point_and_every_comparison_has_the_papers_diamond():
     compared, pairs = made(importance=[65, 62, 64], random=[60, 60, 61])
     ax = forest(compared, pairs)
-    assert sorted(marks(ax, "o")) == pytest.approx([2, 3, 5])
+    assert sorted(drawn_points(ax)[:, 0]) == pytest.approx([2, 3, 5])
     assert marks(ax, "D") == pytest.approx(compared["paper"].tolist())
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert labels == compared["comparison"].tolist()
@@ -36,8 +38,19 @@ def test_every_pair_is_a_point_and_every_comparison_has_the_papers_diamond():
 
 def bars(ax):
     """Ends of the horizontal lines that are drawn."""
-    lines = [line for line in ax.get_lines() if line.get_marker() == "None"]
-    return [list(line.get_xdata()) for line in lines if len({*line.get_ydata()}) == 1]
+    lines = [drawn for drawn in ax.collections if isinstance(drawn, LineCollection)]
+    ends = [segment for line in lines for segment in line.get_segments()]
+    ends = [list(end[:, 0]) for end in ends if end[0, 1] == end[1, 1]]
+    return [end for end in ends if np.isfinite(end).all()]
+
+
+def test_the_mean_is_that_of_the_comparison():
+    compared, pairs = made(importance=[65, 62, 64], random=[60, 60, 61])
+    ax = forest(compared, pairs)
+    (row,) = compared[compared["pairs"] > 0].itertuples()
+    lines = [drawn for drawn in ax.collections if isinstance(drawn, LineCollection)]
+    ends = [segment for line in lines for segment in line.get_segments()]
+    assert [end[0, 0] for end in ends if end[0, 0] == end[1, 0]] == [row.mean]
 
 
 @pytest.mark.parametrize("n", [2, 3, 6])
@@ -65,7 +78,7 @@ def test_verdicts_are_written_in_their_colours_and_all_data_is_inside():
     assert colors["not reproduced"] == COLORS["inverse"]
     assert {"no runs", "reproduced", "not reproduced"} == set(colors)
     assert ax.get_xlim()[0] < pairs["difference"].min() and ax.get_xlim()[1] > 32
-    assert ax.get_title(loc="left").startswith("found")
+    assert ax.get_figure().get_suptitle().startswith("found")
 
 
 def test_without_runs_the_paper_is_drawn_alone():

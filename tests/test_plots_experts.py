@@ -77,16 +77,6 @@ def test_each_experts_strip_marks_exactly_its_neurons_along_the_ranking():
     assert [RANKING[mask].tolist() for mask in held] == [[5, 2, 1], [5, 0, 3]]
 
 
-@pytest.mark.parametrize("width, n_experts", [(1536, 4), (3072, 4), (4096, 8), (1000, 3)])
-def test_a_wide_layer_is_drawn_in_steps_that_cover_it(width, n_experts):
-    hands = np.arange(width // n_experts * n_experts).reshape(-1, n_experts).T
-    ax = drawn.who_keeps_what(hands, np.arange(width))
-    steps = ax.get_images()[0].get_array().shape[1]
-    assert steps < 400
-    assert ax.get_images()[0].get_extent()[1] >= width
-    assert ax.get_xlim() == (0, width)
-
-
 def test_the_legend_of_who_keeps_what_counts_neurons():
     legend = drawn.who_keeps_what(HANDS, RANKING).get_legend()
     words = [text.get_text() for text in legend.get_texts()]

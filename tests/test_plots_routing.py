@@ -3,38 +3,51 @@
 import numpy as np
 import pandas as pd
 import pytest
+from drawings import drawn_bars, drawn_points
 from matplotlib.colors import to_hex
 
 from moebert_lib.plots import routing as drawn
 from moebert_lib.plots.style import EXPERTS
 
 
+def long(shares):
+    """Shares by router, layers by experts, as one row each."""
+    rows = [
+        (router, layer + 1, expert + 1, share)
+        for router, table in shares.items()
+        for (layer, expert), share in np.ndenumerate(np.array(table))
+    ]
+    return pd.DataFrame(rows, columns=["router", "layer", "expert", "share"])
+
+
 def test_loads_print_every_share_in_percent():
     shares = {"hash-random": [[0.25, 0.75], [0.5, 0.5]], "gate-token": [[0.0, 1.0], [0.1, 0.9]]}
-    first, second = drawn.loads(shares).axes
+    first, second = drawn.loads(long(shares)).axes
     assert [text.get_text() for text in first.texts] == ["25", "75", "50", "50"]
     assert [text.get_text() for text in second.texts] == ["0", "100", "10", "90"]
 
 
 def test_all_routers_have_one_colour_scale():
-    figure = drawn.loads({"a": [[0.5, 0.5]], "b": [[0.1, 0.9]]})
-    assert {ax.get_images()[0].get_clim() for ax in figure.axes} == {(0, 0.9)}
+    figure = drawn.loads(long({"a": [[0.5, 0.5]], "b": [[0.1, 0.9]]}))
+    assert {ax.collections[0].get_clim() for ax in figure.axes} == {(0, 90)}
 
 
-def test_imbalance_draws_the_busiest_expert_of_each_layer_over_the_mean():
-    shares = {"hash-random": [[0.25, 0.75], [0.5, 0.5]], "gate-token": [[0.0, 1.0], [0.1, 0.9]]}
-    first, second = drawn.imbalance(shares).collections
-    assert np.allclose(first.get_offsets()[:, 1], [1.5, 1.0])
-    assert np.allclose(second.get_offsets()[:, 1], [2.0, 1.8])
+def test_imbalance_draws_every_layer_of_every_router_side_by_side():
+    rows = [("hash-random", 1, 1.5), ("hash-random", 2, 1.0), ("gate-token", 1, 2.0)]
+    ax = drawn.imbalance(pd.DataFrame(rows, columns=["router", "layer", "ratio"]))
+    points = drawn_points(ax)
+    assert points[:, 1].tolist() == [1.5, 1.0, 2.0]
+    assert points[0, 0] < points[1, 0] < points[2, 0] and points[:, 0].round().tolist() == [0, 0, 1]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["layer 1", "layer 2"]
 
 
 def test_token_map_numbers_and_colours_the_expert_of_each_token_in_each_layer():
     experts = np.array([[0, 1], [2, 0], [1, 1]])  # 3 tokens, 2 layers
     ax = drawn.token_map(["[CLS]", "good", "[SEP]"], experts)
     drawn_at = {tuple(text.get_position()): text.get_text() for text in ax.texts}
-    assert drawn_at == {(t, n): str(e + 1) for (t, n), e in np.ndenumerate(experts)}
-    colors = [to_hex(patch.get_facecolor()).upper() for patch in ax.patches]
-    assert colors == [EXPERTS[e] for e in experts.ravel()]
+    assert drawn_at == {(t + 0.5, n + 0.5): str(e + 1) for (t, n), e in np.ndenumerate(experts)}
+    colors = [to_hex(color).upper() for color in ax.collections[0].get_facecolors()]
+    assert colors == [EXPERTS[e] for e in experts.T.ravel()]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["[CLS]", "good", "[SEP]"]
 
 
@@ -79,12 +92,10 @@ RUNS = pd.DataFrame(
 
 def test_routers_beyond_the_paper_are_a_line_for_each_seed_and_a_bar_at_each_mean():
     ax = drawn.beyond(RUNS, "accuracy", dense=0.9)
-    seeds = [line.get_ydata() for line in ax.lines if len(line.get_xdata()) == 2]
-    assert [80, 85] in [list(np.round(y, 9)) for y in seeds]
-    assert [70, 65] in [list(np.round(y, 9)) for y in seeds]
-    bars = ax.collections[0].get_segments()
-    assert [bar[0][1] for bar in bars] == pytest.approx([75, 75])
-    assert "90" in " ".join(str(np.round(line.get_ydata(), 9)) for line in ax.lines)
+    *seeds, means, teacher = (list(np.round(line.get_ydata(), 9)) for line in ax.lines)
+    assert seeds == [[80, 85], [70, 65]]
+    assert means == [75, 75] and [place for place, _ in drawn_bars(ax, rows=False)] == [0, 1]
+    assert teacher == [90, 90]
     assert [label.get_text() for label in ax.get_xticklabels()] == [
         "hash-\nrandom",
         "gate-\ntoken\nk = 2",

@@ -1,12 +1,13 @@
-"""The paper's claims as data, and the runs that bear on each.
+"""The paper's claims as data, and the runs that test each of them.
 
-A claim is a list of comparisons of two *arms*: ways to set the experiment up, each changing
-one thing of the default. Runs of two arms are paired by task and seed, and differences are in
-points of the task's headline metric (``tasks.TASKS[task].metric``: accuracy, F1 or Matthews).
-So a mean over tasks mixes metrics, as averages over GLUE do; of MNLI only the matched set counts.
+A claim is a list of comparisons of two *arms*: ways to set the experiment up, each changing one
+thing of the default. Runs of two arms are paired by task and seed, and differences are in points
+of the task's headline metric (``tasks.TASKS[task].metric``: accuracy, F1 or Matthews correlation).
+So a mean over tasks mixes metrics, as averages over GLUE do; MNLI counts with its matched set.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from moebert_lib.config.settings import Settings
 from moebert_lib.data.tasks import TASKS
 from moebert_lib.experiments import ablations
 
+#: What the paper says of the first arm of a comparison, and its sign.
 TIES = {"better": ">", "equal": "~", "not worse": "≥"}
 SPANS = {task for task in TASKS if TASKS[task].kind == "span"}
 
@@ -26,10 +28,10 @@ class Arm(NamedTuple):
     """One side of a comparison.
 
     Attributes:
-        changes: Settings changed from the default. ``fraction``: the FFN's width over the
-            expert's; ``thirds``: shared thirds of an expert.
-        printed: The paper's value in %; of tables the mean of headline metrics over tasks.
-        spans: Only tasks whose answer is a span (SQuAD), or only the others; None: all.
+        changes: Settings changed from the default. ``fraction`` is the FFN's width over the
+            expert's, ``thirds`` the shared thirds of an expert.
+        printed: The paper's value in %; for tables the mean of headline metrics over tasks.
+        spans: Only tasks whose answer is a span (SQuAD), or only the others; None for all.
         teacher: The score is that of the run's own teacher.
     """
 
@@ -40,54 +42,48 @@ class Arm(NamedTuple):
 
 
 def _printed(method: str, tasks: Iterable[str]) -> float:
-    return float(
-        np.mean([paper_numbers.printed(method, task, TASKS[task].metric) for task in tasks])
-    )
+    values = [paper_numbers.printed(method, task, TASKS[task].metric) for task in tasks]
+    return float(np.mean(values))
 
 
-_GLUE = [task for task in paper_numbers.TABLE7 if task not in SPANS]
-_SQUAD = [task for task in paper_numbers.TABLE7 if task in SPANS]
+def _figure_arms() -> dict[str, Arm]:
+    """The arms that Figures 2 and 3 compare."""
+    figures, arms = paper_numbers.FIGURES, {}
+    for fraction, size in {2: 1536, 4: 768, 8: 384, 24: 128}.items():
+        arms[f"1/{fraction} wide"] = Arm({"fraction": fraction}, figures["figure2a"][size])
+    for n, value in figures["figure2b"].items():
+        arms[f"{n} expert{'s' * (n > 1)}"] = Arm({"n_experts": n}, value)
+    for thirds, share in enumerate(("none", "1/3", "2/3", "all")):
+        arms[f"{share} shared"] = Arm({"thirds": thirds}, figures["figure2c"][256 * thirds])
+    for ranking, value in figures["figure3a"].items():
+        arms[ranking] = Arm({"ranking": ranking}, value)
+    names = {"all": "all layers", "skip": "every other layer", "last": "last layer"}
+    for layers, name in names.items():
+        arms[name] = Arm({"distill": layers}, figures["figure3b"][layers])
+    for routing, value in figures["figure3c"].items():
+        arms[routing] = Arm({"routing": routing}, value)
+    return arms
 
-ARMS: dict[str, Arm] = {
-    **{
-        f"1/{f} wide": Arm({"fraction": f}, paper_numbers.FIGURES["figure2a"][size])
-        for f, size in {2: 1536, 4: 768, 8: 384, 24: 128}.items()
-    },
-    **{
-        f"{n} expert{'s' * (n > 1)}": Arm({"n_experts": n}, paper_numbers.FIGURES["figure2b"][n])
-        for n in (1, 2, 4, 8)
-    },
-    **{
-        f"{share} shared": Arm({"thirds": thirds}, paper_numbers.FIGURES["figure2c"][256 * thirds])
-        for thirds, share in enumerate(("none", "1/3", "2/3", "all"))
-    },
-    **{
-        deal: Arm({"ranking": deal}, paper_numbers.FIGURES["figure3a"][deal])
-        for deal in ("importance", "random", "inverse")
-    },
-    **{
-        name: Arm({"distill": layers}, paper_numbers.FIGURES["figure3b"][layers])
-        for name, layers in {
-            "all layers": "all",
-            "every other layer": "skip",
-            "last layer": "last",
-        }.items()
-    },
-    **{
-        router: Arm({"routing": router}, value)
-        for router, value in paper_numbers.FIGURES["figure3c"].items()
-    },
-    "distilled": Arm({"distill": "all"}, _printed("MoEBERT", ablations.TABLE3_TASKS)),
-    "not distilled": Arm({"distill": "none"}, _printed("-distill", ablations.TABLE3_TASKS)),
-    "MoEBERT": Arm({}, _printed("MoEBERT", _GLUE), spans=False),
-    "its BERT": Arm({}, _printed("BERT-base", _GLUE), spans=False, teacher=True),
-    "MoEBERT (spans)": Arm({}, _printed("MoEBERT", _SQUAD), spans=True),
-    "its BERT (spans)": Arm({}, _printed("BERT-base", _SQUAD), spans=True, teacher=True),
-    "MoEBERT-large": Arm({"model": LARGE}, _printed("MoEBERT-large", ablations.TABLE4_TASKS)),
-    "its BERT-large": Arm(
-        {"model": LARGE}, _printed("BERT-large", ablations.TABLE4_TASKS), teacher=True
-    ),
-}
+
+def _table_arms() -> dict[str, Arm]:
+    """The arms that Tables 1 to 4 compare."""
+    glue = [task for task in paper_numbers.TABLE7 if task not in SPANS]
+    squad = [task for task in paper_numbers.TABLE7 if task in SPANS]
+    some, large = ablations.TABLE3_TASKS, ablations.TABLE4_TASKS
+    on_large = {"model": LARGE}
+    return {
+        "distilled": Arm({"distill": "all"}, _printed("MoEBERT", some)),
+        "not distilled": Arm({"distill": "none"}, _printed("-distill", some)),
+        "MoEBERT": Arm({}, _printed("MoEBERT", glue), spans=False),
+        "its BERT": Arm({}, _printed("BERT-base", glue), spans=False, teacher=True),
+        "MoEBERT (spans)": Arm({}, _printed("MoEBERT", squad), spans=True),
+        "its BERT (spans)": Arm({}, _printed("BERT-base", squad), spans=True, teacher=True),
+        "MoEBERT-large": Arm(on_large, _printed("MoEBERT-large", large)),
+        "its BERT-large": Arm(on_large, _printed("BERT-large", large), teacher=True),
+    }
+
+
+ARMS: dict[str, Arm] = {**_figure_arms(), **_table_arms()}
 
 
 class Comparison(NamedTuple):
@@ -107,7 +103,7 @@ class Comparison(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A statement of the paper, in our words, and the comparisons that it comes to."""
+    """A statement of the paper, in our words, and the comparisons that test it."""
 
     key: str
     statement: str
@@ -115,106 +111,52 @@ class Claim(NamedTuple):
     comparisons: tuple[Comparison, ...]
 
 
-def _chain(*arms: str) -> tuple[Comparison, ...]:
-    return tuple(Comparison(*pair) for pair in zip(arms, arms[1:], strict=False))
+#: Key, place in the paper, statement, and orders of arms; "a, b > c" compares both with c.
+_TABLE = """
+width | Figure 2a | Wider experts are better. | 1/2 wide > 1/4 wide > 1/8 wide > 1/24 wide
+several | Figure 2b | Several experts beat one. | 2 experts, 4 experts, 8 experts > 1 expert
+more | Figure 2b | More experts are better. | 8 experts > 4 experts > 2 experts
+share none | Figure 2c | Sharing no neuron is worst. | \
+    1/3 shared, 2/3 shared, all shared > none shared
+share all | Figure 2c | Sharing all neurons is worse than sharing a part. | \
+    1/3 shared, 2/3 shared > all shared
+importance | Figure 3a | A split by importance beats a random one. | importance > random
+inverse | Figure 3a | A random split beats the inverse one. | random > inverse
+last | Figure 3b | Distilling the last layer alone is worse. | \
+    all layers, every other layer > last layer
+skip | Figure 3b | Every other layer is about as good as all. | every other layer ~ all layers
+routers | Figure 3c | Routing hardly matters. | \
+    hash-random ~ hash-balance; hash-random, hash-balance ~ gate-sentence
+distillation | Table 3 | Layer-wise distillation helps. | distilled > not distilled
+keeps up | Table 1 | MoEBERT keeps up with its BERT. | MoEBERT ≥ its BERT
+beats | Table 1 | On average MoEBERT beats its BERT. | MoEBERT > its BERT
+spans | Table 2 | On SQuAD MoEBERT is a little below its BERT. | its BERT (spans) > MoEBERT (spans)
+large | Table 4 | MoEBERT-large keeps up with BERT-large. | MoEBERT-large ≥ its BERT-large
+speed | Figure 4 | MoEBERT is much faster than BERT. |
+"""
 
 
-def _over(worse: str, *better: str) -> tuple[Comparison, ...]:
-    return tuple(Comparison(arm, worse) for arm in better)
+def _comparisons(orders: str) -> Iterator[Comparison]:
+    kinds = {sign: kind for kind, sign in TIES.items()}
+    for order in orders.split("; "):
+        groups = re.split(rf" ([{''.join(kinds)}]) ", order)
+        for firsts, sign, second in zip(groups[::2], groups[1::2], groups[2::2], strict=False):
+            for first in firsts.split(", "):
+                yield Comparison(first, second, kinds[sign])
 
 
-_ROUTERS = ("hash-random", "hash-balance", "gate-sentence")
-CLAIMS = (
-    Claim(
-        "width",
-        "Wider experts are better.",
-        "Figure 2a",
-        _chain("1/2 wide", "1/4 wide", "1/8 wide", "1/24 wide"),
-    ),
-    Claim(
-        "several",
-        "Several experts beat one.",
-        "Figure 2b",
-        _over("1 expert", "2 experts", "4 experts", "8 experts"),
-    ),
-    Claim(
-        "more",
-        "More experts are better.",
-        "Figure 2b",
-        _chain("8 experts", "4 experts", "2 experts"),
-    ),
-    Claim(
-        "share none",
-        "Sharing no neuron is worst.",
-        "Figure 2c",
-        _over("none shared", "1/3 shared", "2/3 shared", "all shared"),
-    ),
-    Claim(
-        "share all",
-        "Sharing all neurons is worse than sharing a part.",
-        "Figure 2c",
-        _over("all shared", "1/3 shared", "2/3 shared"),
-    ),
-    Claim(
-        "importance",
-        "A split by importance beats a random one.",
-        "Figure 3a",
-        _chain("importance", "random"),
-    ),
-    Claim(
-        "inverse", "A random split beats the inverse one.", "Figure 3a", _chain("random", "inverse")
-    ),
-    Claim(
-        "last",
-        "Distilling the last layer alone is worse.",
-        "Figure 3b",
-        _over("last layer", "all layers", "every other layer"),
-    ),
-    Claim(
-        "skip",
-        "Every other layer is about as good as all.",
-        "Figure 3b",
-        (Comparison("every other layer", "all layers", "equal"),),
-    ),
-    Claim(
-        "routers",
-        "Routing hardly matters.",
-        "Figure 3c",
-        tuple(Comparison(a, b, "equal") for i, a in enumerate(_ROUTERS) for b in _ROUTERS[i + 1 :]),
-    ),
-    Claim(
-        "distillation",
-        "Layer-wise distillation helps.",
-        "Table 3",
-        _chain("distilled", "not distilled"),
-    ),
-    Claim(
-        "keeps up",
-        "MoEBERT keeps up with its BERT.",
-        "Table 1",
-        (Comparison("MoEBERT", "its BERT", "not worse"),),
-    ),
-    Claim("beats", "On average MoEBERT beats its BERT.", "Table 1", _chain("MoEBERT", "its BERT")),
-    Claim(
-        "spans",
-        "On SQuAD MoEBERT is a little below its BERT.",
-        "Table 2",
-        _chain("its BERT (spans)", "MoEBERT (spans)"),
-    ),
-    Claim(
-        "large",
-        "MoEBERT-large keeps up with BERT-large.",
-        "Table 4",
-        (Comparison("MoEBERT-large", "its BERT-large", "not worse"),),
-    ),
-    Claim("speed", "MoEBERT is much faster than BERT.", "Figure 4", ()),
-)
+def _claim(row: str) -> Claim:
+    key, shown_in, statement, orders = (cell.strip() for cell in row.split("|"))
+    return Claim(key, statement, shown_in, tuple(_comparisons(orders)))
+
+
+CLAIMS = tuple(_claim(row) for row in _TABLE.strip().splitlines())
 
 
 def point(arm: str, base: Settings, width: int) -> Settings | None:
-    """An arm's experiment; None where a layer of ``width`` neurons cannot hold it.
+    """An arm's settings, or None if a layer of ``width`` neurons has too few for its experts.
 
-    Sizes follow ``grids.ablations``: where the width of experts varies, two thirds are shared.
+    Sizes follow ``ablations.ablations``: where the width of experts varies, two thirds are shared.
     """
     changes = dict(ARMS[arm].changes)
     if "model" in changes:
@@ -239,28 +181,28 @@ def collect(
     points: Sequence[Settings],
     runs: pd.DataFrame,
 ) -> pd.DataFrame:
-    """The runs of each arm, but those whose teacher is no better than guessing.
+    """The runs of each arm, without those whose teacher is no better than guessing.
 
     Args:
-        settings: The notebook's, whose default the arms change.
-        tasks: Names.
+        settings: The default that the arms change.
+        tasks: Names of tasks.
         width: Neurons of the dense FFN.
-        points: Experiments that were run, such as those of ``grids.claims``.
-        runs: Their rows, of ``experiment.grid``.
+        points: Settings of the experiments that were run.
+        runs: Their rows, in the same order.
 
     Returns:
         One row per run and arm: ``arm`` and ``score`` (headline metric, 0 to 1), then the run's
         own row with its sizes spelled out.
     """
-    rows_of = (row for _, row in runs.iterrows())
-    known = {_sized(run, width): row for run, row in zip(points, rows_of, strict=True)}
+    results = (row for _, row in runs.iterrows())
+    known = {_sized(run, width): row for run, row in zip(points, results, strict=True)}
     rows = []
     for name, arm in ARMS.items():
         for task in tasks:
             base = ablations.on_task(settings.but(distill="all"), task)
-            one = point(name, base, width) if _applies(arm, base) else None
+            arm_settings = point(name, base, width) if _applies(arm, base) else None
             metric = ("teacher_" if arm.teacher else "") + TASKS[task].metric
-            for run in ablations.over_seeds(one) if one else ():
+            for run in ablations.over_seeds(arm_settings) if arm_settings else ():
                 row = known.get(run)
                 if row is not None and _has_learned(row):
                     sizes = {"expert_size": run.expert_size, "n_shared": run.n_shared}
@@ -269,12 +211,12 @@ def collect(
 
 
 def _has_learned(row: pd.Series) -> bool:
-    """Whether a run's teacher beats always giving the most frequent answer, where one can tell."""
+    """Whether a run's teacher beats the most frequent answer; true if that score is unknown."""
     return not row[f"teacher_{TASKS[row['task']].metric}"] <= row.get("guessing", np.nan)
 
 
 def _sized(settings: Settings, width: int) -> Settings:
-    """The same experiment with its sizes spelled out."""
+    """The same settings with explicit sizes."""
     size, shared = settings.sizes(FFN_WIDTHS.get(settings.model, width))
     return settings.but(expert_size=size, n_shared=shared)
 
@@ -288,21 +230,18 @@ def _applies(arm: Arm, base: Settings) -> bool:
 
 
 def differences(frame: pd.DataFrame, comparison: Comparison) -> pd.Series:
-    """First minus second arm in points, by ``task`` and ``seed``; runs without a pair drop out."""
-    one, other = (
-        frame[frame["arm"] == arm].set_index(["task", "seed"])["score"] for arm in comparison[:2]
-    )
-    return 100 * (one - other).dropna().rename("difference")
+    """First minus second arm in points, by ``task`` and ``seed``, of runs that have a pair."""
+    scores = frame.set_index(["task", "seed"])["score"]
+    first, second = (scores[(frame["arm"] == arm).to_numpy()] for arm in comparison[:2])
+    return 100 * (first - second).dropna().rename("difference")
 
 
 def pairs(frame: pd.DataFrame) -> pd.DataFrame:
     """:func:`differences` of every comparison: one row per pair of runs."""
-    found = [
-        differences(frame, one).reset_index().assign(claim=claim.key, comparison=str(one))
-        for claim in CLAIMS
-        for one in claim.comparisons
-    ]
-    columns = ["claim", "comparison", "task", "seed", "difference"]
-    return pd.concat([part for part in found if len(part)] or found[:1])[columns].reset_index(
-        drop=True
-    )
+    parts = []
+    for claim in CLAIMS:
+        for comparison in claim.comparisons:
+            part = differences(frame, comparison).reset_index()
+            parts.append(part.assign(claim=claim.key, comparison=str(comparison)))
+    joined = pd.concat([part for part in parts if len(part)] or parts[:1], ignore_index=True)
+    return joined[["claim", "comparison", "task", "seed", "difference"]]

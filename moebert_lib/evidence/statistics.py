@@ -1,8 +1,8 @@
-"""How far the mean of a few runs can be trusted, and what it lets one say.
+"""Intervals and tests for the means and the paired differences of a few runs.
 
-Levels get Student's t interval, paired differences a BCa bootstrap interval. Fewer than five
-runs get none: their points are the evidence. For many comparisons at once there are
-permutation tests and Holm's correction.
+The mean of runs gets Student's t interval, the mean of paired differences a BCa bootstrap
+interval. Fewer than five runs get no interval: their points are shown instead. For many
+comparisons at once there are sign-flip permutation tests and Holm's correction.
 """
 
 import functools
@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-FEWEST = 5  #: runs below which an interval says more about its formula than about the runs
-LEVEL = 0.95
+FEWEST = 5  #: runs that an interval needs; below, it depends more on its formula than on the runs
+LEVEL = 0.95  #: confidence level of every interval
 RESAMPLES = 9999  #: of a bootstrap, and of a permutation test that is too large to enumerate
 ENUMERATED = 12  #: pairs up to which a permutation test tries every pattern of signs
 
 
 class Interval(NamedTuple):
-    """A mean over ``n`` runs and its 95% interval, in the unit of the runs; NaN where none."""
+    """A mean of ``n`` runs and its 95% interval (NaN without one), in the unit of the runs."""
 
     mean: float
     low: float
@@ -31,25 +31,25 @@ class Interval(NamedTuple):
 
     @property
     def sign(self) -> str:
-        """``>`` or ``<`` where the interval excludes zero, else ``?``: these runs cannot tell."""
+        """``>`` or ``<`` if the interval excludes zero, ``?`` otherwise."""
         if self.low > 0:
             return ">"
         return "<" if self.high < 0 else "?"
 
-    def points(self, digits: int = 1) -> str:
-        """In percentage points, for values between 0 and 1.
+    def points(self) -> str:
+        """The interval in percentage points, for values between 0 and 1.
 
         Example:
             >>> Interval(0.031, 0.012, 0.05, 5).points()
             '+3.1 points, 95% interval +1.2 to +5.0, n = 5'
         """
-        mean, low, high = (f"{100 * value:+.{digits}f}" for value in self[:3])
-        between = f"95% interval {low} to {high}" if self.low == self.low else "no interval"
+        mean, low, high = (f"{100 * value:+.1f}" for value in self[:3])
+        between = "no interval" if np.isnan(self.low) else f"95% interval {low} to {high}"
         return f"{mean} points, {between}, n = {self.n}"
 
 
 def t_interval(values: Iterable[float]) -> Interval:
-    """Mean and Student's t interval of independent runs.
+    """Mean and Student's t interval of independent runs; no interval below five runs.
 
     Example:
         >>> [round(number, 2) for number in t_interval([1, 2, 3, 4, 5])]
@@ -58,30 +58,33 @@ def t_interval(values: Iterable[float]) -> Interval:
         Interval(mean=2.0, low=nan, high=nan, n=2)
     """
     runs = np.asarray(list(values), dtype=float)
-    low, high = student(runs) if len(runs) >= FEWEST else (float("nan"), float("nan"))
+    low, high = student(runs) if len(runs) >= FEWEST else (np.nan, np.nan)
     return Interval(float(runs.mean()), low, high, len(runs))
 
 
 def student(values: Iterable[float]) -> tuple[float, float]:
-    """Both ends of Student's t interval of the mean, however few the values; NaN for one.
+    """Lower and upper limit of Student's t interval of the mean, from two values on.
 
-    It takes the values for normal. With two to four nothing in them can show whether they are.
+    The interval assumes normal values, which two to four values cannot show. One value gives NaN,
+    equal values their mean twice.
     """
     runs = np.asarray(list(values), dtype=float)
     if len(runs) < 2:
         return float("nan"), float("nan")
-    mean = float(runs.mean())
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(runs) - 1) * stats.sem(runs))
-    return mean - reach, mean + reach
+    mean, error = float(runs.mean()), float(stats.sem(runs))
+    if error == 0:
+        return mean, mean
+    low, high = stats.t.interval(LEVEL, len(runs) - 1, mean, error)
+    return float(low), float(high)
 
 
 def bca_interval(values: Iterable[float]) -> Interval:
     """Mean and BCa bootstrap interval (bias-corrected and accelerated; Efron 1987).
 
-    It takes no distribution for granted, but can only resample what is there: with five normal
-    values it holds the true mean far less often than it says, in about 82 of 100 samples, with
-    twelve in about 90 (:func:`chance` measures the rest). Values that are all equal are their
-    own interval. The same values give the same interval.
+    The bootstrap assumes no distribution, but it can only resample the values given. With five
+    normal values the interval covers the true mean in about 82 of 100 samples, with twelve in
+    about 90 (see :func:`chance`). Equal values give an interval of no width, fewer than five none.
+    The same values always give the same interval.
 
     Example:
         >>> [round(number, 2) for number in bca_interval([1, 2, 3, 4, 5])]
@@ -98,7 +101,7 @@ def bca_interval(values: Iterable[float]) -> Interval:
 
 
 def _bca(samples: np.ndarray, n_resamples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the interval along the last axis."""
+    """Lower and upper limits of the mean along the last axis."""
     return stats.bootstrap(
         (samples,),
         np.mean,
@@ -111,27 +114,27 @@ def _bca(samples: np.ndarray, n_resamples: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def resampled(measure: Callable[[np.ndarray], float], n: int) -> tuple[float, float]:
-    """Ends of a metric's 95% percentile bootstrap interval over ``n`` examples of one run.
+    """Limits of a metric's 95% percentile bootstrap interval over ``n`` examples of one run.
 
-    ``measure`` takes row numbers ``(n,)``, repeats included. The same ``n`` draws the same rows,
-    so a difference of two models is paired. Fewer than five examples get NaN.
+    ``measure`` takes row numbers ``(n,)``, repeats included. The same ``n`` always draws the same
+    rows, so the difference of two models is paired. Fewer than five examples give NaN.
     """
     if n < FEWEST:
         return float("nan"), float("nan")
-    draw = np.random.default_rng(0)
+    random = np.random.default_rng(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a draw of one class alone has no correlation
-        values = [measure(draw.integers(n, size=n)) for _ in range(1000)]
+        warnings.simplefilter("ignore")  # a sample with a single class has no correlation
+        values = [measure(random.integers(n, size=n)) for _ in range(1000)]
     low, high = np.nanquantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
 @functools.cache
 def chance(n: int, *, n_samples: int = 1000) -> float:
-    """How often ``n`` differences without any effect have an interval that excludes zero.
+    """How often the interval of ``n`` differences excludes zero when there is no effect.
 
-    Five in a hundred by name. :func:`student`, for two to four, keeps to that; BCa's rate is
-    measured, on ``n_samples`` samples of normal values. One difference has no interval: 0.
+    Nominally 5 in 100. :func:`student` (two to four normal values) keeps to that; the rate of BCa
+    is measured on ``n_samples`` samples of normal values. One difference has no interval: 0.
     """
     if n < FEWEST:
         return (1 - LEVEL) * (n > 1)
@@ -149,18 +152,14 @@ def differences(
     worse: object,
     by: str = "seed",
 ) -> pd.Series:
-    """``better`` minus ``worse``, run by run: what a pair shares cancels out.
+    """``better`` minus ``worse``, run by run.
 
     Args:
         frame: One row per run.
         metric: The column compared.
         column: The setting that differs, with ``better`` and ``worse`` among its values.
-        better: Counts positive.
-        worse: Counts negative.
-        by: What makes two runs a pair.
-
-    Raises:
-        ValueError: a run without its partner.
+        better, worse: Its value whose metric counts positive, and negative.
+        by: The column whose value two runs of a pair share; ValueError for a run without partner.
     """
     wide = frame.pivot(index=by, columns=column, values=metric)[[better, worse]]
     if wide.isna().any(axis=None):
@@ -169,51 +168,47 @@ def differences(
 
 
 def paired(frame: pd.DataFrame, metric: str, **pair: object) -> Interval:
-    """BCa interval of the mean of :func:`differences`, which says what ``pair`` may hold."""
+    """BCa interval of the mean of :func:`differences`, which describes ``pair``."""
     return bca_interval(differences(frame, metric, **pair))
 
 
 def permutation_p(values: Iterable[float], alternative: str = "two-sided") -> float:
-    """p of a sign-flip test of paired differences: is their mean zero?
+    """p of a sign-flip permutation test of paired differences: is their mean zero?
 
-    Without an effect each difference could as well have had the other sign. ``p`` is the share
-    of all patterns of signs whose mean is at least as extreme as the one observed: exact up to
-    twelve pairs, a seeded sample beyond. The observed pattern and its mirror image are always
-    among them, so a two-sided ``p`` of ``n`` pairs is never below ``2 ** (1 - n)``: fewer than
-    six pairs cannot reach 0.05, whatever they show.
+    Without an effect each difference could as well have the other sign. ``p`` is the share of
+    sign patterns whose mean is at least as extreme as the observed mean: exact up to twelve
+    pairs, from a seeded sample beyond. The observed pattern and its mirror image always count, so
+    a two-sided ``p`` of ``n`` pairs is at least ``2 ** (1 - n)``: fewer than six pairs cannot
+    reach 0.05.
 
     Args:
-        values: Differences, one per pair; none give NaN.
+        values: Differences, one per pair; no values give NaN.
         alternative: ``two-sided``, ``greater`` (the mean is above zero) or ``less``.
 
     Example:
         >>> permutation_p([0.5, 0.25, 0.75])
         0.25
     """
-    if alternative not in ("two-sided", "greater", "less"):
-        raise ValueError(f"alternative={alternative!r}: choose from two-sided, greater, less")
     gaps = np.asarray(list(values), dtype=float)
-    n = len(gaps)
-    if n == 0:
+    if len(gaps) == 0:
         return float("nan")
-    if exact := n <= ENUMERATED:
-        signs = np.array(list(itertools.product([1.0, -1.0], repeat=n)))
-    else:
-        signs = np.random.default_rng(0).choice([1.0, -1.0], size=(RESAMPLES, n))
-    sums, seen = signs @ gaps, gaps.sum()
-    if alternative == "two-sided":
-        sums, seen = np.abs(sums), abs(seen)
-    elif alternative == "less":
-        sums, seen = -sums, -seen
-    extreme = int((sums >= seen - 1e-9 * np.abs(gaps).sum()).sum())
-    return extreme / len(signs) if exact else (extreme + 1) / (len(signs) + 1)
+    scaled = gaps / max(np.abs(gaps).max(), np.finfo(float).tiny)
+    test = stats.permutation_test(
+        (scaled if len(gaps) > 1 else [*scaled, 0.0],),  # scipy wants two; a zero changes no share
+        lambda flipped, axis: flipped.sum(axis=axis).round(9),  # sums equal but for rounding tie
+        permutation_type="samples",
+        alternative=alternative,
+        n_resamples=np.inf if len(gaps) <= ENUMERATED else RESAMPLES,
+        rng=np.random.default_rng(0),
+    )
+    return float(test.pvalue)
 
 
 def holm(p_values: Iterable[float]) -> np.ndarray:
-    """Holm's step-down adjustment: p-values of several tests, each fit to be held against 0.05.
+    """Holm's step-down correction: adjusted p-values that can each be compared with 0.05.
 
-    The smallest of ``m`` is multiplied by ``m``, the next by ``m - 1`` and so on; none becomes
-    smaller than one before it, or larger than 1. NaN stays NaN and does not count.
+    The smallest of ``m`` is multiplied by ``m``, the next by ``m - 1`` and so on. Adjusted values
+    keep their order and do not exceed 1. NaN stays NaN and is not counted.
 
     Example:
         >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
@@ -222,15 +217,16 @@ def holm(p_values: Iterable[float]) -> np.ndarray:
     p = np.asarray(list(p_values), dtype=float)
     adjusted = np.full(len(p), np.nan)
     order = np.argsort(p)[: int(np.isfinite(p).sum())]  # NaN is sorted last
-    steps = p[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    multiplied = p[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(multiplied), 1.0)
     return adjusted
 
 
 def agreed(values: Iterable[float]) -> str:
-    """``>`` or ``<`` where paired differences agree on a sign, else ``?``: they cannot tell.
+    """The common sign of paired differences, ``>`` or ``<``; ``?`` if they have none.
 
-    Five or more agree where their interval excludes zero; two to four where all have one sign.
+    Five or more differences have a sign if their interval excludes zero, two to four if all of
+    them have it, one never.
 
     Example:
         >>> agreed([0.01, 0.04, 0.02]), agreed([0.01, -0.04]), agreed([0.01])
@@ -245,22 +241,17 @@ def agreed(values: Iterable[float]) -> str:
 
 
 def luck(n: int) -> float:
-    """How often :func:`agreed` gives ``n`` differences without any effect a sign."""
+    """How often :func:`agreed` finds a sign in ``n`` differences without any effect."""
     return chance(n) if n >= FEWEST else (n > 1) * 2.0 ** (1 - n)
 
 
 def rule(n: int) -> str:
-    """What gives ``n`` paired differences a sign in :func:`agreed`, for a title.
-
-    Example:
-        >>> rule(3), rule(5)
-        ('all 3 seeds agree', '95% interval excludes zero')
-    """
+    """The condition under which :func:`agreed` finds a sign in ``n`` differences."""
     return f"all {n} seeds agree" if n < FEWEST else f"{LEVEL:.0%} interval excludes zero"
 
 
 def steps(frame: pd.DataFrame, metric: str, *, column: str, order: Sequence) -> pd.DataFrame:
-    """Neighbours of a claimed order, compared seed by seed: one row per step.
+    """Neighbours of a claimed order, compared seed by seed: one row per comparison.
 
     Args:
         frame: One row per run, with ``seed``.
@@ -269,42 +260,36 @@ def steps(frame: pd.DataFrame, metric: str, *, column: str, order: Sequence) -> 
         order: Its values, the one claimed to be best first.
 
     Returns:
-        ``better``, ``worse``, in points ``mean``, ``lowest``, ``highest``, ``pairs``, ``sign``.
+        Columns ``better``, ``worse``, ``mean``, ``lowest`` and ``highest`` (in points), ``pairs``
+        and ``sign`` (:func:`agreed`).
     """
     rows = []
     for better, worse in itertools.pairwise(order):
         gap = 100 * differences(frame, metric, column=column, better=better, worse=worse)
         rows.append((better, worse, gap.mean(), gap.min(), gap.max(), len(gap), agreed(gap)))
-    names = ["better", "worse", "mean", "lowest", "highest", "pairs", "sign"]
-    return pd.DataFrame(rows, columns=names)
+    return pd.DataFrame(rows, columns="better worse mean lowest highest pairs sign".split())
 
 
 def over(frame: pd.DataFrame, metric: str, *, column: str, base: Mapping) -> pd.DataFrame:
-    """Each value of a setting against another one, seed by seed, with t intervals.
+    """Each value of a setting compared with a base value, seed by seed, with t intervals.
 
     Args:
         frame: One row per run, with ``seed``.
         metric: The column compared, 0 to 1.
         column: The setting that differs.
-        base: Of each value, the one that it is held against; itself: no difference.
+        base: For each value, the value it is compared with; itself for no comparison.
 
     Returns:
-        Indexed by value, in points: ``mean`` (of the metric), ``difference``, and the ends
+        Indexed by value, in points: ``mean`` (of the metric), ``difference``, and the limits
         ``low`` and ``high`` of its 95% interval (:func:`student`; NaN for one pair).
     """
     rows = {}
     for value, other in base.items():
         level = 100 * frame.loc[frame[column] == value, metric].mean()
-        gap, ends = float("nan"), (float("nan"), float("nan"))
+        gap, limits = float("nan"), (float("nan"), float("nan"))
         if value != other:
             gaps = 100 * differences(frame, metric, column=column, better=value, worse=other)
-            gap, ends = gaps.mean(), student(gaps)
-        rows[value] = (level, gap, *ends)
-    names = ["mean", "difference", "low", "high"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=names).rename_axis(column)
-
-
-def chain(compared: pd.DataFrame) -> str:
-    """:func:`steps` in one line, such as ``8 > 4 ? 1``."""
-    first = "".join(f"{row.better} {row.sign} " for row in compared.itertuples())
-    return f"{first}{compared['worse'].iloc[-1]}"
+            gap, limits = gaps.mean(), student(gaps)
+        rows[value] = (level, gap, *limits)
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table.set_axis(["mean", "difference", "low", "high"], axis=1).rename_axis(column)

@@ -1,27 +1,30 @@
-"""How every figure looks, what its colours mean, and how it is saved.
+"""The look of all figures, the parts that several of them share, and how they are saved.
 
-The drawings are in the modules ``plots_*``. Each takes plain arrays or a DataFrame, draws into
-``ax`` (or a new figure) and returns it; none shows or saves. The title states the finding
-and comes from the notebook.
+The drawing functions are in the other files of this folder, one file a subject. Each takes arrays
+or a DataFrame, draws a figure with a ``title``, a sentence that says what it shows, and returns
+its axes or the figure; none shows or saves it. Scores come in as 0 to 1 and are drawn in %.
 
-Colours that meet in one figure stay apart for eyes without red or green, and in grey print;
-where grey brings two together, a mark, a number or a word tells them apart as well.
+Colours that meet in one figure differ for readers who do not see red or green and in grey print;
+where grey brings two together, a marker, a number or a word tells them apart as well.
 """
 
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 
+from moebert_lib.evidence.statistics import FEWEST, LEVEL
 from moebert_lib.store.run_outputs import (
     finding,
     output_file,
@@ -43,17 +46,17 @@ COLORS = {
     "importance": INDIGO,  # a split by importance
     "random": GREY,  # a random split, chance
     "other": GREY,  # a model drawn for comparison
-    "inverse": "#C4500A",  # the least important neurons shared
+    "inverse": "#C4500A",  # a split that shares the least important neurons
     "paper": "#5A5A5A",  # values of the paper: hollow diamonds
-    "shared": INDIGO,  # neurons that every expert holds
-    "own": "#A9B5E3",  # neurons that one expert holds, whichever
-    "dropped": "#DEDEDE",  # neurons that no expert holds
+    "shared": INDIGO,  # neurons of every expert
+    "own": "#A9B5E3",  # neurons of a single expert
+    "dropped": "#DEDEDE",  # neurons of no expert
 }
 
-#: Marks of the ways to rank neurons, so that colour is never alone in telling them apart.
+#: Markers of the ways to rank neurons, beside their colours.
 MARKERS = {"importance": "o", "random": "s", "inverse": "^"}
 
-#: A value of the paper's, as arguments of ``plot``.
+#: How a value of the paper is drawn, as arguments of ``plot``.
 DIAMOND = dict(marker="D", mfc="white", mec=COLORS["paper"], mew=1.3, ms=6, color=COLORS["paper"])
 
 #: One colour per expert, in order; also told apart by number.
@@ -87,7 +90,6 @@ STYLE = {
     "axes.linewidth": 0.7,
     "axes.edgecolor": "#444444",
     "axes.axisbelow": True,
-    "axes.grid": False,
     "grid.color": "#E6E6E6",
     "grid.linewidth": 0.6,
     "xtick.major.width": 0.7,
@@ -115,7 +117,7 @@ _UNDATED = {
 
 
 def use_style() -> None:
-    """Set the look of all following figures; once at the top of a notebook."""
+    """Set the look of all following figures; called once at the top of a notebook."""
     mpl.rcParams.update(STYLE)
 
 
@@ -153,131 +155,177 @@ def save(drawing: Axes | Figure, name: str, data: pd.DataFrame | None = None) ->
     return png
 
 
-def axes(ax: Axes | None, size: tuple[float, float] = SINGLE) -> Axes:
-    """``ax``, or the axes of a new figure of ``size`` inches."""
-    return plt.subplots(figsize=size, layout="constrained")[1] if ax is None else ax
+def axes(size: tuple[float, float] = SINGLE) -> Axes:
+    """The axes of a new figure of ``size`` inches."""
+    return plt.subplots(figsize=size, layout="constrained")[1]
 
 
 def panels(
-    fig: Figure | SubFigure | None,
-    n: int,
-    *,
-    per_row: int,
-    height: float = 2.0,
-    head: float = 0.45,
-    **subplots,
-) -> tuple[Figure | SubFigure, list[Axes]]:
-    """``n`` axes in rows of ``per_row`` across the page, in ``fig`` or a new figure.
+    n: int, *, per_row: int, height: float, head: float = 0.45, **subplots: Any
+) -> tuple[Figure, list[Axes]]:
+    """A new figure with ``n`` axes for different drawings, in rows of ``per_row`` across the page.
 
-    ``height`` of one row and ``head`` for the title are in inches; the rest goes to
-    ``Figure.subplots``.
+    ``height`` of one row and ``head`` for the title are in inches.
     """
-    columns = min(n, per_row)
-    rows = -(-n // columns)
-    if fig is None:
-        fig = plt.figure(figsize=(WIDE[0], head + rows * height), layout="constrained")
-    grid = list(fig.subplots(rows, columns, squeeze=False, **subplots).flat)
-    for spare in grid[n:]:
-        spare.set_axis_off()
-    return fig, grid[:n]
+    rows = -(-n // per_row)
+    fig = plt.figure(figsize=(WIDE[0], head + rows * height), layout="constrained")
+    return fig, list(fig.subplots(rows, per_row, squeeze=False, **subplots).flat)
 
 
-def headline(drawing: Axes | Figure | SubFigure, title: str, *, legend_rows: int = 0) -> None:
-    """Put a left-aligned title, wrapped to the width, and leave ``legend_rows`` under it."""
-    letters = max(12, int(15.5 * _room(drawing)))
-    text = title = re.sub(r"(?<![\w.])-(?=\d)", "−", title)  # a minus, not a hyphen
-    lines = -(-len(title) // letters)
-    if lines > 1:  # the narrowest width that needs no further line
-        wrapped = (_wrap(title, width) for width in range(len(title) // lines, letters))
-        fits = (text for text in wrapped if text.count("\n") < lines)
-        text = next(fits, _wrap(title, letters))
-    if isinstance(drawing, Axes):
-        drawing.set_title(text, loc="left", pad=7 + 14 * legend_rows)
-    else:
-        drawing.suptitle(text + "\n" * legend_rows, x=0.01, ha="left")
+def facets(
+    frame: pd.DataFrame,
+    column: str,
+    draw: Callable[[Axes, pd.DataFrame], object],
+    *,
+    title: str,
+    labels: tuple[str, str],
+    per_row: int = 3,
+    height: float = 2.1,
+    name: str = "{}",
+    side: str = "left",
+    handles: Sequence = (),
+    **grid: Any,
+) -> Figure:
+    """Small multiples across the page: the same drawing for each value of a column.
+
+    Args:
+        frame: The rows of all panels.
+        column: Its values are the panels, in the order of the rows.
+        draw: Called with the axes and the rows of each panel.
+        title: What the figure shows.
+        labels: Of the horizontal and of the vertical axis, once for all panels.
+        per_row: Panels in a row.
+        height: Of a panel, in inches.
+        name: Title of a panel, with ``{}`` for the value.
+        side: Of the panel that its title is aligned with.
+        handles: Entries of one legend for all panels.
+        grid: For ``seaborn.FacetGrid``, such as ``sharex``.
+    """
+    values = list(dict.fromkeys(frame[column]))
+    columns = min(per_row, len(values))
+    grid |= {"height": height, "aspect": WIDE[0] / columns / height, "despine": False}
+    facet = sns.FacetGrid(frame, col=column, col_order=values, col_wrap=columns, **grid)
+    for value, ax in facet.axes_dict.items():
+        draw(ax, frame[frame[column] == value])
+        ax.set(xlabel="", ylabel="", title="")
+        ax.set_title(name.format(value), loc=side, fontsize=10, pad=4)
+    figure = facet.figure
+    figure.set_layout_engine("constrained")
+    figure.supxlabel(labels[0], fontsize=10)
+    figure.supylabel(labels[1], fontsize=10)
+    headline(figure, title, legend=handles)
+    return figure
 
 
-def _wrap(title: str, width: int) -> str:
-    """Lines of at most ``width`` letters; names such as hash-random stay in one piece."""
-    return textwrap.fill(title, width, break_on_hyphens=False, break_long_words=False)
+def headline(drawing: Axes | Figure, title: str, *, legend: Sequence = ()) -> None:
+    """Set a figure's title on the left, wrapped to its width, with one row of ``legend`` below."""
+    figure = drawing.get_figure(root=True) if isinstance(drawing, Axes) else drawing
+    width, height = figure.get_size_inches()
+    title = re.sub(r"(?<![\w.])-(?=\d)", "−", title)  # a minus, not a hyphen
+    letters = max(12, int(15.5 * (width - 0.4)))
+    n_lines = max(1, -(-len(title) // letters))
+    widths = range(max(12, len(title) // n_lines), letters + 1)
+    whole = partial(textwrap.fill, title, break_on_hyphens=False, break_long_words=False)
+    text = min(map(whole, widths), key=lambda wrapped: wrapped.count("\n"))  # lines alike in length
+    figure.suptitle(text + "\n" * bool(legend), x=0.01, ha="left")
+    if legend:
+        below = 0.05 + 0.2 * (1 + text.count("\n"))  # inches
+        corner = {"loc": "upper left", "bbox_to_anchor": (0.005, 1 - below / height)}
+        look = {"columnspacing": 1.4, "handletextpad": 0.5}
+        figure.legend(handles=legend, ncols=len(legend), **corner, **look)
 
 
-def _room(drawing: Axes | Figure | SubFigure) -> float:
-    """Inches for a title: from the axes' left edge, estimated, to the right of the figure."""
-    width = drawing.get_figure(root=True).get_figwidth()
-    if not isinstance(drawing, Axes) or not drawing.axison:
-        return width - 0.5
-    spec = drawing.get_subplotspec()
-    labels = max((len(label.get_text()) for label in drawing.get_yticklabels()), default=0)
-    return width / (spec.get_gridspec().ncols if spec else 1) - 0.45 - 0.062 * labels
-
-
-def legend_above(ax: Axes, columns: int, handles: Sequence | None = None) -> int:
-    """A legend between title and axes, where it covers no data; returns its rows."""
+def legend_above(ax: Axes, columns: int, handles: Sequence | None = None) -> None:
+    """Put a legend between title and axes, where it covers no data."""
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
-    if not handles:
-        return 0
-    ax.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(-0.01, 1.0),
-        ncols=columns,
-        borderaxespad=0.15,
-        columnspacing=1.4,
-        handletextpad=0.5,
-    )
-    return -(-len(handles) // columns)
+    if handles:
+        corner = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0), "borderaxespad": 0.15}
+        ax.legend(handles=handles, ncols=columns, columnspacing=1.4, handletextpad=0.5, **corner)
 
 
 def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """Name lines at their right ends instead of in a legend; names that would touch move apart.
+    """Name lines at their right ends instead of in a legend; names do not touch each other.
 
-    Call it when the axes have their limits.
+    ``ends`` has the last x, the last y and the colour of each line by name. The axes must have
+    their final limits.
+    """
+    gap = 0.16 / (0.72 * ax.get_figure(root=True).get_figheight())  # one line of text, about
+    names = sorted(ends, key=lambda name: ends[name][1])
+    ends_on_page = ax.transData.transform([ends[name][:2] for name in names])
+    x, y = ax.transAxes.inverted().transform(ends_on_page).T
+    for _ in range(100):
+        missing = np.clip(gap - np.diff(y), 0, None) / 2
+        y[:-1] -= missing
+        y[1:] += missing
+        y += max(0, 0.03 - y[0])  # above the axis
+    offset = {"xytext": (7, 0), "textcoords": "offset points", "annotation_clip": False}
+    for name, *place in zip(names, x, y, strict=True):
+        look = {"va": "center", "color": _readable(ends[name][2]), "fontsize": 9}
+        ax.annotate(name, place, xycoords="axes fraction", **offset, **look)
+
+
+def broken(names: Iterable[object]) -> list[str]:
+    """Names of categories in several lines, so that they fit beside each other."""
+    return [str(name).replace("-", "-\n").replace(", ", "\n") for name in names]
+
+
+def listed(items: Iterable[object]) -> str:
+    """Items with commas and "and".
+
+    Example:
+        >>> listed([256, 128, 384])
+        '256, 128 and 384'
+    """
+    *first, last = map(str, items)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def above_or_below(gap: float) -> str:
+    """A difference in points in words.
+
+    Example:
+        >>> above_or_below(1.26), above_or_below(-0.5), above_or_below(-0.01)
+        ('1.3 points above', '0.5 points below', '0.0 points above')
+    """
+    return f"{abs(gap):.1f} points {'below' if round(gap, 1) < 0 else 'above'}"
+
+
+def order_in_words(compared: pd.DataFrame, subject: str) -> str:
+    """A title from comparisons of neighbours: which differ, and which do not clearly differ.
 
     Args:
-        ax: Axes with the lines.
-        ends: Name to the last ``x``, the last ``y`` and the colour of its line.
+        compared: From ``statistics.steps``.
+        subject: What the values are, such as ``"Shared neurons"``.
+
+    Example:
+        >>> rows = {"better": [256, 384], "worse": [384, 0], "mean": [0.1, 3.1]}
+        >>> compared = pd.DataFrame({**rows, "sign": ["?", ">"], "pairs": 3})
+        >>> order_in_words(compared, "Shared neurons")[:68]
+        'Shared neurons: in all 3 seeds 384 scored 3.1 points above 0; no cle'
     """
-    names = sorted(ends, key=lambda name: ends[name][1])
-    inches = 0.72 * ax.get_figure(root=True).get_figheight()  # of the axes, about
-    at = [ax.transAxes.inverted().transform(ax.transData.transform(ends[n][:2])) for n in names]
-    heights, gap = np.array([y for _, y in at]), 0.16 / inches
-    for _ in range(100):
-        short = np.clip(gap - np.diff(heights), 0, None) / 2
-        heights[:-1] -= short
-        heights[1:] += short
-        heights += max(0, 0.03 - heights[0])  # above the axis
-    for name, (x, _), height in zip(names, at, heights, strict=True):
-        ink = COLORS["paper"] if ends[name][2] == GREY else ends[name][2]
-        ax.annotate(
-            name,
-            (x, height),
-            xycoords="axes fraction",
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            color=ink,
-            fontsize=9,
-            annotation_clip=False,
-        )
+    n, parts = int(compared["pairs"].max()), []
+    signed = compared[compared["sign"] != "?"].itertuples()
+    differ = [f"{row.better} scored {above_or_below(row.mean)} {row.worse}" for row in signed]
+    if differ:
+        rule = f"in all {n} seeds" if n < FEWEST else f"by {LEVEL:.0%} intervals"
+        parts.append(f"{rule} {listed(differ)}")
+    group = (compared["sign"] != "?").cumsum()[compared["sign"] == "?"]
+    for _, rows in compared[compared["sign"] == "?"].groupby(group):
+        values = [rows["better"].iloc[0], *rows["worse"]]
+        parts.append(f"no clear difference between {listed(values)}")
+    return f"{subject}: {'; '.join(parts)}"
 
 
-def legend_under(fig: Figure | SubFigure, handles: Sequence) -> None:
-    """One row of legend under a figure's :func:`headline`, which left a line for it."""
-    below = 0.05 + 0.2 * fig.get_suptitle().count("\n")  # inches
-    height = fig.bbox.height / fig.get_figure(root=True).dpi
-    fig.legend(
-        handles=handles,
-        ncols=len(handles),
-        loc="upper left",
-        bbox_to_anchor=(0.005, 1 - below / height),
-        columnspacing=1.4,
-        handletextpad=0.5,
-    )
+def differing_in_words(compared: pd.DataFrame, base: str) -> str:
+    """A title from ``statistics.over``: the values whose interval excludes zero."""
+    apart = compared.index[(compared["low"] > 0) | (compared["high"] < 0)]
+    if not len(apart):
+        return f"No clear difference from {base} (95% intervals, uncorrected)"
+    return f"Clearly different from {base} (95% intervals, uncorrected): {'; '.join(apart)}"
 
 
 def depth_colors(n_layers: int) -> list[tuple[float, float, float]]:
-    """One colour per layer, first light to last dark."""
+    """One colour per layer, light for the first to dark for the last."""
     return [to_rgb(RAMP(x)) for x in np.linspace(0.27, 1.0, n_layers)]
 
 
@@ -287,70 +335,101 @@ def expert_color(expert: int) -> str:
 
 
 def ink_on(color: str | Iterable[float]) -> str:
-    """Black or white, whichever reads better on ``color``."""
+    """Black or white, whichever is easier to read on ``color``."""
     red, green, blue = to_rgb(color)
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else INK
 
 
-def spread(n: int, width: float = 0.26) -> np.ndarray:
-    """Sideways offsets that keep ``n`` points of one category apart, in axis units."""
-    return np.linspace(-width / 2, width / 2, n) if n > 1 else np.zeros(n)
+def _readable(color: str) -> str:
+    """A colour for small letters: grey is too pale for them."""
+    return COLORS["paper"] if color == GREY else color
 
 
-def dots(ax: Axes, x: float, values: Sequence[float], *, color: str, marker: str = "o") -> None:
-    """Every value as a point around ``x``, and their mean as a short bar."""
-    values = np.asarray(values, dtype=float)
-    many = len(values) > 1
-    ax.plot(
-        x + spread(len(values)),
-        values,
-        marker,
-        color=color,
-        ls="",
-        ms=4.5 if many else 6,
-        alpha=0.75 if many else 1,
-        zorder=3,
-    )
-    if many:
-        ax.plot(
-            [x - 0.24, x + 0.24],
-            [values.mean()] * 2,
-            color=color,
-            lw=2.2,
-            zorder=4,
-            solid_capstyle="butt",
-        )
+def strip(
+    ax: Axes,
+    frame: pd.DataFrame,
+    place: str,
+    value: str,
+    *,
+    colors: Mapping[Any, str] | None = None,
+    markers: Mapping[Any, str] | None = None,
+    hollow: Iterable = (),
+    rows: bool = False,
+    middle: str | None = "mean",
+) -> list:
+    """Draw every run as a point, side by side in its category, and their mean as a short bar.
+
+    Args:
+        ax: Where to draw.
+        frame: One row per run.
+        place: Column of the categories, drawn in the order of the rows.
+        value: Column of the values.
+        colors: Colours of categories; those not named are drawn as MoEBERT.
+        markers: Markers of categories; those not named have circles.
+        hollow: Categories whose points are drawn hollow.
+        rows: Categories are below each other, values go from left to right.
+        middle: What the bar is, ``mean`` or ``median``; None for no bar.
+
+    Returns:
+        The categories, at 0, 1, 2, ... on their axis.
+    """
+    names = list(dict.fromkeys(frame[place]))
+    color = {name: (colors or {}).get(name, COLORS["moebert"]) for name in names}
+    run = frame.groupby(place, sort=False).cumcount()  # side by side in this order
+    axis = {"x": value, "y": place} if rows else {"x": place, "y": value}
+    axis |= {"order": names, "orient": "h" if rows else "v", "legend": False, "ax": ax}
+    points = {"dodge": True, "jitter": False, "alpha": 0.75, "size": 4.5}
+    for name in names:
+        here, before = frame[place] == name, len(ax.collections)
+        points["palette"] = [color[name]] * here.sum()
+        points["marker"] = (markers or {}).get(name, "o")
+        sns.stripplot(frame[here], hue=run[here], **points, **axis)
+        for drawn in ax.collections[before:] if name in hollow else ():
+            drawn.set(facecolor="white", edgecolor=color[name], linewidth=1, alpha=1)
+    several = frame[frame[place].map(frame[place].value_counts()) > 1]
+    bar = {"marker": "|" if rows else "_", "markersize": 15 if rows else 24, "markeredgewidth": 2.2}
+    if middle and len(several):
+        axis |= {"hue": place, "palette": color, "estimator": middle, "errorbar": None}
+        sns.pointplot(several, linestyle="none", **bar, **axis)
+    return names
 
 
-def all_equal(ax: Axes, width: float) -> None:
-    """The share in % that ``width`` neurons would hold if all mattered alike, named on its line."""
-    ax.plot([0, width], [0, 100], color=COLORS["random"], lw=1, ls=":")
-    ax.text(
-        0.4 * width,
-        38,
-        "all equal",
-        rotation=np.degrees(np.arctan2(100, width)),
-        transform_rotates_text=True,
-        rotation_mode="anchor",
-        ha="center",
-        va="top",
-        color=COLORS["paper"],
-        fontsize=9,
-    )
+def seed_lines(ax: Axes, frame: pd.DataFrame, place: str, value: str, *, dodge: float = 0) -> list:
+    """Join the runs of each seed over the categories, and draw the means as short bars.
+
+    As :func:`strip`, with ``seed`` in the frame; ``dodge`` is the distance between the points of
+    the first and the last seed in a category.
+    """
+    axis = {"x": place, "y": value, "errorbar": None, "legend": False, "ax": ax}
+    n_seeds = frame["seed"].nunique()
+    thin = {"hue": "seed", "palette": [COLORS["moebert"]] * n_seeds, "lw": 0.8, "markersize": 4}
+    sns.pointplot(frame, dodge=dodge if n_seeds > 1 else False, alpha=0.6, **thin, **axis)
+    bar = {"marker": "_", "markersize": 26, "markeredgewidth": 2.2, "color": INK}
+    sns.pointplot(frame, linestyle="none", **bar, **axis)
+    return list(dict.fromkeys(frame[place]))
+
+
+def heat(ax: Axes, values: pd.DataFrame, text: pd.DataFrame | str, **options: Any) -> None:
+    """Draw a table as a heat map from 0 on; cells without a number stay empty.
+
+    ``text`` stands in the cells, or is the format of the values; ``options`` are those of
+    ``seaborn.heatmap``, such as ``vmax``, the value of the darkest colour.
+    """
+    cells = {"annot": True, "fmt": text} if isinstance(text, str) else {"annot": text, "fmt": ""}
+    looks = {"cmap": RAMP, "vmin": 0, "cbar": False, "annot_kws": {"fontsize": 9}} | options
+    sns.heatmap(values, ax=ax, **cells, **looks)
+    filled = ax.collections[0].get_facecolors()[values.notna().to_numpy().ravel()]
+    for word, color in zip(ax.texts, filled, strict=True):
+        word.set_color(ink_on(color[:3]))
+    ax.set(xlabel="", ylabel="")
+    ax.tick_params(length=0)
+    ax.tick_params(axis="y", rotation=0)
 
 
 def reference(ax: Axes, y: float, label: str, *, color: str = INK, right: bool = True) -> None:
-    """A dashed horizontal line, labelled at its end instead of in a legend."""
+    """A dashed horizontal line with its name at one end."""
     ax.axhline(y, color=color, lw=1.0, ls=(0, (4, 3)), zorder=1)
-    ink = COLORS["paper"] if color == GREY else color  # GREY is too pale for small letters
-    ax.annotate(
-        label,
-        (1.0 if right else 0.0, y),
-        xycoords=("axes fraction", "data"),
-        xytext=(-2 if right else 2, 2),
-        textcoords="offset points",
-        ha="right" if right else "left",
-        va="bottom",
-        color=ink,
-        fontsize=9,
-    )
+    side = 1 if right else -1
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "bottom"}
+    place |= {"xytext": (-2 * side, 2), "ha": "right" if right else "left", "fontsize": 9}
+    ax.annotate(label, (max(side, 0), y), color=_readable(color), **place)
