@@ -261,7 +261,7 @@ def test_explore_makes_what_it_shows_before_the_page_opens(home, monkeypatch, ca
     assert {"teacher", "importance"} <= {entry.kind for entry in Store().entries()}
     assert "made in" in capsys.readouterr().out and served["browser"] is False
     assert main.main(["explore"]) == 0
-    assert "sources.from_store(Store())" in served["code"] and served["ip"] == "localhost"
+    assert "score_sources.from_store(store)" in served["code"] and served["ip"] == "localhost"
 
 
 def test_site_and_widgets_are_given_what_was_asked_for(home, monkeypatch, capsys):

@@ -37,7 +37,7 @@ def test_an_unknown_task_is_refused_with_the_nearest():
 
 @pytest.mark.parametrize("scale", ["smoke", "quick"])
 def test_an_offline_scale_refuses_a_glue_task_without_files(scale):
-    with pytest.raises(UserError, match=r"'rte' needs --data-dir DIR with DIR/rte/train.jsonl at"):
+    with pytest.raises(UserError, match=r"'rte' needs a data_dir DIR with DIR/rte/train.jsonl at"):
         loading.check(Settings.at(scale, task="rte"))
     assert loading.check(Settings.at("small", task="rte")) is None
 

@@ -72,7 +72,10 @@ def names(path):
     return space
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+TAUGHT = [path for path in NOTEBOOKS if not path.stem.startswith("09")]  # a page of results
+
+
+@pytest.mark.parametrize("path", TAUGHT, ids=lambda path: path.stem)
 def test_each_notebook_has_three_exercises_open_as_given_and_right_as_solved(path):
     found = list(exercises(path))
     assert len(found) == 3

@@ -21,10 +21,10 @@ from moebert_lib.experiments import dataset
 from moebert_lib.experiments import student as experiment
 from moebert_lib.experiments import teacher as teachers
 from moebert_lib.experiments.dataset import new_model
+from moebert_lib.method import encoder_layouts
 from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.model.modeling import MoEHead
 from moebert_lib.publish import share_model
-from moebert_lib.runs.plan import _check_model
 from moebert_lib.store.store import Store
 from moebert_lib.training.evaluation import predict
 
@@ -103,7 +103,7 @@ def test_more_tokens_than_it_has_positions_for_are_refused(folder, capsys):
 
 def test_a_student_of_another_family_is_distilled_and_read_back(folder):
     settings = Settings.at("smoke", model=str(folder), routing="hash-balance", n_experts=2)
-    _check_model(settings)
+    encoder_layouts.check(settings)
     student = experiment.student(Store(), settings, keep_model=True)
     teacher, model = teachers.teacher(Store(), settings).model, student.model()
     assert teacher.config.model_type == folder.name and isinstance(model, MoEHead)
@@ -128,13 +128,13 @@ def test_dropout_is_set_everywhere_and_training_falls_back(folder):
 
 def test_a_model_that_cannot_be_converted_is_refused_before_anything_runs(folder, tmp_path):
     with pytest.raises(UserError, match="cache_teacher=True is for BERTs"):
-        _check_model(Settings.at("smoke", model=str(folder), cache_teacher=True))
+        encoder_layouts.check(Settings.at("smoke", model=str(folder), cache_teacher=True))
     with pytest.raises(UserError, match="the largest expert_size that fits is"):
-        _check_model(Settings.at("smoke", model=str(folder), expert_size=65))
+        encoder_layouts.check(Settings.at("smoke", model=str(folder), expert_size=65))
     other = tmp_path / "gpt2"
     GPT2Model(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9)).save_pretrained(other)
     known = "type 'gpt2' cannot be converted; supported: BERT, MiniLM, RoBERTa, ELECTRA, Distil"
     with pytest.raises(UserError, match=known):
-        _check_model(Settings.at("smoke", model=str(other)))
+        encoder_layouts.check(Settings.at("smoke", model=str(other)))
     with pytest.raises(ValueError, match=known):
         new_model(Settings.at("smoke", model=str(other)), tasks.TASKS["library"])

@@ -141,7 +141,7 @@ REFUSED_KNOBS = {
         "input should be greater than or equal to 1",
     ),
     "misspelt other task": ("01", "other_tasks=[folows]", "did you mean 'follows'?"),
-    "other task without data": ("01", "other_tasks=[rte]", "task 'rte' needs --data-dir"),
+    "other task without data": ("01", "other_tasks=[rte]", "task 'rte' needs a data_dir"),
     "one task, not a list": ("01", "other_tasks=follows", "valid list"),
     "fraction of one": (
         "04",

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from drawings import drawn_bars, drawn_points
 
 from moebert_lib.cli import main
 from moebert_lib.config import paper_numbers
@@ -18,6 +20,7 @@ from moebert_lib.config.errors import UserError
 from moebert_lib.method import rank_stability, release_files
 from moebert_lib.method.importance import Importance
 from moebert_lib.plots import importance as plots_release
+from moebert_lib.plots import results
 
 #: Importance that the top 512 and the kept 1536 neurons hold in the released files, and the
 #: overlap of the top 512 between tasks, as counted once by other code.
@@ -286,7 +289,8 @@ def test_the_command_converts_a_file_that_convert_accepts(tmp_path, tiny_bert, r
     assert "2 layers of 64 neurons" in said and str(out) in said
     assert hashlib.sha256(path.read_bytes()).hexdigest() in said
     held = release_files.shares(release_files.read(path))
-    assert f"top 10 {held.shared:.1%}" in said and f"kept 34 {held.kept:.1%}" in said
+    assert re.search(rf"top 10\D* {held.shared:.1%}", said)
+    assert re.search(rf"kept 34\D* {held.kept:.1%}", said)
     from moebert_lib import to_moebert
     from moebert_lib.model.moe_layer import moe_layers
 
@@ -313,10 +317,10 @@ def test_import_takes_no_option_of_scoring(option, tmp_path, scores, capsys):
 
 def test_the_figure_of_switches_shows_every_pair_and_their_mean():
     rows = pd.DataFrame({"switch": ["b", "b", "a"], "difference": [1.0, 3.0, -2.0]})
-    ax = plots_release.switches(rows)
+    ax = results.switches(rows)
     assert [label.get_text() for label in ax.get_yticklabels()] == ["b", "a"]
-    zero, *marks = [list(line.get_xdata()) for line in ax.get_lines()]
-    assert (zero, marks) == ([0, 0], [[1.0, 3.0], [2.0, 2.0], [-2.0]])
+    assert drawn_points(ax)[:, 0].tolist() == [1.0, 3.0, -2.0]
+    assert drawn_bars(ax, rows=True)[0] == (0, 2.0)
     low, high = ax.get_xlim()
     assert low == -high and high > 3
 
@@ -325,5 +329,5 @@ def test_the_figure_of_files_draws_their_curves(scores, tmp_path):
     one = release_files.read(write(tmp_path / "x.pkl", content(scores)))
     curves = release_files.mass_curves({"rte": one})
     ax = plots_release.mass_by_file(curves, marks={"kept": 50})
-    drawn = {line.get_label(): line for line in ax.get_lines()}
-    assert list(drawn["rte"].get_ydata()) == curves["rte"].tolist()
+    drawn = [list(line.get_ydata()) for line in ax.get_lines()]
+    assert curves["rte"].tolist() in drawn

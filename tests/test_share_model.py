@@ -87,7 +87,7 @@ def test_dense_and_moebert_are_not_taken_for_each_other(teacher, tmp_path, monke
     few = [*truths[:12], *wrong[12:]]  # a quarter right
     monkeypatch.setattr(
         teachers,
-        "judge",
+        "evaluate_with_answers",
         lambda settings, model: (
             {},
             np.array(few if hasattr(model.config, "n_experts") else truths),
@@ -234,7 +234,7 @@ def test_a_model_without_its_tokenizer_is_refused(tmp_path, tiny_bert, capsys):
 def test_sizes_are_held_against_the_model_that_is_given_not_the_scales(monkeypatch):
     asked = []
 
-    def stop(_model, settings, *, train):
+    def stop(_store, _model, settings, *, train):
         asked.append(settings)
         raise UserError("stop")
 
@@ -247,7 +247,7 @@ def test_sizes_are_held_against_the_model_that_is_given_not_the_scales(monkeypat
 @pytest.mark.parametrize(
     "words, said",
     [
-        ([], "give --task T, to score and distil, or --importance FILE"),
+        ([], "give --task T to score and train, or --importance FILE"),
         (["--task", "library", "--importance", "x"], "give --task T"),
         (["m", "--importance", "x", "--untrained"], "leave --untrained out"),
         (["--importance", "x"], "needs the MODEL that was scored"),

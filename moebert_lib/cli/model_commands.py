@@ -242,9 +242,9 @@ def _check_convert(args: argparse.Namespace) -> None:
             "--untrained": args.untrained,
         }
         refuse_useless("--importance converts and trains nothing", options)
-        _check_scores(args.importance)
         if not args.model:
             raise UserError("--importance FILE needs the MODEL that was scored")
+        _check_scores(args.importance)
     if args.onnx:
         from moebert_lib.publish import onnx_export
 

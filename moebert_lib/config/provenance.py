@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,9 @@ LIBRARIES = (
     "moebert torch transformers datasets tokenizers numpy scipy scikit-learn pandas matplotlib "
     "papermill accelerate"
 ).split()
+
+
+_PARSING = threading.Lock()
 
 
 def digest(obj: Any) -> str:
@@ -50,6 +54,12 @@ def checksums(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
+def parse(source: str) -> ast.Module:
+    """The syntax tree of Python source, for threads too: CPython 3.11 fails in two at a time."""
+    with _PARSING:
+        return ast.parse(source)
+
+
 @functools.cache  # of the code as it was first asked for: what this process has imported
 def code_digests(*module_names: str) -> dict[str, str]:
     """SHA-256 of modules of this library by name, blind to comments, docstrings and layout.
@@ -62,7 +72,7 @@ def code_digests(*module_names: str) -> dict[str, str]:
     """
     paths = library_modules()
     names = [name.removeprefix("moebert_lib.") for name in module_names] or sorted(paths)
-    return {name: digest(_dump(ast.parse(paths[name].read_text("utf-8")))) for name in names}
+    return {name: digest(_dump(parse(paths[name].read_text("utf-8")))) for name in names}
 
 
 @functools.cache
@@ -157,7 +167,7 @@ def reached(*names: str) -> list[str]:
     modules, seen, left = library_modules(), set(), {*names}
     while left:
         seen.add(module := left.pop())
-        left |= imported(ast.parse(modules[module].read_text("utf-8"))) - seen
+        left |= imported(parse(modules[module].read_text("utf-8"))) - seen
     return sorted(seen)
 
 
@@ -212,7 +222,7 @@ class _Source:
 
     def __init__(self, module: str):
         self.module = module
-        statements = ast.parse(library_modules()[module].read_text("utf-8")).body
+        statements = parse(library_modules()[module].read_text("utf-8")).body
         outside = [node for node in statements if not isinstance(node, (*FUNCTIONS, ast.ClassDef))]
         self.imports = local_names(*outside)
         self.definitions: dict[str, list[ast.stmt]] = {AT_IMPORT: []}

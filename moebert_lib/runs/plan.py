@@ -29,6 +29,7 @@ from moebert_lib.config.provenance import (
     input_digest,
     library_modules,
     local_names,
+    parse,
     reached,
     versions,
 )
@@ -250,13 +251,13 @@ def _joined(trees: Sequence[ast.Module | None]) -> ast.Module:
 def _parsed(source: str) -> ast.Module | None:
     """A cell's syntax tree, IPython's commands as calls; None where it is not Python."""
     try:
-        return ast.parse(source)
+        return parse(source)
     except SyntaxError:
         from IPython.core.inputtransformer2 import TransformerManager
 
     body = re.sub(r"\A\s*%%.*", "", source)  # as of %%time
     try:
-        return ast.parse(TransformerManager().transform_cell(body))
+        return parse(TransformerManager().transform_cell(body))
     except SyntaxError:
         return None
 
@@ -290,7 +291,7 @@ def parameters_of(path: Path) -> dict[str, Parameter]:
     source = "".join(cells[0]["source"])
     try:
         lines = PythonTranslator.inspect({"source": source})
-        if len(lines) != len(ast.parse(source).body):
+        if len(lines) != len(parse(source).body):
             raise ValueError("another statement stands there")
         return {line.name: _parameter(line) for line in lines}
     except (SyntaxError, ValueError, TypeError) as error:
