@@ -139,7 +139,7 @@ def test_what_dies_is_run_once_more_and_then_given_up():
     )
     assert isinstance(found[0], Entry) and found[1].state == "died"
     assert counts == {"once": 2, "always": 2}
-    assert lines == [(n, "· the kernel died; once more") for n in (0, 1)]
+    assert lines == [(n, "moebert: the kernel died; once more") for n in (0, 1)]
 
 
 def test_a_cell_that_fails_is_not_run_again():

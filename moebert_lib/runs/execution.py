@@ -286,6 +286,7 @@ def _papermill_log(log: TextIO) -> Iterator[None]:
     thread = threading.get_ident()
     handler = logging.StreamHandler(log)
     handler.addFilter(lambda record: record.thread == thread)
+    handler.handleError = lambda record: None  # on a full disk; the run itself reports that
     logger = logging.getLogger("papermill")
     logger.addHandler(handler)
     try:

@@ -165,7 +165,7 @@ def _attempt(
         except NotebookFailed as failure:
             if failure.state != "died" or not left or kernels.stopped.is_set():
                 return failure
-            say(f"· {failure.error}; once more")
+            say(f"{WARNING}{failure.error}; once more")
         except (Unwritable, ChangedLibrary) as error:  # no other run can succeed either
             return UserError(f"{job.name}{describe(job)}: {error}")
         except (UserError, OSError) as error:
