@@ -45,8 +45,8 @@ def test_a_notebook_drawn_from_results_makes_the_bytes_of_its_run(path, home, tm
     grid = {"scale": "smoke", "points": [{"notebook": path.stem}]}
     (folder / report.WORKBOOK).write_text(yaml.safe_dump(grid))
     jobs_before = len(Store().entries("teacher"))
-    (job,) = report.plan(folder, tmp_path / "figures")
-    with report._from(folder):
+    with report._environment(MOEBERT_FROM=str(folder)):
+        (job,) = report.plan(folder, tmp_path / "figures")
         local_pool.run([job])
     drawn = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     drawn.pop("provenance.json")
