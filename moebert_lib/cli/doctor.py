@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from moebert_lib.config.errors import UserError, home
-from moebert_lib.config.presets import MINILM
+from moebert_lib.config.presets import MINILM, MPNET
 from moebert_lib.config.provenance import cores
 from moebert_lib.config.settings import Settings
 
@@ -90,11 +90,15 @@ def kernel() -> str:
 
 
 def weights() -> str:
-    """Whether the weights of scale quick are there, with the right digest."""
+    """Whether the weights of scale quick are there, with the right digest, and those of base."""
     from moebert_lib.data import pretrained_weights
 
     pretrained_weights.find(MINILM)
-    return f"{MINILM}, digest as pinned"
+    try:
+        pretrained_weights.find(MPNET)
+    except UserError as problem:
+        return f"{MINILM}, digest as pinned; only for --scale base: {problem}"
+    return f"{MINILM} and {MPNET}, digests as pinned"
 
 
 def hub() -> str:

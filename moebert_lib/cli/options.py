@@ -74,7 +74,7 @@ def add_settings_options(command: argparse.ArgumentParser, *, task: bool = False
         command.add_argument(
             "--task", metavar="T", help="the task; the default depends on the scale"
         )
-    command.add_argument("--scale", metavar="S", help="smoke, quick (default), small, paper")
+    command.add_argument("--scale", metavar="S", help="smoke, quick (default), small, base, paper")
     command.add_argument(
         "-p",
         dest="values",

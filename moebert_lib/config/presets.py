@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from moebert_lib.config.paper_numbers import TABLE7
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+MPNET = "sentence-transformers/all-mpnet-base-v2"  # of BERT-base's size
 TINY = "tiny"  # a random two-layer BERT: exercises the code, knows nothing
 BASE, LARGE = "bert-base-uncased", "bert-large-uncased"
 
@@ -27,6 +28,7 @@ class Shape(NamedTuple):
 SHAPES = {
     TINY: Shape(2, 32, 64, 4),
     MINILM: Shape(6, 384, 1536, 12),
+    MPNET: Shape(12, 768, 3072, 12, 30_527, 514),
     BASE: Shape(12, 768, 3072, 12),
     LARGE: Shape(24, 1024, 4096, 16),
 }
@@ -66,8 +68,29 @@ SCALES: dict[str, dict[str, Any]] = {
         n_seeds=3,  # as the paper
         batch_size=32,
     ),
+    "base": dict(  # offline, the paper's sizes: each task some CPU hours, minutes on a GPU
+        task="sst2",
+        model=MPNET,
+        max_length=128,
+        importance_examples=2000,
+        teacher_batch_size=16,
+        batch_size=16,
+        n_seeds=3,
+    ),
     "paper": dict(task="mnli", model=BASE, n_seeds=3),
 }
+
+
+def _at_base(
+    examples: int | None, teacher_epochs: float, epochs: float, weight: float, **others: Any
+) -> dict[str, Any]:
+    """What a task changes at scale ``base``: training examples, epochs, Table 7's lambda."""
+    recipe = dict(teacher_epochs=teacher_epochs, epochs=epochs, distill_weight=weight)
+    return {"max_train_examples": examples, **recipe, **others}
+
+
+_SHORT = dict(max_length=64, teacher_batch_size=32, batch_size=32)  # tasks of one sentence
+_SPANS = dict(max_length=384, max_eval_examples=2000, n_seeds=1)
 
 #: What a task changes at a scale: the paper's Table 7, and contexts that need more tokens.
 BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
@@ -85,6 +108,18 @@ BY_TASK: dict[str, dict[str, dict[str, Any]]] = {
     "small": {
         "sst2": dict(max_length=64, max_train_examples=8000),  # of 67,349; null: all
         **{task: dict(max_length=384) for task in ("squad", "squad_v2")},
+    },
+    "base": {
+        "sst2": _at_base(8000, 3.0, 2.0, 1.0, **_SHORT),
+        "cola": _at_base(None, 5.0, 3.0, 3.0, n_seeds=1, **_SHORT),
+        "qnli": _at_base(2000, 3.0, 2.0, 2.0, n_seeds=2),
+        "mnli": _at_base(6000, 2.0, 1.0, 5.0, n_seeds=1),
+        "qqp": _at_base(5000, 2.0, 1.0, 1.0, n_seeds=1),
+        "mrpc": _at_base(None, 4.0, 2.0, 2.0, n_seeds=1),
+        "stsb": _at_base(None, 4.0, 2.0, 1.0, n_seeds=1),  # not in Table 7
+        "rte": _at_base(None, 6.0, 2.0, 1.0, n_seeds=1),
+        "squad": _at_base(2500, 2.0, 1.0, 2.0, **_SPANS),
+        "squad_v2": _at_base(2500, 2.0, 1.0, 1.0, **_SPANS),
     },
     "paper": TABLE7,
 }

@@ -20,7 +20,7 @@ from pydantic import (
 from moebert_lib.config.errors import UserError, nearest
 from moebert_lib.config.presets import FFN_WIDTHS, MINILM, RELEASE, SCALES, defaults
 
-Scale = Literal["smoke", "quick", "small", "paper"]
+Scale = Literal["smoke", "quick", "small", "base", "paper"]
 PaperRouting = Literal["hash-random", "hash-balance", "gate-token", "gate-sentence"]
 Routing = Literal[PaperRouting, "hash-cluster"]
 Ranking = Literal["importance", "random", "inverse"]
@@ -163,6 +163,11 @@ class Settings(BaseModel):
     @property
     def offline(self) -> bool:
         """Whether the scale uses no network."""
+        return self.scale in ("smoke", "quick", "base")
+
+    @property
+    def brief(self) -> bool:
+        """Whether the scale leaves out what takes long; its built-in tasks take minutes."""
         return self.scale in ("smoke", "quick")
 
     def sizes(self, width: int) -> tuple[int, int]:

@@ -27,7 +27,7 @@ ROUTINGS: tuple[str, ...] = get_args(PaperRouting)  # not routing.ROUTINGS, whic
 TABLE3_TASKS = ("rte", "mnli", "squad_v2")
 TABLE4_TASKS = ("rte", "mnli")
 
-#: At the offline scales the tasks beside the main one learn from so much, and no more.
+#: At the brief scales (smoke, quick) the tasks beside the main one learn from so much, no more.
 BRIEF = {"max_train_examples": 1000, "max_eval_examples": 200, "importance_examples": 400}
 
 #: Ways to build experts: the paper's deal, the others of Fig. 3a, and MoEfication's groups.
@@ -149,9 +149,9 @@ def _one_teacher(settings: Settings) -> Settings:
 
 @_taken_to("importance")
 def importance(settings: Settings, other_tasks: Tasks = ()) -> Grid:
-    """The main task and those to compare it with; offline the built-in ones unless named."""
+    """The main task and those to compare it with: named, or at the brief scales the built-in."""
     built_in = [name for name, task in TASKS.items() if task.source == "built-in"]
-    others = other_tasks or (built_in if settings.offline else [])
+    others = other_tasks or (built_in if settings.brief else [])
     return {name: [on_task(settings, name)] for name in dict.fromkeys([settings.task, *others])}
 
 
@@ -256,15 +256,16 @@ def ablations(
     Args:
         settings: The default configuration, part of every figure.
         fractions: Fig. 2a: the layer's width over the expert size; two thirds are shared
-            throughout. None here and below: the paper's points at scale ``paper``, else fewer.
+            throughout. None here and below: the paper's points at the scales
+            ``base`` and ``paper``, else fewer.
         numbers: Fig. 2b: experts; those that the layer cannot fill are left out.
         thirds: Fig. 2c: shared thirds of an expert.
 
     Raises:
         UserError: fewer than two of the given numbers of experts fit.
     """
-    whole = not settings.offline
-    fractions = fractions or ((24, 8, 4, 2) if settings.scale == "paper" else (8, 4, 2))
+    whole = not settings.brief
+    fractions = fractions or ((24, 8, 4, 2) if settings.scale in ("base", "paper") else (8, 4, 2))
     counts = numbers or ((1, 2, 4, 8) if whole else (1, 4, 8))
     thirds = thirds or ((0, 1, 2, 3) if whole else (0, 2, 3))
     width, base = _width(settings), with_sizes(settings)
@@ -306,7 +307,7 @@ def plain_training(settings: Settings) -> Grid:
 def constructions(settings: Settings) -> Grid:
     """Every way to build experts, with shared neurons and without, by name.
 
-    The offline scales leave out those without, which take most of the time. Nor is there an
+    The brief scales leave out those without, which take most of the time. Nor is there an
     inverse one: with none shared it deals the same hands, to experts of other numbers.
 
     Returns:
@@ -314,7 +315,7 @@ def constructions(settings: Settings) -> Grid:
     """
     base = with_sizes(settings)
     grid = {}
-    for n in (base.n_shared, 0)[: 1 if settings.offline or not base.n_shared else 2]:
+    for n in (base.n_shared, 0)[: 1 if settings.brief or not base.n_shared else 2]:
         for name, changes in CONSTRUCTIONS.items():
             if n or name != "inverse":
                 points = over_seeds(base.but(n_shared=n, **changes))
@@ -363,7 +364,7 @@ def tasks(settings: Settings, names: Sequence[str] = ()) -> list[str]:
     """The main task, and those named, or all that the scale and its data have."""
     if settings.data_dir:
         there = [name for name in TASKS if (Path(settings.data_dir) / name).is_dir()]
-    elif settings.offline:
+    elif settings.brief:
         there = [name for name, task in TASKS.items() if task.source == "built-in"]
     else:
         there = list(TABLE7)
@@ -371,7 +372,7 @@ def tasks(settings: Settings, names: Sequence[str] = ()) -> list[str]:
 
 
 def on_task(settings: Settings, task: str) -> Settings:
-    """The experiment on another task: in full, or at the offline scales in brief.
+    """The experiment on another task: in full, or at the brief scales in brief.
 
     In brief there is less to learn from; students see as many examples as on the main task.
     """
@@ -379,7 +380,7 @@ def on_task(settings: Settings, task: str) -> Settings:
         return settings
     built_in = TASKS[task].source == "built-in"
     other = settings.on(task, **({"data_dir": ""} if built_in else {}))
-    if not settings.offline:
+    if not settings.brief:
         return other
     less = {name: min(n, getattr(other, name) or n) for name, n in BRIEF.items()}
     again = (other.max_train_examples or 0) / less["max_train_examples"]
@@ -390,14 +391,14 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
     """Tables 1 and 2 over tasks, Table 3's plain training, Table 4's BERT-large.
 
     Without distillation the paper has three tasks; scale ``small`` trains all of its own, since a
-    claim over tasks needs them, and the offline scales only the main one. So it is with the
+    claim over tasks needs them, and the brief scales only the main one. So it is with the
     rankings of Figure 3a, which the paper has for one task.
     """
     base = settings.but(distill="all")
     each = {task: on_task(base, task) for task in names}
     paper = settings.scale == "paper"
     plain = [task for task in names if not paper or task in TABLE3_TASKS]
-    plain = [settings.task] if settings.offline else plain
+    plain = [settings.task] if settings.brief else plain
     large = [task for task in names if paper and task in TABLE4_TASKS]
     ranked = names if settings.scale == "small" else []
     others = [each[task].but(ranking=name) for task in ranked for name in ("random", "inverse")]

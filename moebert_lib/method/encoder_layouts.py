@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moebert_lib.config.errors import UserError
-from moebert_lib.config.presets import BASE, MINILM, SHAPES, TINY, Shape
+from moebert_lib.config.presets import BASE, MINILM, MPNET, SHAPES, TINY, Shape
 from moebert_lib.config.settings import Settings
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def check(settings: Settings) -> None:
     """
     folder = Path(settings.model).expanduser()
     if not folder.is_dir():
-        if not settings.offline or settings.model in (MINILM, TINY):
+        if not settings.offline or settings.model in (MINILM, MPNET, TINY):
             return
         if settings.model in SHAPES:
             raise UserError(
@@ -228,7 +228,8 @@ def ffns(model: "nn.Module") -> Iterator[FFN]:
 def longest(model: "nn.Module") -> int:
     """Tokens that an encoder, with or without head, takes at most.
 
-    RoBERTa counts positions from the one after its padding's, so it has fewer than embeddings.
+    RoBERTa and MPNet count positions from the one after their padding's, so they have fewer than
+    embeddings.
     """
     positions = model.base_model.embeddings.position_embeddings
     first = 0 if positions.padding_idx is None else positions.padding_idx + 1

@@ -169,7 +169,7 @@ def plan(
 
     Args:
         paths: Notebooks, as :func:`select` returns them.
-        scale: smoke, quick, small or paper.
+        scale: smoke, quick, small, base or paper.
         parameters: Values by name: a notebook's own parameter, or any setting.
         data_dir: Folder with GLUE-format files.
 
