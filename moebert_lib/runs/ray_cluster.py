@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -77,15 +78,17 @@ class Ray(Local):
             pending = task.remote(job, digest, home(), name, self.environment(slot), force)
             self._wait(pending, kernels)
             try:
-                failure = self._ray.get(pending)
+                result = self._ray.get(pending)
             except RayTaskError as error:  # such as a library that the node does not have
-                failure = NotebookFailed(job.name, None, _line(error.cause or error), "not run")
+                result = NotebookFailed(job.name, None, _line(error.cause or error), "not run")
             except RayError as error:
-                failure = NotebookFailed(job.name, None, f"lost: {_line(error)}", "died")
-        entry = None if failure else Store().find(job.key())
+                result = NotebookFailed(job.name, None, f"lost: {_line(error)}", "died")
+        if isinstance(result, NotebookFailed):
+            raise result
+        entry = Store().find(job.key())
         if entry is None:
-            raise failure or NotebookFailed(job.name, None, "its entry cannot be read", "not run")
-        return entry
+            raise NotebookFailed(job.name, None, "its entry cannot be read", "not run")
+        return replace(entry, reused=result)
 
     def _wait(self, pending: Any, kernels: Kernels) -> None:
         """Wait for a task's end; cancel it when this batch is stopped."""
@@ -98,21 +101,28 @@ class Ray(Local):
 
 def run_on_node(
     job: Job, planned: str, home: Path, marker: str, environment: dict[str, str], force: bool
-) -> NotebookFailed | None:
+) -> NotebookFailed | bool:
     """Run a notebook on this node, if it has the planned key and sees the driver's home.
+
+    Returns whether its stored run was reused, or why there is none.
 
     ``marker`` is a file in the driver's ``runs/``; a MOEBERT_HOME of this node's own goes first.
     """
     folder = Path(os.environ.get("MOEBERT_HOME") or home)
-    os.environ |= {"MOEBERT_HOME": str(folder), **environment}
     host = socket.gethostname()
-    if not (folder / "runs" / marker).is_file():
-        problem = f"does not see {home}; put MOEBERT_HOME on a disk that all nodes share"
-    elif job.key().digest != planned:
-        problem = "has another library, data or weights than the run was planned with"
-    else:
-        ((_, result),) = Local(threads=None).run([job], force=force, attempts=1)
-        return None if isinstance(result, Entry) else result
+    before = dict(os.environ)  # Ray's processes serve one task after another
+    os.environ |= {"MOEBERT_HOME": str(folder), **environment}
+    try:
+        if not (folder / "runs" / marker).is_file():
+            problem = f"does not see {home}; put MOEBERT_HOME on a disk that all nodes share"
+        elif job.key().digest != planned:
+            problem = "has another library, data or weights than the run was planned with"
+        else:
+            ((_, result),) = Local(threads=None).run([job], force=force, attempts=1)
+            return result.reused if isinstance(result, Entry) else result
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return NotebookFailed(job.name, None, f"{host} {problem}", "not run")
 
 
