@@ -68,11 +68,11 @@ def span_rows(*, start: int, count: int, with_null: bool) -> list[dict]:
 def nested(rows) -> dict:
     """The same in SQuAD's own layout, one article of one paragraph a row."""
     paragraphs = []
-    for row in rows:
+    for idx, row in enumerate(rows):
         pairs = zip(*row["answers"].values(), strict=True)
         answers = [{"text": text, "answer_start": at} for text, at in pairs]
         qa = {
-            "id": str(row["idx"]),
+            "id": str(idx),
             "question": row["question"],
             "answers": answers,
             "is_impossible": not answers,

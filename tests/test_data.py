@@ -52,19 +52,19 @@ def test_a_folder_without_data_is_refused_whatever_the_task(tmp_path):
 def test_a_built_in_task_loads_offline(task):
     loaded = loading.load(Settings.at("smoke", task=task))
     assert 50 < len(loaded.train) <= 64 and 10 < len(loaded.validation) <= 48
-    assert loaded.train.column_names == [*loaded.task.columns, "idx"]
+    assert loaded.train.column_names == [*loaded.task.columns]
 
 
 @pytest.mark.parametrize("task", FROM_FILES)
 def test_a_task_loads_from_files(task, tiny_glue):
     loaded = loading.load(glue_settings(task, tiny_glue))
-    assert loaded.train.column_names == [*loaded.task.columns, "idx"]
-    assert loaded.train["idx"][:] == list(range(64)) and len(loaded.validation) == 32
+    assert loaded.train.column_names == [*loaded.task.columns]
+    assert len(loaded.train) == 64 and len(loaded.validation) == 32
 
 
 def test_mnli_is_validated_on_the_matched_set(tiny_glue):
     lines = (tiny_glue / "mnli" / "validation_matched.jsonl").read_text().splitlines()
-    loaded = loading.load(glue_settings("mnli", tiny_glue))
+    loaded = loading.load(glue_settings("mnli", tiny_glue, subsample="position"))
     assert loaded.validation["premise"][:] == [json.loads(line)["premise"] for line in lines]
     other = (tiny_glue / "mnli" / "validation_mismatched.jsonl").read_text().splitlines()
     mismatched = loaded.also["mismatched"]["premise"][:]
@@ -127,26 +127,27 @@ def test_a_hub_that_cannot_be_reached_is_one_line():
         loading.load(Settings.at("small", task="cola"))
 
 
-def test_a_cap_takes_the_same_random_examples_whatever_the_seed(tiny_glue):
-    first = loading.load(glue_settings("cola", tiny_glue, max_train_examples=20, seed=1)).train[
-        "idx"
-    ][:]
-    again = loading.load(glue_settings("cola", tiny_glue, max_train_examples=20, seed=2)).train[
-        "idx"
-    ][:]
-    assert first == again != list(range(20))
-    assert len(set(first)) == 20
+@pytest.mark.parametrize("subsample", ["hash", "position"])
+def test_a_limit_takes_the_same_random_examples_whatever_the_seed(tiny_glue, subsample):
+    def some(limit=20, **changes):
+        asked = glue_settings("cola", tiny_glue, subsample=subsample, **changes)
+        return loading.load(asked.but(max_train_examples=limit)).train["sentence"][:]
+
+    whole = some(None)
+    assert some(seed=1) == some(seed=2)
+    assert len({*some()}) == 20 and {*some()} < {*whole}
 
 
 def test_the_digest_follows_task_caps_and_files_but_not_seeds(tiny_glue, tmp_path):
     base = glue_settings("cola", tiny_glue)
     assert loading.digest(base) == loading.digest(base.but(seed=5)) == loading.load(base).digest
     others = [base.but(task="sst2"), base.but(max_train_examples=9), Settings.at("small")]
+    others += [base.but(subsample="position"), base.but(second_test=9)]
     (tmp_path / "cola").mkdir()
     for path in (tiny_glue / "cola").iterdir():
         (tmp_path / "cola" / path.name).write_bytes(path.read_bytes() + b"\n")
     others.append(glue_settings("cola", tmp_path))
-    assert len({loading.digest(settings) for settings in [base, *others]}) == 5
+    assert len({loading.digest(settings) for settings in [base, *others]}) == 7
 
 
 def test_encoding_keeps_pairs_apart_and_cuts_at_max_length(encoded, tokenizer):
@@ -162,7 +163,7 @@ def test_encoding_keeps_pairs_apart_and_cuts_at_max_length(encoded, tokenizer):
 def test_regression_labels_are_encoded_as_floats(tokenizer, tiny_glue):
     loaded = loading.load(glue_settings("stsb", tiny_glue))
     coded = loading.encode(loaded.train, loaded.task, tokenizer, 16)
-    assert coded["labels"][:3] == [0.0, 0.5, 1.0]
+    assert coded["labels"][:] == loaded.train["label"][:] and 0.5 in coded["labels"][:]
     assert next(batching.batches(coded, tokenizer, 4))["labels"].dtype == torch.float32
 
 

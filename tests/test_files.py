@@ -1,12 +1,16 @@
 import json
+import os
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError
+from moebert_lib.config.settings import Settings
 from moebert_lib.data import loading
 from moebert_lib.data.tasks import TASKS
+from moebert_lib.experiments import dataset
 
 GOOD = {"sentence": "a fine film", "label": 1, "idx": 0}
 
@@ -28,7 +32,9 @@ def refusal(data_dir, task="sst2") -> str:
 
 @pytest.mark.parametrize("task", [name for name in TASKS if TASKS[name].source != "built-in"])
 def test_good_files_pass(task, tiny_glue):
-    assert loading.check_files(TASKS[task], str(tiny_glue)) is None
+    counts = loading.check_files(TASKS[task], str(tiny_glue))
+    assert counts.pop("train") == 64 and {*counts.values()} == {32}
+    assert counts.keys() == {"validation", *dict(TASKS[task].also)}
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
@@ -77,12 +83,127 @@ def test_a_missing_split_is_named_beside_what_is_there(tmp_path):
         ('{"sentence": "a", "label": "1"}', "label '1'; expected 0"),
         ('{"sentence": "a", "label": true}', "label True; expected 0"),
         ('{"sentence": "a", "label": NaN}', "label nan; expected 0"),
+        ('{"sentence": "a", "label": 1e999}', "label inf; expected 0"),
+        (f'{{"sentence": "a", "label": {"1" + "0" * 400}}}', "label 1000"),
+        (f'{{"sentence": "a", "label": {"9" * 5000}}}', "line 1: not a JSON object"),
+        ('{"sentence": "a", "label": 0, "label": 1}', "in which each name occurs once"),
+        ('{"sentence": "\\ud800", "label": 0}', "column 'sentence' is '\\ud800'"),
+        ("[" * 10**5, "line 1: not a JSON object"),
+        ("\x00", "line 1: not a JSON object"),
+        ("\n \n", "train.jsonl is empty"),
     ],
 )
 def test_a_bad_example_is_refused_with_file_line_and_reason(lines, message, tmp_path):
     data_dir = put(tmp_path, train=lines, validation=json.dumps(GOOD))
     said = refusal(data_dir)
     assert f"{tmp_path}/sst2/train.jsonl" in said and message in said
+
+
+@pytest.mark.parametrize("between", ["\n", "\r\n", "\n\n", " \n\t\n"])
+def test_blank_lines_do_not_count_and_places_are_those_of_the_file(tmp_path, between):
+    lines = between.join([json.dumps(GOOD)] * 3) + between
+    data_dir = put(tmp_path, train=lines, validation=lines)
+    assert loading.check_files(TASKS["sst2"], data_dir) == {"train": 3, "validation": 3}
+    place = (lines + "[1]").split("\n").index("[1]") + 1
+    (tmp_path / "sst2" / "train.jsonl").write_text(lines + "[1]")
+    assert f"line {place}: not a JSON object" in refusal(data_dir)
+
+
+def some(**changes):
+    return Settings.at("small", task="sst2", subsample="position", **changes)
+
+
+@pytest.mark.parametrize("name", ["glue[12]", "glue*", "~glue", "label=1", "g{1,2}", "a b%20c"])
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "shards"])
+def test_a_folders_name_is_never_a_pattern(tmp_path, name, ending, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n, folder in enumerate([name, "glue1", "glue2", "gluex", "g1"]):
+        if ending == "jsonl":
+            (tmp_path / folder).mkdir()
+            put(tmp_path / folder, **dict.fromkeys(("train", "validation"), one_line(n)))
+        else:
+            (tmp_path / folder / "sst2").mkdir(parents=True)
+            shard = "-00000-of-00001" if ending == "shards" else ""
+            for split in ("train", "validation"):
+                rows = pd.DataFrame([json.loads(one_line(n))])
+                rows.to_parquet(tmp_path / folder / "sst2" / f"{split}{shard}.parquet")
+    loaded = loading.load(some(data_dir=str(tmp_path / name)))
+    assert loaded.train.to_list() == [{"sentence": "number 0", "label": 0}]
+
+
+def one_line(n):
+    return json.dumps({"sentence": f"number {n}", "label": 0})
+
+
+def test_a_file_rewritten_with_its_old_time_stamp_gives_its_new_rows(tmp_path):
+    """Of the same size as well, again and again, in one process; and its digest is a new one."""
+    data_dir = put(tmp_path, train=one_line(0), validation=one_line(0))
+    path = tmp_path / "sst2" / "train.jsonl"
+    old, digests = path.stat(), set()
+    for n in range(5):
+        path.write_text(one_line(n))
+        os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
+        settings = some(data_dir=data_dir)
+        assert loading.load(settings).train["sentence"][:] == [f"number {n}"]
+        assert dataset.dataset(settings.but(model="tiny")).examples["train"]["sentence"][:] == [
+            f"number {n}"
+        ]
+        digests.add(loading.digest(settings))
+    assert len(digests) == 5
+
+
+def test_a_digest_is_computed_once_and_again_after_a_change_that_hides_itself(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "file"
+    path.write_text("one")
+    stat = path.stat()
+    monkeypatch.setattr(provenance, "JUST_NOW", 0)  # as if the file were older
+    read = []
+    plain = provenance.file_digest
+    monkeypatch.setattr(provenance, "file_digest", lambda p: read.append(p) or plain(p))
+    assert provenance.input_digest(path) == provenance.input_digest(path) == plain(path)
+    assert len(read) == 1
+    other = tmp_path / "other"
+    other.write_text("two")
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    other.replace(path)
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert provenance.input_digest(path) == plain(path) and len(read) == 2
+
+
+TEXTS = ["2020-01-01", "1", "true", "null", "NaN", "", " a ", "\u2028", "é", "\x00", "1e5", "[]"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_every_text_stays_what_it_is(tmp_path, ending):
+    """A reader that guesses types makes dates of the first, numbers of the second."""
+    rows = [{"sentence": text, "label": n % 2} for n, text in enumerate(TEXTS)]
+    data_dir = put(tmp_path, validation=one_line(0))
+    if ending == "jsonl":
+        (tmp_path / "sst2" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pd.DataFrame(rows).to_parquet(tmp_path / "sst2" / "train.parquet")
+    assert loading.load(some(data_dir=data_dir)).train.to_list() == rows
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    put(tmp_path, validation=one_line(0))
+    for n in (0, 2):
+        shard = tmp_path / "sst2" / f"train-0000{n}-of-00003.parquet"
+        pd.DataFrame([GOOD]).to_parquet(shard)
+    assert "2 shards of 'train', the last train-00002-of-00003.parquet" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["~nobody-of-this-name/x", "a\0b", "x" * 5000])
+def test_a_folder_that_cannot_be_is_one_line(where):
+    assert refusal(where).startswith("no data folder")
+
+
+def test_a_file_that_cannot_be_opened_is_one_line(tmp_path):
+    put(tmp_path, validation=one_line(0))
+    (tmp_path / "sst2" / "train.jsonl").symlink_to("/proc/self/mem")
+    assert "train.jsonl" in refusal(tmp_path)
 
 
 def test_a_bad_last_line_is_found(tmp_path):
@@ -136,6 +257,9 @@ def nested(tmp_path, **qa):
         ({"question": " "}, "the question is empty"),
         ({"answers": [{"text": "", "answer_start": 0}]}, "an answer is empty"),
         ({"answers": [{"text": "Ada", "answer_start": 4}]}, "'Ada' is not at its answer_start"),
+        ({"answers": [{"text": "Ada", "answer_start": False}]}, "expected lists 'text' and"),
+        ({"answers": [{"text": "Ada", "answer_start": 0.0}]}, "expected lists 'text' and"),
+        ({"answers": [{"text": 3, "answer_start": 0}]}, "expected lists 'text' and"),
     ],
 )
 def test_a_question_that_contradicts_itself_is_named(tmp_path, qa, said):

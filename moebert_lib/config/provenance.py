@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,8 @@ LIBRARIES = (
     "papermill accelerate"
 ).split()
 
+
+JUST_NOW = 2.0  # seconds in which a file may change twice with one time of change
 
 _PARSING = threading.Lock()
 
@@ -38,13 +41,19 @@ def file_digest(path: Path) -> str:
 
 
 def input_digest(path: Path) -> str:
-    """:func:`file_digest` of a file that is only read: once a process, unless it changes."""
+    """:func:`file_digest` of a file that is only read: once a process, unless it changes.
+
+    A change is seen by the time that the file system keeps of it, which a program cannot set back
+    as it can the time stamp; a file that changed in the last seconds is read every time.
+    """
     stat = path.stat()
-    return _input_digest(path, stat.st_size, stat.st_mtime_ns)
+    if abs(time.time() - stat.st_ctime) < JUST_NOW:
+        return file_digest(path)
+    return _input_digest(path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=256)
-def _input_digest(path: Path, _size: int, _changed: int) -> str:
+def _input_digest(path: Path, *_identity: int) -> str:
     return file_digest(path)
 
 

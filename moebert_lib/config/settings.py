@@ -52,6 +52,8 @@ class Settings(BaseModel):
     doc_stride: int = Field(128, ge=1)  # tokens that windows of a long context share; SQuAD
     max_train_examples: int | None = Field(None, ge=8)
     max_eval_examples: int | None = Field(None, ge=8)
+    subsample: Literal["hash", "position"] = "hash"  # what a limit draws examples by
+    second_test: int = Field(0, ge=0)  # training examples held out as a further test set
 
     # Teacher: fine-tuned on the task first; its hyper-parameters are not in the paper
     teacher_epochs: float = Field(3.0, ge=0)  # 0: the model is fine-tuned on the task already

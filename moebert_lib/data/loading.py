@@ -2,13 +2,14 @@
 
 Local files have the layout ``DIR/<task>/train.jsonl`` and ``validation.jsonl`` with the hub's
 column names; MNLI has ``validation_matched`` and ``validation_mismatched``. Parquet works as well,
-also in the hub's shards, and for SQuAD the official nested ``train.json``. One parser reads them,
-both for the check and for the run. GLUE's test sets are left out: their labels are not public.
+also in the hub's shards, and for SQuAD the official nested ``train.json``. One reader serves the
+check and the run, without a cache. GLUE's test sets are left out: their labels are not public.
 """
 
 import functools
+import io
 import json
-import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError, nearest
 from moebert_lib.config.settings import Settings
 from moebert_lib.data import builtin_corpus, squad
+from moebert_lib.data.subsample import CAP, SECOND_TEST, draw
 from moebert_lib.data.tasks import TASKS, Task, build
 
 if TYPE_CHECKING:
@@ -34,14 +36,16 @@ HUB = {
     "squad_v2": ("rajpurkar/squad_v2", "3ffb306f725f7d2ce8394bc1873b24868140c412"),
 }
 SMOKE_FILES = 5  # of each package: a second to read, enough for every built-in task
-SUBSAMPLE_SEED = 0  # fixed, so that every run at a scale sees the same examples
+POSITION_SEED = 0  # of subsample="position": every run at a scale sees the same examples
+EXPECTED = "sst2/train.jsonl or similar"
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task's splits: columns are the task's own (``Task.columns``) and ``idx``.
+    """A task's splits, with the columns ``Task.columns``.
 
-    ``also`` holds further validation sets by the suffix of their metrics.
+    ``also`` holds further validation sets by the suffix of their metrics: ``mismatched`` for MNLI
+    where there is such a file, and ``second_test`` where the settings ask for one.
     """
 
     task: Task
@@ -57,7 +61,8 @@ def check(settings: Settings) -> None:
     Raises:
         UserError: an unknown task; a task without files at an offline scale; files for a built-in
             task; a folder, file, column, example or label that is wrong; windows of a
-            span task that do not fit, or ``cache_teacher`` with a span task.
+            span task that do not fit, or ``cache_teacher`` with a span task; a second test set
+            that leaves nothing to train on.
     """
     if settings.task not in TASKS:
         raise UserError(f"unknown task '{settings.task}'; {nearest(settings.task, TASKS)}")
@@ -71,21 +76,32 @@ def check(settings: Settings) -> None:
             "sentences; expected cache_teacher=False"
         )
     if settings.data_dir:
-        check_files(task, settings.data_dir)
+        _check_second_test(settings, check_files(task, settings.data_dir)["train"])
     elif task.source != "built-in" and settings.offline:
-        own = ", ".join(name for name, task in TASKS.items() if task.source == "built-in")
+        built_in = ", ".join(name for name, task in TASKS.items() if task.source == "built-in")
         raise UserError(
             f"task '{task.name}' needs a data_dir DIR with DIR/{task.name}/train.jsonl at scale "
             f"{settings.scale}, which is offline (--data-dir DIR, or papermill -p data_dir DIR); "
-            f"built in are {own}"
+            f"built in are {built_in}"
+        )
+
+
+def _check_second_test(settings: Settings, n_train: int) -> None:
+    if settings.second_test and settings.second_test > n_train // 2:
+        raise UserError(
+            f"second_test={settings.second_test}: task '{settings.task}' has {n_train} training "
+            f"examples; expected at most half of them, {n_train // 2}"
         )
 
 
 def load(settings: Settings) -> TaskData:
-    """The task's splits, capped as the settings say.
+    """The task's splits, limited as the settings say.
 
-    A cap takes a fixed random subsample, whatever the seeds, in which built-in tasks keep their
-    balance of classes.
+    The second test set is drawn first, from all training examples, by their hash. Then a limit
+    takes the same examples whatever the seeds: with ``subsample="hash"`` those of the lowest
+    hashes, in this order, and without a limit all of them in this order; with ``"position"`` a
+    random choice of the positions in the file. Built-in tasks take the first examples instead, in
+    which classes are balanced.
 
     Raises:
         UserError: as :func:`check`, or the hub cannot be reached.
@@ -93,25 +109,34 @@ def load(settings: Settings) -> TaskData:
     check(settings)
     task = TASKS[settings.task]
     read = _built_in if task.source == "built-in" else _read
-    parts = {use: read(task, settings, use) for use in splits(task)}
-    train, validation = parts.pop("train"), parts.pop("validation")
-    return TaskData(task, train, validation, parts, digest(settings))
+    parts = {use: read(task, settings, split) for use, split in splits(task, settings).items()}
+    for use in splits(task).keys() - parts.keys():
+        print(f"· {settings.data_dir} has no {dict(task.also)[use]} of {task.name}: left out")
+    if settings.second_test:
+        _check_second_test(settings, len(parts["train"]))
+        second_test = draw(parts["train"], settings.second_test, SECOND_TEST, task)
+        parts["second_test"], parts["train"] = second_test
+    limits = dict.fromkeys(parts, settings.max_eval_examples)
+    limits |= {"train": settings.max_train_examples, "second_test": None}
+    parts = {use: _limited(part, task, settings, limits[use]) for use, part in parts.items()}
+    return TaskData(task, parts.pop("train"), parts.pop("validation"), parts, digest(settings))
 
 
 def digest(settings: Settings) -> str:
-    """SHA-256 of what decides the data: task, caps, and the text's or files' own digests."""
+    """SHA-256 of what decides the data: task, limits, and the text's or files' own digests."""
     task = TASKS[settings.task]
     if task.source == "built-in":
-        source: Any = builtin_corpus.digest(files_per_package=_limit(settings))
+        source: Any = builtin_corpus.digest(files_per_package=_n_files(settings))
     elif settings.data_dir:
-        names = splits(task).values()
+        names = splits(task, settings).values()
         paths = [path for name in names for path in files(task, settings.data_dir, name)]
-        source = {path.name: provenance.input_digest(path) for path in paths}
+        source = {path.name: _file_digest(path) for path in paths}
     else:
         source = _hub(task)
-    caps = [settings.max_train_examples, settings.max_eval_examples]
-    code = provenance.code_of(load)
-    return provenance.digest({"task": task.name, "caps": caps, "source": source, "code": code})
+    limits = [settings.max_train_examples, settings.max_eval_examples]
+    drawn = [settings.subsample, settings.second_test]
+    made = {"source": source, "code": provenance.code_of(load)}
+    return provenance.digest({"task": task.name, "caps": limits, "drawn": drawn, **made})
 
 
 def encode(
@@ -152,42 +177,46 @@ def encode(
         )
 
 
-def _limit(settings: Settings) -> int | None:
+def _n_files(settings: Settings) -> int | None:
     return SMOKE_FILES if settings.scale == "smoke" else None
 
 
-def _cap(settings: Settings, use: str) -> int | None:
-    return settings.max_train_examples if use == "train" else settings.max_eval_examples
-
-
-def _built_in(task: Task, settings: Settings, use: str) -> "Dataset":
+def _built_in(task: Task, settings: Settings, split: str) -> "Dataset":
     from datasets import Dataset
 
-    sentences = builtin_corpus.sentences(files_per_package=_limit(settings))
-    examples = build(task.name, [s for s in sentences if s.split == use])[: _cap(settings, use)]
-    return Dataset.from_list([{**example, "idx": i} for i, example in enumerate(examples)])
+    sentences = builtin_corpus.sentences(files_per_package=_n_files(settings))
+    return Dataset.from_list(build(task.name, [s for s in sentences if s.split == split]))
 
 
-def _read(task: Task, settings: Settings, use: str) -> "Dataset":
-    """One split of a GLUE or SQuAD task from local files or the hub, capped."""
-    split = splits(task)[use]
-    with _no_progress_bars():
-        if settings.data_dir:
-            dataset = _local(task, settings.data_dir, split)
-        else:
-            dataset = _downloaded(task, split).select_columns([*task.columns])
-    dataset = dataset.add_column("idx", list(range(len(dataset))))
-    return _subsample(dataset, _cap(settings, use))
-
-
-def _local(task: Task, data_dir: str, split: str) -> "Dataset":
+def _read(task: Task, settings: Settings, split: str) -> "Dataset":
+    """One split of a GLUE or SQuAD task from local files or the hub."""
     from datasets import Dataset
 
-    examples = []
-    for path in files(task, data_dir, split):
-        for _, row in rows(path):
-            examples.append({name: row[name] for name in task.columns})
-    return Dataset.from_list(examples)
+    if not settings.data_dir:
+        return downloaded(task, split)
+    paths = files(task, settings.data_dir, split)
+    return Dataset.from_list([row for path in paths for row in read_file(path, task)])
+
+
+def downloaded(task: Task, split: str) -> "Dataset":
+    """One split from the hub, at the pinned revision.
+
+    Raises:
+        UserError: the hub cannot be reached.
+    """
+    from datasets import load_dataset
+
+    name, revision = _hub(task).values()
+    part = [task.name] if task.source == "glue" else []
+    try:
+        with _no_progress_bars():
+            loaded = load_dataset(name, *part, split=split, revision=revision)
+    except (OSError, ValueError) as error:  # offline, unreachable, or not in the cache
+        raise UserError(
+            f"{name} cannot be loaded ({type(error).__name__}); give --data-dir DIR with "
+            f"DIR/{task.name}/train.jsonl, or try again online"
+        ) from None
+    return loaded.select_columns([*task.columns])
 
 
 def _hub(task: Task) -> dict[str, str]:
@@ -195,27 +224,17 @@ def _hub(task: Task) -> dict[str, str]:
     return {"hub": name, "revision": revision}
 
 
-def _downloaded(task: Task, split: str) -> "Dataset":
-    from datasets import load_dataset
-
-    name, revision = _hub(task).values()
-    part = [task.name] if task.source == "glue" else []
-    try:
-        return load_dataset(name, *part, split=split, revision=revision)
-    except (OSError, ValueError) as error:  # offline, unreachable, or not in the cache
-        raise UserError(
-            f"{name} cannot be loaded ({type(error).__name__}); give --data-dir DIR with "
-            f"DIR/{task.name}/train.jsonl, or try again online"
-        ) from None
-
-
-def _subsample(dataset: "Dataset", cap: int | None) -> "Dataset":
+def _limited(part: "Dataset", task: Task, settings: Settings, limit: int | None) -> "Dataset":
+    """A split's examples, at most as many as the limit."""
     import numpy as np
 
-    if cap is None or cap >= len(dataset):
-        return dataset
-    order = np.random.default_rng(SUBSAMPLE_SEED).permutation(len(dataset))
-    return dataset.select(order[:cap], keep_in_memory=True)
+    n = len(part) if limit is None else min(limit, len(part))
+    if task.source == "built-in":
+        return part.select(range(n))
+    if settings.subsample == "hash":
+        return draw(part, n, CAP, task)[0]
+    order = np.random.default_rng(POSITION_SEED).permutation(len(part))
+    return part if n == len(part) else part.select(order[:n], keep_in_memory=True)
 
 
 @contextmanager
@@ -231,58 +250,104 @@ def _no_progress_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-EXPECTED = "sst2/train.jsonl or similar"
+# Local files.
 
 
-def splits(task: Task) -> dict[str, str]:
-    """Names of the files by what they are for: train, validation, further validation sets."""
+def splits(task: Task, settings: Settings | None = None) -> dict[str, str]:
+    """Names of the files by use: train, validation, further validation sets.
+
+    Args:
+        task: The task.
+        settings: Where given, a further set without a file in their ``data_dir`` is left out.
+    """
     validation = "validation_matched" if task.name == "mnli" else "validation"
-    return {"train": "train", "validation": validation, **dict(task.also)}
+    further = dict(task.also)
+    if settings and settings.data_dir:
+        found = functools.partial(_found, _task_folder(task, settings.data_dir), task)
+        further = {use: split for use, split in further.items() if found(split)}
+    return {"train": "train", "validation": validation, **further}
 
 
 def files(task: Task, data_dir: str, split: str) -> list[Path]:
     """The files of one split of a task: one, or the shards of one.
 
     Raises:
-        UserError: a folder or file is missing, or the task is built in and reads no files.
+        UserError: a folder, file or shard is missing, or the task is built in and reads no files.
     """
-    folder = _task_folder(task, Path(data_dir).expanduser())
-    nested = [f"{split}.json"] if task.kind == "span" else []
-    single = [f"{split}.jsonl", *nested, f"{split}.parquet"]
-    for pattern in (*single, f"{split}-*-of-*.parquet"):
-        if paths := sorted(folder.glob(pattern)):
-            return paths
+    folder = _task_folder(task, data_dir)
+    if paths := _found(folder, task, split):
+        return paths
     there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-    raise UserError(f"no {' or '.join(single)} in {folder}; there is {there}")
+    raise UserError(f"no {' or '.join(_names(task, split))} in {folder}; there is {there}")
 
 
-def check_files(task: Task, data_dir: str) -> None:
-    """Read every example that a run would read.
+def check_files(task: Task, data_dir: str) -> dict[str, int]:
+    """Read every example that a run would read; return how many there are by use.
+
+    A further validation set may be absent.
 
     Raises:
         UserError: as :func:`files`; or a file is empty, unreadable, or has an example without
             a column, with something else than text, or with a label that the task has not.
     """
-    for split in splits(task).values():
-        for path in files(task, data_dir, split):
-            stat = path.stat()
-            _check_file(path, task, (stat.st_size, stat.st_mtime_ns))
+    counts = {}
+    for use, split in splits(task).items():
+        if use in dict(task.also) and not _found(_task_folder(task, data_dir), task, split):
+            continue
+        paths = files(task, data_dir, split)
+        counts[use] = sum(_count(path, task, _file_digest(path)) for path in paths)
+    return counts
 
 
-def rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every example of a file, with its place in it.
+def read_file(path: Path, task: Task) -> list[dict[str, Any]]:
+    """Every example of a file: the task's columns, each value as the file has it.
 
     Raises:
-        UserError: the file cannot be read as what its ending says.
+        UserError: the file cannot be read as what its ending says, is empty, or has an example
+            that the task cannot have; with file, line and reason.
     """
-    kinds = {".jsonl": _lines, ".json": _nested, ".parquet": _table}
-    yield from kinds[path.suffix](path)
+    readers = {".jsonl": _lines, ".json": _nested, ".parquet": _table}
+    examples = []
+    for place, row in readers[path.suffix](path):
+        if problem := _problem(row, task):
+            raise UserError(f"{path}, {place}: {problem}")
+        examples.append({name: row[name] for name in task.columns})
+    if not examples:
+        raise UserError(f"{path} is empty; expected one example a line")
+    return examples
 
 
-def _task_folder(task: Task, folder: Path) -> Path:
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}; expected one with {EXPECTED}")
-    there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+@functools.lru_cache(maxsize=64)  # a sweep checks the same files for each of its runs
+def _count(path: Path, task: Task, _digest: str) -> int:
+    return len(read_file(path, task))
+
+
+def _names(task: Task, split: str) -> list[str]:
+    return [f"{split}.{end}" for end in ("jsonl", *["json"] * (task.kind == "span"), "parquet")]
+
+
+def _found(folder: Path, task: Task, split: str) -> list[Path]:
+    """The file of a split, its shards, or nothing."""
+    for name in _names(task, split):
+        if (folder / name).is_file():
+            return [folder / name]
+    shards = sorted(folder.glob(f"{split}-*-of-*.parquet"))
+    n = len(shards)
+    expected = [f"{split}-{i:05}-of-{n:05}.parquet" for i in range(n)]
+    if [path.name for path in shards] != expected:
+        raise UserError(
+            f"{folder} has {n} shards of '{split}', the last {shards[-1].name}; "
+            f"expected {expected[0]} to {expected[-1]}"
+        )
+    return shards
+
+
+def _task_folder(task: Task, data_dir: str) -> Path:
+    try:
+        folder = Path(data_dir).expanduser()
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    except (OSError, RuntimeError, ValueError):  # absent, a file, no such user, no such path
+        raise UserError(f"no data folder {data_dir}; expected one with {EXPECTED}") from None
     known = [name for name in there if name in TASKS]
     if task.source == "built-in":
         choice = f"choose one that is in {folder}: {', '.join(known)}"
@@ -297,34 +362,49 @@ def _task_folder(task: Task, folder: Path) -> Path:
     return folder / task.name
 
 
-@functools.lru_cache(maxsize=64)  # a sweep checks the same files for each of its runs
-def _check_file(path: Path, task: Task, _stamp: tuple[int, int]) -> None:
-    empty = True
-    for place, row in rows(path):
-        empty = False
-        problem = _problem(row, task)
-        if problem:
-            raise UserError(f"{path}, {place}: {problem}")
-    if empty:
-        raise UserError(f"{path} is empty; expected one example a line")
-
-
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError:
-                raise UserError(f"{path}, line {number}: not a JSON object") from None
+    """The objects of a file of JSON lines; blank lines are skipped."""
+    for number, line in enumerate(io.BytesIO(_bytes(path)), start=1):
+        try:
+            if line.strip():
+                yield f"line {number}", json.loads(line, object_pairs_hook=_without_doubles)
+        except (ValueError, RecursionError):
+            raise UserError(
+                f"{path}, line {number}: not a JSON object in which each name occurs once"
+            ) from None
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return row
+
+
+def _bytes(path: Path) -> bytes:
+    with _unreadable_in_one_line(path):
+        return path.read_bytes()
+
+
+def _file_digest(path: Path) -> str:
+    with _unreadable_in_one_line(path):
+        return provenance.input_digest(path)
+
+
+@contextmanager
+def _unreadable_in_one_line(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _nested(path: Path) -> Iterator[tuple[str, Any]]:
     """SQuAD's own layout: articles, paragraphs, questions. Unanswerable ones get no answer."""
     try:
-        articles = json.loads(path.read_bytes())["data"]
+        articles = json.loads(_bytes(path))["data"]
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
         asked = [(paragraph["context"], qa) for paragraph in paragraphs for qa in paragraph["qas"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not SQuAD's JSON ('data', 'paragraphs', 'qas'): "
             f"{type(error).__name__} {error}"
@@ -347,14 +427,15 @@ def _nested(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _table(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
+    from pyarrow import ArrowException, BufferReader
+    from pyarrow.parquet import ParquetFile
 
-    try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
-    yield from ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
+    try:  # a path instead of its bytes could bring columns from folders named "label=1"
+        rows = ParquetFile(BufferReader(_bytes(path))).read().to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is not a parquet file: {reason}") from None
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _problem(row: Any, task: Task) -> str:
@@ -365,31 +446,36 @@ def _problem(row: Any, task: Task) -> str:
         if name not in row:
             return f"no column '{name}'; {nearest(name, row)}"
     for name in task.fields:
-        if not isinstance(row[name], str):
-            return f"column '{name}' is {row[name]!r}; expected text"
+        if not isinstance(row[name], str) or re.search("[\ud800-\udfff]", row[name]):
+            return f"column '{name}' is {ascii(row[name])[:60]}; expected text"
     if task.kind == "span":
         return _answers_problem(row, task)
     return _label_problem(row["label"], task)
 
 
 def _label_problem(label: Any, task: Task) -> str:
-    number = isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)
-    if not task.labels:
-        return "" if number and 0 <= label <= 5 else f"label {label!r}; expected 0 to 5"
-    if number and label in range(len(task.labels)):
+    number = isinstance(label, int | float) and not isinstance(label, bool)
+    allowed = range(len(task.labels))
+    if number and (label in allowed if task.labels else 0 <= label <= 5):
         return ""
-    return f"label {label!r}; expected {', '.join(f'{i} {n}' for i, n in enumerate(task.labels))}"
+    names = ", ".join(f"{index} {name}" for index, name in enumerate(task.labels))
+    return f"label {ascii(label)[:60]}; expected {names or '0 to 5'}"
 
 
 def _answers_problem(row: dict[str, Any], task: Task) -> str:
     """Each answer must stand in the context where its ``answer_start`` says."""
-    answers = row["answers"]
+    answers, context = row["answers"], row["context"]
     try:
-        pairs = list(zip(answers["text"], answers["answer_start"], strict=True))
-        wrong = [t for t, at in pairs if row["context"][at : at + len(t)] != t or at < 0]
+        lists = answers["text"], answers["answer_start"]
+        pairs = list(zip(*lists, strict=True))
+        wrong = [text for text, at in pairs if at < 0 or not context.startswith(text, at)]
+        fit = {list} == {*map(type, lists)} and {int} >= {type(at) for _, at in pairs}
     except (TypeError, KeyError, ValueError):
+        fit = False
+    if not fit:
         return (
-            f"answers {str(answers)[:60]}; expected lists 'text' and 'answer_start' of equal length"
+            f"answers {ascii(answers)[:60]}; expected lists 'text' and 'answer_start' of equal "
+            "length"
         )
     if not row["question"].strip():
         return "the question is empty"

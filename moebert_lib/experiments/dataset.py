@@ -147,11 +147,12 @@ def device() -> torch.device:
 def dataset(settings: Settings) -> Dataset:
     """The settings' task, loaded and tokenised once a process."""
     names = (*DATA, "data_dir", "model", "scale")
-    return _dataset(Settings(**{name: getattr(settings, name) for name in names}), home())
+    needed = Settings(**{name: getattr(settings, name) for name in names})
+    return _dataset(needed, home(), loading.digest(needed))
 
 
 @functools.lru_cache(maxsize=4)
-def _dataset(settings: Settings, _root: Path) -> Dataset:
+def _dataset(settings: Settings, _root: Path, _digest: str) -> Dataset:
     loaded = loading.load(settings)
     with_vocabulary = settings.but(model=MINILM) if settings.model == TINY else settings
     tokenizer = AutoTokenizer.from_pretrained(pretrained(with_vocabulary))

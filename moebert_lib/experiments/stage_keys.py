@@ -17,6 +17,8 @@ DATA = (
     "max_length",
     "max_train_examples",
     "max_eval_examples",
+    "subsample",
+    "second_test",
     "doc_stride",
     "n_best",
     "max_answer_length",
@@ -60,7 +62,12 @@ TRAINING = (
 #: Settings that are younger than stored results, each with the value that those results had.
 #: No key has a setting at this value, so a new setting leaves every older key as it was. Give the
 #: value that was in force before the setting existed, even where the default is another.
-LATER: dict[str, Any] = {"grouping": "deal", "gate_top_k": 1}
+LATER: dict[str, Any] = {
+    "grouping": "deal",
+    "gate_top_k": 1,
+    "subsample": "position",
+    "second_test": 0,
+}
 
 
 def without_later(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,13 +160,16 @@ def activation_bytes(of: Shape, batch: int, tokens: int, neurons: int, *, bf16: 
 
 def examples(settings: Settings) -> tuple[int, int]:
     """Examples to train on and to validate on: counted in its files, or known; then capped."""
-    known = SIZES[settings.task][:2]
+    train, validation = SIZES[settings.task][:2]
     if settings.data_dir:
-        known = _counted(settings.task, settings.data_dir)
-    train, validation = known
+        counts = loading.check_files(TASKS[settings.task], settings.data_dir)
+        train = counts.pop("train")
+        validation = sum(counts.values())
+    second_test = min(settings.second_test, train)
+    train -= second_test
     return (
         min(train, settings.max_train_examples or train),
-        min(validation, settings.max_eval_examples or validation),
+        min(validation, settings.max_eval_examples or validation) + second_test,
     )
 
 
@@ -211,17 +214,6 @@ def scored_examples(settings: Settings) -> int:
     if settings.importance_split == "validation":  # the first validation set, of MNLI the matched
         available = validation // (1 + len(TASKS[settings.task].also))
     return min(available, settings.importance_examples or available)
-
-
-@functools.cache
-def _counted(name: str, data_dir: str) -> tuple[int, int]:
-    """Examples in a task's files, to train on and, over all its sets, to validate on."""
-    task = TASKS[name]
-    counts = {
-        use: sum(1 for path in loading.files(task, data_dir, split) for _ in loading.rows(path))
-        for use, split in loading.splits(task).items()
-    }
-    return counts["train"], sum(counts.values()) - counts["train"]
 
 
 # Seconds.
