@@ -6,6 +6,7 @@ import torch
 from moebert_lib.bench import inference
 from moebert_lib.bench.inference import glue_like
 from moebert_lib.model.modeling import MoEBertConfig, MoEBertForSequenceClassification
+from moebert_lib.model.moe_layer import RoutingCall
 
 TINY = inference.TINY
 
@@ -77,9 +78,9 @@ def test_each_expert_is_called_once_a_layer_for_its_own_tokens(monkeypatch):
 
     monkeypatch.setattr(inference.F, "layer_norm", count)
     layer, x = model.bert.encoder.layer[0].output, torch.rand(5, 9, 32, dtype=torch.float64)
-    layer.context.input_ids = glue_like(99, n=5, longest=9)["input_ids"]
-    layer(x, x)
-    chosen = layer.router.tid2eid[layer.context.input_ids.flatten(), 0]
+    ids = glue_like(99, n=5, longest=9)["input_ids"]
+    layer(x, RoutingCall(ids))
+    chosen = layer.router.tid2eid[ids.flatten(), 0]
     assert sizes == torch.bincount(chosen, minlength=4).tolist()
 
 

@@ -23,7 +23,7 @@ from moebert_lib.model.modeling import (
     MoEBertForSequenceClassification,
     MoEBertModel,
 )
-from moebert_lib.model.moe_layer import moe_layers, parameter_counts, record_routes
+from moebert_lib.model.moe_layer import RoutingCall, moe_layers, parameter_counts, record_routes
 from moebert_lib.teaching import checks
 
 RANKING = random_ranking(2, 64, seed=0)
@@ -73,10 +73,10 @@ def slow_layer(layer, hidden, route):
 def test_a_layer_equals_the_token_by_token_reference(moebert, routing, norm, scaling):
     model = moebert(routing=routing, expert_layer_norm=norm, gate_scaling=scaling)
     layer, hidden = moe_layers(model)[1], torch.randn(3, 6, 32).double()
-    layer.context.input_ids = torch.randint(99, (3, 6))
-    layer.context.mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
-    route = layer.router(hidden, layer.context.input_ids, layer.context.mask)
-    assert torch.allclose(layer(hidden, hidden), slow_layer(layer, hidden, route), atol=1e-13)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
+    call = RoutingCall(torch.randint(99, (3, 6)), mask)
+    route = layer.router(hidden, call.input_ids, call.mask)
+    assert torch.allclose(layer(hidden, call), slow_layer(layer, hidden, route), atol=1e-13)
 
 
 def test_every_token_returns_to_its_place(moebert):

@@ -11,7 +11,7 @@ from moebert_lib.experiments import student
 from moebert_lib.method.routing import Route, TokenGate, balance_loss, loads
 from moebert_lib.model.accelerate import accelerate_if_exact
 from moebert_lib.model.modeling import MoEBertForSequenceClassification
-from moebert_lib.model.moe_layer import moe_layers, parameter_counts, record_routes
+from moebert_lib.model.moe_layer import RoutingCall, moe_layers, parameter_counts, record_routes
 from moebert_lib.store.store import Store
 
 GATES = ["gate-token", "gate-sentence"]
@@ -45,11 +45,11 @@ def slow(layer, x, route):
 def test_a_layer_equals_a_loop_over_tokens_and_experts(k, routing, norm, how):
     model = gated(k, routing=routing, expert_layer_norm=norm, shared_neurons=how)
     layer, hidden = moe_layers(model)[1], torch.randn(3, 6, 32).double()
-    layer.context.mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
-    route = layer.router(hidden, None, layer.context.mask)
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
+    route = layer.router(hidden, None, mask)
     assert route.experts.shape == (18, k)
     expected = slow(layer, hidden.flatten(0, 1), route)
-    assert torch.allclose(layer(hidden, hidden).flatten(0, 1), expected, atol=1e-12)
+    assert torch.allclose(layer(hidden, RoutingCall(mask=mask)).flatten(0, 1), expected, atol=1e-12)
 
 
 def test_the_chosen_are_the_most_probable_and_all_of_them_sum_to_one():
@@ -76,7 +76,7 @@ def test_the_gates_gradient_flows_from_every_chosen_expert():
     route = layer.router(hidden, None, None)
     p = route.probabilities.detach().requires_grad_()
     again = route._replace(weights=p.gather(-1, route.experts))
-    layer.serve(hidden, hidden, again).square().sum().backward()
+    layer.serve(hidden, again).square().sum().backward()
     touched = (p.grad[0] != 0).nonzero().flatten().tolist()
     assert touched == sorted(route.experts[0].tolist())
 

@@ -30,7 +30,7 @@ from moebert_lib.config.errors import UserError
 from moebert_lib.method.routing import random_table
 from moebert_lib.model.accelerate import accelerate
 from moebert_lib.model.modeling import MoEBertConfig, MoEBertForSequenceClassification
-from moebert_lib.model.moe_layer import MoEOutput, moe_layers
+from moebert_lib.model.moe_layer import MoEOutput, RoutingCall, moe_layers
 
 Inputs = dict[str, Tensor]
 Sizes = dict[str, int]
@@ -391,12 +391,13 @@ class ReferenceFFN(MoEOutput):
     LayerNorm, and sorts the results back. Hash routing only.
     """
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Both arguments are the attention output, ``(B, T, D)``; so is the shape of the result."""
-        chosen = self.router(hidden_states, self.context.input_ids, self.context.mask).experts[:, 0]
+    def forward(self, attention_output: Tensor, call: RoutingCall) -> Tensor:
+        """``(B, T, D)`` to the layer's output of the same shape."""
+        route = self.router(attention_output, call.input_ids, call.mask)
+        chosen = route.experts[:, 0]
         order = chosen.argsort(0)
         counts = F.one_hot(chosen, self.experts.num_experts).sum(0).tolist()
-        parts = input_tensor.flatten(0, 1)[order].split(counts)
+        parts = attention_output.flatten(0, 1)[order].split(counts)
         norms = self.LayerNorm.weight.unbind(0), self.LayerNorm.bias.unbind(0)
         outputs = []
         for x, w1, b1, w2, b2, *norm in zip(parts, *self.experts.unbound(), *norms, strict=True):
@@ -404,7 +405,7 @@ class ReferenceFFN(MoEOutput):
             outputs.append(
                 F.layer_norm(self.dropout(y) + x, x.shape[1:], *norm, self.LayerNorm.eps)
             )
-        return torch.vstack(outputs)[order.argsort(0)].view_as(input_tensor)
+        return torch.vstack(outputs)[order.argsort(0)].view_as(attention_output)
 
 
 def reference_release(model: PreTrainedModel) -> PreTrainedModel:

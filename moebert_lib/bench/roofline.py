@@ -21,6 +21,7 @@ from moebert_lib.data.batching import Packing
 from moebert_lib.method.routing import HashRouter
 from moebert_lib.model.accelerate import PackedBert
 from moebert_lib.model.cpu_kernels import Kernels, PreparedLayer
+from moebert_lib.model.moe_layer import RoutingCall
 
 
 @dataclass(frozen=True)
@@ -248,14 +249,14 @@ def time_feed_forward(
 
 def _feed_forward(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     layers = [PreparedLayer(layer, Kernels()) for layer in model.base_model.encoder.layer]
-    packing = Packing.of(torch.ones(1, len(ids)))
+    routing = RoutingCall(ids[None], Packing.of(torch.ones(1, len(ids))))
     states = torch.rand(len(ids), model.config.hidden_size, dtype=model.dtype)
 
     @torch.inference_mode()
     def call() -> Tensor:
         x = states
         for layer in layers:
-            x = layer.feed_forward(x, ids, packing)
+            x = layer.feed_forward(x, routing)
         return x
 
     return call

@@ -32,6 +32,7 @@ from moebert_lib.model.cpu_kernels import (
     has_user_hook,
     hooks_of,
 )
+from moebert_lib.model.moe_layer import RoutingCall
 
 
 def accelerate(
@@ -163,10 +164,13 @@ class PackedBert:
         """As ``BertModel.forward``; see :func:`accelerate`."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        call = RoutingCall.of(attention_mask)
+        attention_mask = call.mask
         if self._needs_ordinary(input_ids, attention_mask, others):
+            routed = hasattr(self, "routed_layer")  # a dense encoder knows no call
             output = self.ordinary(
                 input_ids,
-                attention_mask=attention_mask,
+                attention_mask=call if routed else attention_mask,
                 token_type_ids=token_type_ids,
                 output_hidden_states=bool(output_hidden_states),
                 **others,
@@ -176,7 +180,9 @@ class PackedBert:
                 output.hidden_states = tuple(packing.pack(x) for x in output.hidden_states)
             return output
         packing = Packing.of(_mask(input_ids, attention_mask))
-        states = self._states(packing, input_ids, token_type_ids, all_rows=output_hidden_states)
+        states = self._states(
+            packing, input_ids, token_type_ids, call, all_rows=output_hidden_states
+        )
         if self.reads == "first":
             rows, B = states[-1], packing.shape[0]
             rows = rows if len(states[-1]) == B else rows[packing.starts[:-1].long()]
@@ -237,16 +243,20 @@ class PackedBert:
         return self.reads == "padding" and torch.is_grad_enabled() and not bool(mask.all())
 
     def _states(
-        self, packing: Packing, input_ids: Tensor, types: Tensor | None, *, all_rows: bool | str
+        self,
+        packing: Packing,
+        input_ids: Tensor,
+        types: Tensor | None,
+        call: RoutingCall,
+        *,
+        all_rows: bool | str,
     ) -> list[Tensor]:
         """``X^0 .. X^L`` of Eq. 5, each ``(N, D)``; the last of first tokens only, if allowed."""
         ids = packing.pack(input_ids)
         types = None if types is None else packing.pack(types)[None]
         positions = packing.position[None]
         x = self.embeddings(input_ids=ids[None], token_type_ids=types, position_ids=positions)[0]
-        if context := getattr(self, "context", None):
-            context.mask = packing
-            context.balance_losses.clear()
+        call = call.of_tokens(ids[None], packing)
         on_cpu = x.device.type == "cpu"
         fast = on_cpu and not (torch.is_grad_enabled() or self.encoder.training)
         fast = fast and not torch.is_autocast_enabled("cpu")  # mixes dtypes; kernels want one
@@ -257,29 +267,29 @@ class PackedBert:
             single = getattr(layer.output, "top_k", 1) == 1  # all that a prepared layer knows
             ready = self._prepared(index, layer) if fast and single else None
             if ready and not ready.watch.has_hooks():
-                x = ready(x.to(self.kernels.dtype or dtype), ids, packing, first=first)
+                x = ready(x.to(self.kernels.dtype or dtype), call, first=first)
             else:
                 with OneDNNLinear() if on_cpu and self.kernels.prepack else nullcontext():
-                    x = self._plain(layer, x.to(dtype), ids, packing, first=first)
+                    x = self._plain(layer, x.to(dtype), call, first=first)
             states.append(x.to(dtype) if all_rows or last else x)
         return states
 
-    def _plain(
-        self, layer: nn.Module, x: Tensor, ids: Tensor, packing: Packing, *, first: bool
-    ) -> Tensor:
+    def _plain(self, layer: nn.Module, x: Tensor, call: RoutingCall, *, first: bool) -> Tensor:
         """One layer through its modules, with their hooks and dropout."""
-        attend = layer.attention.self
+        attend, packing = layer.attention.self, call.mask
         moe = hasattr(layer.output, "experts")
         first = first and not (moe and layer.output.gated)  # a gate balances over all tokens
-        queries = x[packing.starts[:-1].long()] if first else x
-        heads = (len(ids), attend.num_attention_heads, attend.attention_head_size)
+        rows = packing.starts[:-1].long()
+        queries = x[rows] if first else x
+        heads = (len(x), attend.num_attention_heads, attend.attention_head_size)
         q = attend.query(queries).view(-1, *heads[1:])
         k, v = attend.key(x).view(heads), attend.value(x).view(heads)
         dropout = attend.dropout.p if attend.training else 0.0
         a = layer.attention.output(attention(q, k, v, packing, dropout=dropout), queries)[None]
-        if moe:
-            self.context.input_ids = ids[None, packing.starts[:-1].long()] if first else ids[None]
-        return layer.output(layer.intermediate(a), a)[0]
+        if not moe:
+            return layer.output(layer.intermediate(a), a)[0]
+        call = call.of_tokens(call.input_ids[:, rows], packing) if first else call
+        return layer.output(a, call)[0]
 
     def _prepared(self, index: int, layer: nn.Module) -> PreparedLayer:
         """The layer with prepacked weights, prepared again where it has changed."""

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.activations import GELUActivation
 
-from moebert_lib.data.batching import Packing, attention
+from moebert_lib.data.batching import attention
 from moebert_lib.method.routing import by_expert
+from moebert_lib.model.moe_layer import RoutingCall
 
 #: A linear layer: of ``x`` ``(N, D_in)``, and what is added to the result where it is given.
 Linear = Callable[..., Tensor]
@@ -272,48 +273,46 @@ class PreparedLayer:
         query = self.kernels.layers(attend.query)
         return query, self.kernels.layers(attend.key, attend.value)
 
-    def __call__(self, x: Tensor, ids: Tensor, packing: Packing, *, first: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, call: RoutingCall, *, first: bool = False) -> Tensor:
         """The next state.
 
         Args:
             x: State of all tokens, ``(N, D)``.
-            ids: Token ids, ``(N,)``.
-            packing: Of the batch.
+            call: Its ids are ``(1, N)``, its mask the batch's packing.
             first: Compute the states of first tokens only.
 
         Returns:
             Shape ``(N, D)``, or with ``first`` ``(B, D)``, shortest sentence first.
         """
+        packing = call.mask
         rows = packing.starts[:-1].long() if first else None
         gated = self.moe and self.layer.output.gated  # a gate looks at all tokens
         if first and not gated:
             q_of, kv_of = self.q_and_kv
-            queries, ids, rows = x.index_select(0, rows), ids[rows], None
+            queries = x.index_select(0, rows)
+            call, rows = call.of_tokens(call.input_ids[:, rows], packing), None
             q = q_of(queries).view(-1, *self.heads)
             k, v = kv_of(x).view(-1, 2, *self.heads).unbind(1)
         else:
             queries = x
             q, k, v = self.qkv(x).view(-1, 3, *self.heads).unbind(1)
         a = self.norm(self.projection(attention(q, k, v, packing), queries))
-        return self.feed_forward(a, ids, packing, rows)
+        return self.feed_forward(a, call, rows)
 
-    def feed_forward(
-        self, a: Tensor, ids: Tensor, packing: Packing, rows: Tensor | None = None
-    ) -> Tensor:
+    def feed_forward(self, a: Tensor, call: RoutingCall, rows: Tensor | None = None) -> Tensor:
         """The layer's second half: gather each expert's tokens, apply it, put the rows back.
 
         Args:
             a: Attention output, ``(N, D)``.
-            ids: Token ids, ``(N,)``.
-            packing: Of the batch; a sentence gate reads it.
+            call: As in :meth:`__call__`.
             rows: Tokens to serve; all where None.
         """
         output = self.layer.output
         if not self.moe:
             return self.ffns[0](a if rows is None else a[rows])
         seen = a.to(output.router.gate.weight.dtype) if output.gated else a
-        route = output.router(seen[None], ids[None], packing)
-        output.note_balance(route, packing)
+        route = output.router(seen[None], call.input_ids, call.mask)
+        output.note_balance(route, call)
         expert_of, weights = route.experts, route.weights.to(a.dtype) if output.gated else None
         if rows is not None:
             a, expert_of, weights = (x if x is None else x[rows] for x in (a, expert_of, weights))

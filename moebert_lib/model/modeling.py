@@ -1,20 +1,23 @@
 """MoEBERT as a transformers model: an encoder whose feed-forward layers are experts.
 
-``BertLayer`` computes ``output(intermediate(x), x)``. With the identity for ``intermediate`` and
-``moe_layer.MoEOutput`` for ``output`` the FFN is replaced in one place, and every other line that
-runs is transformers' own. Saving, loading, pipelines and ``Trainer`` therefore work unchanged, and
-``AutoModel``, ``AutoModelForSequenceClassification`` and ``AutoModelForQuestionAnswering`` find
-the model once ``moebert_lib`` is imported.
+A layer runs transformers' own code up to the attention output; then ``moe_layer.MoEOutput`` takes
+the place of the feed-forward network. Saving, loading, pipelines and ``Trainer`` therefore work
+unchanged, and ``AutoModel``, ``AutoModelForSequenceClassification`` and
+``AutoModelForQuestionAnswering`` find the model once ``moebert_lib`` is imported.
 
 The classes of all families are here; they differ in names only.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -45,12 +48,16 @@ from transformers.modeling_outputs import (
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
 )
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+from transformers.models.electra.modeling_electra import ElectraLayer
+from transformers.models.roberta.modeling_roberta import RobertaLayer
 from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.config.settings import check_top_k
 from moebert_lib.method.encoder_layouts import family
 from moebert_lib.method.routing import ALL_ROUTINGS, HashRouter, random_table
-from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingContext
+from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingCall
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
@@ -83,7 +90,7 @@ class ExpertsConfig:
     routing: str = "hash-random"
     expert_layer_norm: str = "per-expert"
     gate_scaling: str = "inside"
-    router_aux_loss_coef: float = 0.01
+    router_aux_loss_coef: float | int = 0.01
     padding_in_balance: bool = False
 
     def __post_init__(self, **kwargs):
@@ -107,8 +114,24 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
+def _with_signature_of(dense: type[PreTrainedModel], forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def same(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    same.__signature__ = inspect.signature(dense.forward)
+    return same
+
+
 class MoEPreTrainedModel(PreTrainedModel):
     """Common to all MoEBERT models; a mix-in before transformers' classes."""
+
+    def __init_subclass__(cls, **kwargs):
+        """Give ``forward`` the dense class's signature, which ``Trainer`` reads."""
+        super().__init_subclass__(**kwargs)
+        for dense in cls.__bases__:
+            if issubclass(dense, PreTrainedModel) and not issubclass(dense, MoEPreTrainedModel):
+                cls.forward = _with_signature_of(dense, cls.forward)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -136,58 +159,67 @@ class MoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoEOutput):
             init.zeros_(module.neurons)
 
-    def _with_aux_loss(self, output: ModelOutput, kind: type[ModelOutput]) -> ModelOutput:
-        """A head's output as ``kind``, with ``aux_loss``, and its weighted part in ``loss``."""
-        balance_losses = self.base_model.context.balance_losses
-        aux_loss = sum(balance_losses) if balance_losses else None
-        balance_losses.clear()
-        if aux_loss is not None and output.loss is not None:
-            output.loss = output.loss + self.config.router_aux_loss_coef * aux_loss
-        return kind(**output, aux_loss=aux_loss)
+    def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
+        function = kwargs.get("gradient_checkpointing_func", args[0] if args else checkpoint)
+        reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
+        if enable and reentrant and self.config.routing.startswith("gate"):
+            raise ValueError(
+                "reentrant gradient checkpointing would lose the gradient of the gates' "
+                "load-balance loss; expected gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+
+
+class RoutedLayer:
+    """A layer of an encoder with experts for its feed-forward half; a mix-in before BERT's layer.
+
+    The dense layer's own code runs up to the attention output, which goes to the experts together
+    with the call (``moe_layer.RoutingCall``). RoBERTa's and ELECTRA's layers are alike.
+    """
+
+    def forward(self, hidden_states, *args, routing_call=None, **kwargs):
+        """As the dense layer's; ``routing_call`` holds what routers need."""
+        attention_output = super().forward(hidden_states, *args, **kwargs)
+        return self.output(attention_output, routing_call or RoutingCall())
+
+    def feed_forward_chunk(self, attention_output):
+        """The dense layer's feed-forward half, which is left out here."""
+        return attention_output
 
 
 class MoEEncoder(MoEPreTrainedModel):
-    """An encoder with experts for feed-forward layers; a mix-in before the dense class."""
+    """An encoder with experts for feed-forward layers; a mix-in before the dense class.
+
+    Attributes:
+        routed_layer: Class of its layers, a subclass of the dense layer's.
+    """
+
+    routed_layer: type[nn.Module]
 
     def __init__(self, config: PreTrainedConfig, *args, **kwargs):
         if config.chunk_size_feed_forward:
             raise ValueError("chunk_size_feed_forward must be 0: chunks would lose their token ids")
         super().__init__(config, *args, **kwargs)
-        self.context, row = RoutingContext(), family(config.model_type.removeprefix("moe"))
-        after = row.replaced == row.parts.norm  # experts are called after the residual is added
+        row = family(config.model_type.removeprefix("moe"))
         for layer in row.layers_of(self):
-            setattr(layer, row.bypassed, Zero() if after else nn.Identity())
-            setattr(layer, row.replaced, (MoENorm if after else MoEOutput)(config, self.context))
+            setattr(layer, row.bypassed, nn.Identity())  # its parameters go
+            setattr(layer, row.replaced, MoEOutput(config))
+            layer.__class__ = self.routed_layer
+        self._no_split_modules = [*(self._no_split_modules or ()), self.routed_layer.__name__]
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
-        """As the dense encoder's; token ids and mask are handed to the routers."""
-        self.context.input_ids = input_ids
-        self.context.mask = attention_mask
-        self.context.balance_losses.clear()
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-
-
-class Zero(nn.Module):
-    """Adds 0 to a residual: ``LN(ffn(a) + a)`` becomes ``LN(a)``; experts replace ``LN``."""
-
-    def forward(self, hidden_states: Tensor) -> float:
-        """Whatever comes in, 0."""
-        return 0.0
-
-
-class MoENorm(MoEOutput):
-    """:class:`MoEOutput` where a LayerNorm stood, which is given the attention output once."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """``(B, T, D)`` to the same shape."""
-        return super().forward(hidden_states, hidden_states)
+    def forward(self, input_ids=None, attention_mask=None, *args, **kwargs):
+        """As the dense encoder's; a head may pass a ``RoutingCall`` in place of the mask."""
+        call = RoutingCall.of(attention_mask)
+        call.input_ids = input_ids
+        return super().forward(input_ids, call.mask, *args, routing_call=call, **kwargs)
 
 
 class MoEHead(MoEPreTrainedModel):
     """A dense model's head with an encoder of class :attr:`encoder`; a mix-in before the head."""
 
     encoder: type[MoEEncoder]
+    output_class: type[ModelOutput]
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)  # head and dense encoder, as transformers builds them
@@ -196,31 +228,28 @@ class MoEHead(MoEPreTrainedModel):
         setattr(self, self.base_model_prefix, self.encoder(config, **options))
         self.post_init()
 
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, *args, **kwargs) -> ModelOutput:
+        """As the dense model's, with ``aux_loss``, whose weighted part is in ``loss``."""
+        # Dense heads hand the mask to their encoder as it is, so the call takes its place.
+        call = RoutingCall(mask=attention_mask)
+        output = super().forward(input_ids, call, *args, **kwargs)
+        aux_loss = call.take_balance()
+        if aux_loss is not None and output.loss is not None:
+            output.loss = output.loss + self.config.router_aux_loss_coef * aux_loss
+        at_inference = output.loss is None and not self.training
+        return self.output_class(**output, aux_loss=None if at_inference else aux_loss)
+
 
 @dataclass
 class MoEBertSequenceClassifierOutput(SequenceClassifierOutput):
     """``SequenceClassifierOutput`` plus ``aux_loss``, the gates' load balance summed over layers.
 
-    ``aux_loss`` is ``None`` for hash routing. When labels are given, ``loss`` includes it
-    with weight ``router_aux_loss_coef``.
+    ``aux_loss`` is ``None`` for hash routing, and at inference: in eval mode without labels. When
+    labels are given, ``loss`` includes it with weight ``router_aux_loss_coef``.
     """
 
     aux_loss: Tensor | None = None
-
-
-class MoEClassifier(MoEHead):
-    """A head that classifies sentences."""
-
-    @can_return_tuple
-    def forward(
-        self, input_ids=None, attention_mask=None, token_type_ids=None, labels=None, **kwargs
-    ) -> MoEBertSequenceClassifierOutput:
-        """As the dense model's; ``labels`` may be absent."""
-        kwargs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = super().forward(
-            input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
-        )
-        return self._with_aux_loss(output, MoEBertSequenceClassifierOutput)
 
 
 @dataclass
@@ -230,29 +259,16 @@ class MoEBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
     aux_loss: Tensor | None = None
 
 
+class MoEClassifier(MoEHead):
+    """A head that classifies sentences."""
+
+    output_class = MoEBertSequenceClassifierOutput
+
+
 class MoESpans(MoEHead):
     """A head that answers with a span."""
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        start_positions=None,
-        end_positions=None,
-        **kwargs,
-    ) -> MoEBertQuestionAnsweringOutput:
-        """As the dense model's; the positions may be absent."""
-        kwargs |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            **kwargs,
-        )
-        return self._with_aux_loss(output, MoEBertQuestionAnsweringOutput)
+    output_class = MoEBertQuestionAnsweringOutput
 
 
 #: Dense class to the MoEBERT class with the same head.
@@ -273,10 +289,14 @@ def register(
     HEADS.update({head.__bases__[1]: head for head in (classifier, spans)})
 
 
+class MoEBertLayer(RoutedLayer, BertLayer):
+    """``BertLayer`` with experts for its feed-forward half."""
+
+
 class MoEBertModel(MoEEncoder, BertModel):
     """``BertModel`` with experts for feed-forward layers."""
 
-    config_class = MoEBertConfig
+    config_class, routed_layer = MoEBertConfig, MoEBertLayer
 
 
 class MoEBertForSequenceClassification(MoEClassifier, BertForSequenceClassification):
@@ -305,10 +325,14 @@ class MoERobertaConfig(ExpertsConfig, RobertaConfig):
     model_type = "moeroberta"
 
 
+class MoERobertaLayer(RoutedLayer, RobertaLayer):
+    """``RobertaLayer`` with experts for its feed-forward half."""
+
+
 class MoERobertaModel(MoEEncoder, RobertaModel):
     """``RobertaModel`` with experts for feed-forward layers."""
 
-    config_class = MoERobertaConfig
+    config_class, routed_layer = MoERobertaConfig, MoERobertaLayer
 
 
 class MoERobertaForSequenceClassification(MoEClassifier, RobertaForSequenceClassification):
@@ -330,10 +354,14 @@ class MoEElectraConfig(ExpertsConfig, ElectraConfig):
     model_type = "moeelectra"
 
 
+class MoEElectraLayer(RoutedLayer, ElectraLayer):
+    """``ElectraLayer`` with experts for its feed-forward half."""
+
+
 class MoEElectraModel(MoEEncoder, ElectraModel):
     """``ElectraModel`` with experts for feed-forward layers."""
 
-    config_class = MoEElectraConfig
+    config_class, routed_layer = MoEElectraConfig, MoEElectraLayer
 
 
 class MoEElectraForSequenceClassification(MoEClassifier, ElectraForSequenceClassification):
@@ -362,10 +390,20 @@ class MoEDistilBertConfig(ExpertsConfig, DistilBertConfig):
     layer_norm_eps: float = 1e-12  # fixed in DistilBERT's code
 
 
+class MoEDistilBertLayer(TransformerBlock):
+    """DistilBERT's layer with experts in the place of its last LayerNorm."""
+
+    def forward(self, hidden_states, attention_mask=None, *, routing_call=None, **kwargs):
+        """As the dense layer's; ``routing_call`` holds what routers need."""
+        attended, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
+        attention_output = self.sa_layer_norm(attended + hidden_states)
+        return self.output_layer_norm(attention_output, routing_call or RoutingCall())
+
+
 class MoEDistilBertModel(MoEEncoder, DistilBertModel):
     """``DistilBertModel`` with experts for feed-forward layers."""
 
-    config_class = MoEDistilBertConfig
+    config_class, routed_layer = MoEDistilBertConfig, MoEDistilBertLayer
 
 
 class MoEDistilBertForSequenceClassification(MoEClassifier, DistilBertForSequenceClassification):

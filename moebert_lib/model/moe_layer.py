@@ -1,12 +1,14 @@
 """One feed-forward layer of experts, and how to look inside it.
 
 :class:`MoEOutput` replaces ``BertOutput``. It routes each token to an expert, applies the experts
-to their tokens (``routing.experts_forward``, Eqs. 1-2), and adds residual and LayerNorm.
+to their tokens (``routing.experts_forward``, Eqs. 1-2), and adds residual and LayerNorm. What the
+routers need beyond states comes with each forward pass, as a :class:`RoutingCall`.
 """
 
+import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -152,27 +154,55 @@ class ExpertLayerNorm(nn.Module):
         return (F.embedding(experts, table) * share[..., None]).sum(1)
 
 
-@dataclass
-class RoutingContext:
-    """What routers need and ``BertLayer`` does not pass on; one per model, set per forward."""
+class RoutingCall:
+    """What the routers of all layers share during one forward pass.
 
-    input_ids: Tensor | None = None
-    mask: Tensor | Packing | None = None
-    balance_losses: list[Tensor] = field(default_factory=list)  # one a gated layer
+    Each forward pass makes one, and it travels with the pass as an argument. Nothing of a pass is
+    kept in the model, so one model may serve several threads, and a layer that is computed again
+    (gradient checkpointing) sees what it saw the first time.
 
-    def __deepcopy__(self, memo: dict) -> "RoutingContext":
-        return RoutingContext()  # a copied model starts fresh; graph tensors can't be copied
+    Attributes:
+        input_ids: Token ids, ``(B, T)``, or None where the model was given embeddings.
+        mask: 1 for real tokens, ``(B, T)``; or a batch's ``Packing``; or None.
+        balance_losses: The load-balance loss of each gated layer so far.
+    """
+
+    def __init__(self, input_ids: Tensor | None = None, mask: Tensor | Packing | None = None):
+        self.input_ids, self.mask = input_ids, mask
+        self.balance_losses: list[Tensor] = []
+        self._taken = False
+
+    @classmethod
+    def of(cls, mask: "Tensor | RoutingCall | None") -> "RoutingCall":
+        """The call that a head handed to its encoder in place of the mask, or a new one."""
+        return mask if isinstance(mask, cls) else cls(mask=mask)
+
+    def of_tokens(self, input_ids: Tensor, mask: Packing) -> "RoutingCall":
+        """The same pass over tokens in another shape; balance losses go to the same list."""
+        call = RoutingCall(input_ids, mask)
+        call.balance_losses = self.balance_losses
+        return call
+
+    def keep_balance(self, loss: Tensor) -> None:
+        """Keep a layer's load-balance loss until :meth:`take_balance`; later ones are repeats."""
+        if not self._taken:
+            self.balance_losses.append(loss)
+
+    def take_balance(self) -> Tensor | None:
+        """The load-balance losses summed over layers; None where there are no gates."""
+        total = sum(self.balance_losses) if self.balance_losses else None
+        self.balance_losses, self._taken = [], True  # a loss's graph holds this object
+        return total
 
 
 class MoEOutput(nn.Module):
-    """Replaces ``BertOutput``: route, experts, dropout, residual, LayerNorm.
+    """The feed-forward half of a layer: route, experts, dropout, residual, LayerNorm.
 
     ``neurons`` ``(E, K)`` are the dense layer's neurons that each expert was made of.
     """
 
-    def __init__(self, config: PreTrainedConfig, context: RoutingContext):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__()
-        self.context = context
         self.router = _router(config)
         tied = config.shared_neurons == "tied"
         self.experts = TiedExperts(config) if tied else Experts(config)
@@ -186,34 +216,39 @@ class MoEOutput(nn.Module):
         shape = (config.n_experts, config.expert_size)
         self.register_buffer("neurons", torch.zeros(shape, dtype=torch.int64), persistent=True)
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Both arguments are the attention output, ``(B, T, D)``, and so is the result."""
-        route = self.router(hidden_states, self.context.input_ids, self.context.mask)
-        self.note_balance(route, self.context.mask)
-        return self.serve(hidden_states, input_tensor, route)
+    def forward(self, attention_output: Tensor, call: RoutingCall) -> Tensor:
+        """``(B, T, D)`` to the layer's output of the same shape.
 
-    def serve(self, hidden_states: Tensor, input_tensor: Tensor, route: Route) -> Tensor:
+        Args:
+            attention_output: After its residual and LayerNorm.
+            call: Of this forward pass.
+        """
+        route = self.router(attention_output, call.input_ids, call.mask)
+        self.note_balance(route, call)
+        return self.serve(attention_output, route)
+
+    def serve(self, attention_output: Tensor, route: Route) -> Tensor:
         """:meth:`forward` along a given route."""
-        tokens = hidden_states.flatten(0, 1)  # (B*T, D)
+        tokens = attention_output.flatten(0, 1)  # (B*T, D)
         weights = torch.ones_like(route.weights) if self.outside else route.weights
         x = self.dropout(self.experts(tokens, route.experts, weights))  # Eq. 2
-        summed = x + input_tensor.flatten(0, 1)
+        summed = x + tokens
         args = (summed, route.experts, route.weights) if self.per_expert else (summed,)
         output = self.LayerNorm(*args)
         if self.outside:
             output = output * route.weights
-        return output.view_as(hidden_states)
+        return output.view_as(attention_output)
 
     @property
     def gated(self) -> bool:
         """Whether the router looks at states, rather than at token ids."""
         return not isinstance(self.router, HashRouter)
 
-    def note_balance(self, route: Route, mask: Tensor | Packing | None) -> None:
+    def note_balance(self, route: Route, call: RoutingCall) -> None:
         """Keep a gate's load-balance loss for the model's output; a hash and a graph have none."""
         if route.probabilities is not None and not torch.compiler.is_exporting():
-            real = None if self.padding_in_balance or isinstance(mask, Packing) else mask
-            self.context.balance_losses.append(balance_loss(route, real))
+            padded = isinstance(call.mask, Tensor) and not self.padding_in_balance
+            call.keep_balance(balance_loss(route, call.mask if padded else None))
 
 
 def _shared_layer_norm(config: PreTrainedConfig) -> nn.LayerNorm:
@@ -238,14 +273,21 @@ def moe_layers(model: nn.Module) -> list[MoEOutput]:
 def record_routes(model: nn.Module) -> Iterator[list[list[Route]]]:
     """Collect every route taken inside the block: ``routes[layer][call]``.
 
-    Of an accelerated model they are those of packed tokens; use the ordinary one.
+    Only forward passes of the thread that opened the block are recorded. Of an accelerated model
+    they are those of packed tokens; use the ordinary one.
 
     Example: ``with record_routes(model) as routes: model(**batch)``
     """
     layers = moe_layers(model)
     routes: list[list[Route]] = [[] for _ in layers]
+    thread = threading.get_ident()
+
+    def keep(_module: nn.Module, _args: tuple, route: Route, *, kept: list[Route]) -> None:
+        if threading.get_ident() == thread:
+            kept.append(route)
+
     hooks = [
-        layer.router.register_forward_hook(lambda _m, _a, route, kept=kept: kept.append(route))
+        layer.router.register_forward_hook(functools.partial(keep, kept=kept))
         for layer, kept in zip(layers, routes, strict=True)
     ]
     try:

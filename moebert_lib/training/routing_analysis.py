@@ -222,7 +222,7 @@ def nearest(layer: MoEOutput, target: Tensor, hidden: Tensor, route: Route) -> R
     distances = []
     for expert in range(layer.experts.num_experts):
         all_tokens = torch.full_like(route.experts, expert)
-        state = layer.serve(hidden, hidden, _through(route, all_tokens))
+        state = layer.serve(hidden, _through(route, all_tokens))
         distances.append((state - target).square().sum(-1).flatten())  # (B*T,)
     return _through(route, torch.stack(distances, -1).argmin(-1, keepdim=True))
 
