@@ -1,23 +1,28 @@
 """MoEBERT as a transformers model: equal to BERT where it should be, saved whole."""
 
 import copy
+import inspect
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_spans import span_batch, span_bert
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
     pipeline,
 )
 
 import moebert_lib
 from moebert_lib.method.partition import random_ranking
-from moebert_lib.method.routing import ROUTINGS, balance_loss
-from moebert_lib.model.conversion import to_moebert
+from moebert_lib.method.routing import ALL_ROUTINGS, ROUTINGS, balance_loss, nearest_cluster
+from moebert_lib.model.conversion import load_dense, to_moebert
 from moebert_lib.model.modeling import (
+    HEADS,
     MoEBertConfig,
     MoEBertForQuestionAnswering,
     MoEBertForSequenceClassification,
@@ -288,3 +293,106 @@ def test_an_unknown_choice_is_refused(name, value):
 def test_chunked_feed_forward_is_refused():
     with pytest.raises(ValueError, match="chunk_size_feed_forward"):
         MoEBertModel(MoEBertConfig(chunk_size_feed_forward=2, num_hidden_layers=1))
+
+
+def test_a_balance_of_weight_nothing_is_left_out(moebert, tiny_batch, tmp_path):
+    batch = tiny_batch()
+    model = moebert(routing="gate-token", router_aux_loss_coef=0)
+    output = model(**batch)
+    assert torch.allclose(output.loss, F.cross_entropy(output.logits, batch["labels"]))
+    model.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).router_aux_loss_coef == 0
+
+
+@pytest.mark.parametrize("kind", HEADS.items(), ids=lambda pair: pair[1].__name__)
+def test_forward_has_the_dense_models_signature(kind):
+    dense, head = kind
+    assert inspect.signature(head.forward) == inspect.signature(dense.forward)
+    encoders = head.encoder, head.encoder.__bases__[1]
+    assert inspect.signature(encoders[0].forward) == inspect.signature(encoders[1].forward)
+
+
+def test_trainer_keeps_the_columns_of_the_dense_model(moebert, tiny_bert, tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    kept = []
+    for model in (moebert(), tiny_bert()):
+        trainer = Trainer(model, arguments)
+        trainer._set_signature_columns_if_needed()
+        kept.append(trainer._signature_columns)
+    assert kept[0] == kept[1] and {"inputs_embeds", "position_ids", "labels"} <= set(kept[0])
+
+
+@pytest.mark.parametrize("kind", [k for k in HEADS if "Sequence" in k.__name__])
+@pytest.mark.parametrize("routing", ["gate-token", "gate-sentence"])
+def test_gates_take_embeddings_and_positions(kind, routing):
+    dense = checks.tiny_encoder(kind)
+    model = to_moebert(dense, RANKING, routing=routing)
+    given = checks.tiny_batch(dense)
+    words = model.get_input_embeddings()(given["input_ids"])
+    length = given["input_ids"].shape[1]
+    first = 2 if "Roberta" in kind.__name__ else 0  # RoBERTa counts from its padding's on
+    places = (first + torch.arange(length)).expand(4, -1)
+    mask = given["attention_mask"]
+    expected = model(given["input_ids"], mask, position_ids=places).logits
+    by_words = model(inputs_embeds=words, attention_mask=mask, position_ids=places).logits
+    assert torch.allclose(by_words, expected, atol=1e-12)
+    elsewhere = model(inputs_embeds=words, attention_mask=mask, position_ids=places.flip(1))
+    assert not torch.allclose(elsewhere.logits, expected, atol=1e-6)
+
+
+def test_a_hash_of_embeddings_is_refused(moebert, tiny_batch):
+    model, batch = moebert(), tiny_batch()
+    words = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="hash routing needs input_ids"):
+        model(inputs_embeds=words, attention_mask=batch["attention_mask"])
+
+
+@pytest.mark.parametrize("routing", ALL_ROUTINGS)
+@pytest.mark.parametrize("size", [60, 99, 105])
+def test_a_resized_vocabulary_routes_trains_and_loads(moebert, routing, size, tmp_path):
+    model = moebert(routing=routing)
+    before = [getattr(layer.router, "tid2eid", None) for layer in moe_layers(model)]
+    model.resize_token_embeddings(size)
+    for layer, old in zip(moe_layers(model), before, strict=True):
+        if old is not None:
+            table = layer.router.tid2eid
+            assert table.shape == (size, 1) and torch.equal(table[:99], old[:size])
+            assert set(table.flatten().tolist()) <= set(range(4))
+    ids = torch.arange(size - 12, size).view(2, 6)
+    output = model.train()(ids, labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    model.eval().save_pretrained(tmp_path)
+    back = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.allclose(back.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-12)
+
+
+def test_new_ids_get_experts_by_the_routers_rule(moebert):
+    sizes, tables = (139, 119, 139), []
+    for steps in (sizes[:1], sizes[1:]):
+        model = moebert()
+        for size in steps:
+            model.resize_token_embeddings(size, mean_resizing=False)
+        tables.append([layer.router.tid2eid for layer in moe_layers(model)])
+    for at_once, in_steps in zip(*tables, strict=True):
+        assert torch.equal(at_once, in_steps)
+    balanced = moebert(routing="hash-balance")
+    balanced.resize_token_embeddings(139, mean_resizing=False)
+    for layer in moe_layers(balanced):
+        assert layer.router.tid2eid[99:, 0].bincount().tolist() == [10] * 4
+    clustered = moebert(routing="hash-cluster")
+    words = clustered.get_input_embeddings().weight.detach()
+    table = moe_layers(clustered)[0].router.tid2eid[:, 0]
+    assert torch.equal(nearest_cluster(words, words, table), table)  # k-means has settled
+
+
+def test_checkpointing_that_an_old_configuration_asks_for_is_kept():
+    config = MoEBertConfig(num_hidden_layers=2, vocab_size=9, hidden_size=8, num_attention_heads=2)
+    config.gradient_checkpointing = True
+    model = MoEBertForSequenceClassification(config)
+    assert all(layer.gradient_checkpointing for layer in model.bert.encoder.layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_saved_in_half_precision_is_loaded_in_full(tiny_bert, tmp_path, dtype):
+    tiny_bert().to(dtype).save_pretrained(tmp_path)
+    assert load_dense(str(tmp_path)).dtype == torch.float32

@@ -204,7 +204,7 @@ def new_model(settings: Settings, task: tasks.Task) -> PreTrainedModel:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the head is new, and meant to be
     transformers_logging.disable_progress_bar()
-    model = auto.from_pretrained(pretrained(settings), **head)
+    model = auto.from_pretrained(pretrained(settings), dtype=torch.float32, **head)
     transformers_logging.set_verbosity(level)
     return model
 
@@ -256,7 +256,7 @@ def _check_classes(model: PreTrainedModel, task: tasks.Task) -> None:
 def load(folder: Path, task: tasks.Task) -> PreTrainedModel:
     """A model saved by an experiment, dense or MoEBERT, on the device."""
     auto = HEADS.get(task.kind, AutoModelForSequenceClassification)
-    return auto.from_pretrained(folder).to(device())
+    return auto.from_pretrained(folder, dtype=torch.float32).to(device())
 
 
 def load_stored(store: AnyStore, entry: Entry, task: str) -> PreTrainedModel:

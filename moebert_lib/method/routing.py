@@ -106,6 +106,26 @@ class HashRouter(nn.Module):
         experts = self.tid2eid[input_ids.reshape(-1)]  # (B*T, 1)
         return Route(experts, torch.ones_like(experts, dtype=hidden.dtype), None)
 
+    @torch.no_grad()
+    def resize(self, embeddings: Tensor, routing: str, n_experts: int, *, seed: int) -> None:
+        """Cut the table, or give experts to new token ids; known ids keep theirs.
+
+        Args:
+            embeddings: Of the new vocabulary, ``(vocab, D)``.
+            routing: The rule for new ids: ``hash-random``, ``hash-balance``, or ``hash-cluster``.
+            n_experts: Number of experts.
+            seed: Of random experts, and of the order of equals.
+        """
+        old, n_old, size = self.tid2eid[:, 0], len(self.tid2eid), len(embeddings)
+        if routing == "hash-random":
+            new = random_table(size, n_experts, seed=seed)[n_old:]
+        elif routing == "hash-balance":  # none of them was ever counted
+            counts = torch.zeros(max(size - n_old, 0), dtype=torch.int64)
+            new = balanced_table(counts, n_experts, seed=seed)
+        else:
+            new = nearest_cluster(embeddings[n_old:], embeddings[:n_old], old[:size])
+        self.tid2eid = torch.cat([old[:size], new.to(old)])[:, None]
+
 
 class TokenGate(nn.Module):
     """``gate-token``: Eq. 3 for each token, its ``top_k`` most probable experts."""
@@ -213,6 +233,19 @@ def clustered_table(embeddings: Tensor, n_experts: int, *, seed: int) -> Tensor:
     points = embeddings.detach().float().cpu().numpy()
     clusters = KMeans(n_experts, n_init=1, random_state=seed).fit(points)
     return torch.from_numpy(clusters.labels_).long()
+
+
+def nearest_cluster(new: Tensor, known: Tensor, clusters: Tensor) -> Tensor:
+    """The cluster with the nearest centre, of word embeddings that joined later: ``(n,)``, int64.
+
+    Args:
+        new: Embeddings ``(n, D)``.
+        known: Embeddings of words that have a cluster, ``(m, D)``.
+        clusters: The cluster of each, ``(m,)``.
+    """
+    used = clusters.unique()
+    centres = [known[clusters == cluster].double().mean(0) for cluster in used]
+    return used[torch.cdist(new.double(), torch.stack(centres)).argmin(1)]
 
 
 def loads(experts: Tensor, n_experts: int, mask: Tensor | None = None) -> Tensor:

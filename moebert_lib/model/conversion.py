@@ -171,7 +171,9 @@ def _assigned(
 
 
 def load_dense(name: str) -> PreTrainedModel:
-    """A fine-tuned model with the head it was saved with, to be converted.
+    """A fine-tuned model with the head it was saved with, in float32, to be converted.
+
+    Trained in the half precision it may have been saved in, most of its weights would not move.
 
     Args:
         name: A folder, or a name on the hub.
@@ -184,7 +186,7 @@ def load_dense(name: str) -> PreTrainedModel:
     spans = any(name.endswith("ForQuestionAnswering") for name in names)
     auto = AutoModelForQuestionAnswering if spans else AutoModelForSequenceClassification
     with _quiet():  # missing weights are reported below
-        model, loading = auto.from_pretrained(name, output_loading_info=True)
+        model, loading = auto.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     _head(model)
     missing = sorted(loading["missing_keys"])
     if missing:

@@ -57,7 +57,7 @@ from transformers.utils.generic import can_return_tuple
 from moebert_lib.config.settings import check_top_k
 from moebert_lib.method.encoder_layouts import family
 from moebert_lib.method.routing import ALL_ROUTINGS, HashRouter, random_table
-from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingCall
+from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingCall, moe_layers
 
 
 @dataclass(repr=False, eq=False, kw_only=True)
@@ -159,6 +159,19 @@ class MoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, MoEOutput):
             init.zeros_(module.neurons)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """As transformers', and hash tables get the new size too.
+
+        Tables are cut, or new ids are given experts by the routing's own rule: at random, evenly,
+        or by the nearest cluster. Same ids get the same experts on every machine.
+        """
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        rule = (embeddings.weight, self.config.routing, self.config.n_experts)
+        for index, layer in enumerate(moe_layers(self)):
+            if isinstance(layer.router, HashRouter):
+                layer.router.resize(*rule, seed=index)
+        return embeddings
+
     def _set_gradient_checkpointing(self, enable: bool = True, *args, **kwargs) -> None:
         function = kwargs.get("gradient_checkpointing_func", args[0] if args else checkpoint)
         reentrant = getattr(function, "keywords", {}).get("use_reentrant", False)
@@ -222,7 +235,10 @@ class MoEHead(MoEPreTrainedModel):
     output_class: type[ModelOutput]
 
     def __init__(self, config: PreTrainedConfig):
+        checkpointing = getattr(config, "gradient_checkpointing", False)  # of older versions
         super().__init__(config)  # head and dense encoder, as transformers builds them
+        if checkpointing:
+            config.gradient_checkpointing = True  # the dense encoder has consumed it
         unpooled = getattr(self.base_model, "pooler", ()) is None
         options = {"add_pooling_layer": False} if unpooled else {}
         setattr(self, self.base_model_prefix, self.encoder(config, **options))

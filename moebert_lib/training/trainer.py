@@ -7,6 +7,7 @@ clipping 1.0 (the paper's appendix).
 
 import functools
 import gc
+import inspect
 import time
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from moebert_lib.config.settings import Settings
-from moebert_lib.data.batching import TokenBatches, batches, lengths, without_targets
+from moebert_lib.data.batching import HALF, TokenBatches, batches, lengths, without_targets
 from moebert_lib.method.distillation_loss import distillation_terms, total_loss
 from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
 from moebert_lib.training.checkpoints import keep
@@ -64,10 +65,13 @@ class DistillationTrainer(Trainer):
 
     Both run without padding (``packed``): ``trainer.model`` is an accelerated model that shares
     its parameters with the given one, and Eq. 5 compares real tokens only. Where padding counts,
-    as in the logits of spans, or with gradient checkpointing, both run as they are.
+    as in the logits of spans, or with gradient checkpointing or NEFTune's noise, both run as they
+    are. Label smoothing changes the task loss. The loss is a mean over each device's batch, so
+    ``average_tokens_across_devices`` has nothing to average. Evaluation gives logits, and the
+    same loss.
 
     Args:
-        model: The student.
+        model: The student, in float32.
         args: ``TrainingArguments``; with ``bf16`` the teacher computes in bfloat16 too.
         teacher: The dense, fine-tuned model.
         distill: ``all``, ``skip``, ``last``, or ``none`` for plain fine-tuning (Table 3).
@@ -78,7 +82,10 @@ class DistillationTrainer(Trainer):
         teacher_states: The teacher's cached states; batches then need an ``index``.
 
     Raises:
-        ValueError: ``teacher_states`` where padding counts or the teacher has dropout.
+        ValueError: ``teacher_states`` where padding counts or the teacher has dropout; a student in
+            half precision; ``model_init``; or what would put another loss in the objective's
+            place: ``compute_loss_func``, ``use_liger_kernel``, or label smoothing for a head
+            without classes.
     """
 
     def __init__(
@@ -95,11 +102,13 @@ class DistillationTrainer(Trainer):
         teacher_states: TeacherStates | None = None,
         **kwargs,
     ):
-        ordinary = padding_in_loss or (args is not None and args.gradient_checkpointing)
+        given = inspect.signature(Trainer.__init__).bind_partial(None, model, args, *others)
+        _refuse_other_losses(model, args, {**given.arguments, **kwargs})
+        check_precision(model)
+        ordinary = padding_in_loss or _looks_at_layers(args)
         student = model if ordinary else accelerate_if_exact(model)
         super().__init__(student, args, *others, **kwargs)
         self.model_accepts_loss_kwargs = False  # our loss is a mean over the batch
-        self.label_names += ["index"] if teacher_states else []  # else Trainer drops the column
         self.packed, self.max_tokens = student is not model, max_tokens
         self.teacher_states = teacher_states
         if teacher_states and (teacher_dropout or not self.packed):
@@ -116,12 +125,15 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective for one batch; its parts are kept for :meth:`curve`."""
-        given = {name: value for name, value in inputs.items() if name != "index"}
-        student = model(**given, output_hidden_states=self.distill != "none" and self._states)
-        task = loss = student.loss
+        states = self.distill != "none" and self._states
+        given = {**_without_index(inputs), "output_hidden_states": states}
+        task, student = super().compute_loss(model, given, return_outputs=True)
+        if student.loss is None and getattr(student, "aux_loss", None) is not None:  # smoothed
+            task = task + self.model.config.router_aux_loss_coef * student.aux_loss
+        loss = task
         hidden = prediction = torch.zeros_like(loss)
         if self.distill != "none":
-            cached = self.teacher_states
+            cached = self.teacher_states if "index" in inputs else None
             teacher = cached.output(inputs, self.teacher) if cached else self.run_teacher(inputs)
             mask = None if self.padding_in_loss else inputs["attention_mask"]
             hidden, prediction = distillation_terms(
@@ -130,7 +142,17 @@ class DistillationTrainer(Trainer):
             loss = total_loss(task, hidden, prediction, self.weight)
         if model.training:
             self._terms.append(torch.stack([task, hidden, prediction, loss]).detach())
-        return (loss, student) if return_outputs else loss
+        predicted = {name: value for name, value in student.items() if name != "hidden_states"}
+        return (loss, type(student)(**predicted)) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, *others, **kwargs):
+        """As Trainer's; numbers of examples are those of the training set, and are left out."""
+        return super().prediction_step(model, _without_index(inputs), *others, **kwargs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.teacher_states and "index" not in self._signature_columns:
+            self._signature_columns.append("index")
 
     @property
     def _states(self) -> str | bool:
@@ -166,6 +188,50 @@ class DistillationTrainer(Trainer):
         return frame
 
 
+def _without_index(inputs: dict) -> dict:
+    return {name: value for name, value in inputs.items() if name != "index"}
+
+
+def _looks_at_layers(args: TrainingArguments | None) -> bool:
+    """Whether the arguments change the model's own layers or embeddings as they run."""
+    checkpointing = ("gradient_checkpointing", "activation_checkpointing")  # one after the other
+    asked = any(getattr(args, name, False) for name in checkpointing)
+    return asked or getattr(args, "neftune_noise_alpha", None) is not None
+
+
+def _refuse_other_losses(model: nn.Module, args: TrainingArguments | None, given: dict) -> None:
+    """Refuse what Trainer's arguments would do to the loss, and the objective cannot have."""
+    for name, instead in (
+        ("compute_loss_func", "a subclass with its own compute_loss"),
+        ("model_init", "the student itself, which the teacher belongs to"),
+    ):
+        if given.get(name) is not None:
+            raise ValueError(f"{name} would replace a part of the objective; expected {instead}")
+    if getattr(args, "use_liger_kernel", False):
+        raise ValueError("use_liger_kernel=True: Liger has no MoEBERT; expected False")
+    config, smoothing = model.config, getattr(args, "label_smoothing_factor", 0)
+    classes = not hasattr(model, "qa_outputs") and config.num_labels > 1
+    if smoothing and not (classes and config.problem_type != "multi_label_classification"):
+        raise ValueError(
+            f"label_smoothing_factor={smoothing} needs a head with one right class of several, "
+            f"not {type(model).__name__} with {config.num_labels} outputs; expected 0"
+        )
+
+
+def check_precision(model: nn.Module) -> None:
+    """Refuse to train parameters in half precision, where most small steps change nothing.
+
+    Raises:
+        ValueError: naming the parameter's dtype.
+    """
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & set(HALF)
+    if half:
+        raise ValueError(
+            f"the model's parameters are {half.pop()}, in which most steps of training are lost; "
+            "expected model.float(), with TrainingArguments(bf16=True) to compute in bfloat16"
+        )
+
+
 def fine_tune(
     model: nn.Module,
     encoded,
@@ -187,6 +253,7 @@ def fine_tune(
             ``checkpoints.CHECKPOINT_SECONDS``; left for the caller to ``checkpoints.clear``
             once the result is stored. None: no checkpoints.
     """
+    check_precision(model)
     trainer = Trainer(
         accelerate_if_exact(model),
         training_arguments(folder, settings, of="teacher_", seed=settings.dense_seed),
@@ -299,7 +366,7 @@ def training_arguments(
         bf16=in_half(settings),
         use_cpu=not torch.cuda.is_available(),
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel's replicas would share routes
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel cannot gather packed states
     return arguments
 
 
