@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moebert_lib.config.settings import Settings
-from moebert_lib.runs import execution, local_pool, plan
+from moebert_lib.runs import execution, export, local_pool, plan, sweep
 from moebert_lib.runs.execution import NotebookFailed
 from moebert_lib.store import run_outputs
 from moebert_lib.store.store import StageKey, Store
@@ -104,7 +104,7 @@ def test_a_run_is_made_once_and_its_figures_published_and_restored(home):
     assert set(os.listdir(entry.folder)) == {"notebook.ipynb", "log.txt", "figures", "entry.json"}
     assert "    · settings read" in lines and not any("quiet" in line for line in lines)
     published = local_pool.published(jobs[0])
-    about = local_pool.read_provenance(published)["figure1.png"]
+    about = run_outputs.read_provenance(published)["figure1.png"]
     assert about["run"] == entry.digest and about["settings"]["seed"] == 0
     (published / "figure1.png").unlink()
     (published / "figure1.csv").write_text("edited")
@@ -167,6 +167,50 @@ def test_a_dead_kernel_and_a_broken_widget_fail_the_run(home, fixture, said):
         local_pool.run(plan.plan([path]))
 
 
+def written(home, name, *cells):
+    """The path of a new notebook with these code cells, the first with its parameters."""
+    first, *others = (nbformat.v4.new_code_cell(cell) for cell in cells)
+    first.metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=[first, *others]), home / f"{name}.ipynb")
+    return home / f"{name}.ipynb"
+
+
+@pytest.mark.parametrize(
+    "code, state, said",
+    [
+        ("import sys; sys.exit(0)", "failed", "SystemExit: .*; 1 cells after it were not run"),
+        ("raise SystemExit", "failed", "SystemExit"),
+        ("import os; os._exit(3)", "died", "the kernel died: exit status 3"),
+        ("import os; os.kill(os.getpid(), 15)", "died", "the kernel died: SIGTERM"),
+        ("import os; os.kill(os.getpid(), 9)", "died", "the kernel died: SIGKILL"),
+    ],
+)
+def test_a_cell_that_ends_the_notebook_or_its_process_is_named_and_not_done(
+    home, code, state, said
+):
+    path = written(home, "ends", "n: int = 0", code, "print('never')")
+    (failure,) = local_pool.run(plan.plan([path]), keep_going=True, engine=OnlyOnce())
+    assert isinstance(failure, NotebookFailed) and (failure.state, failure.cell) == (state, 2)
+    assert re.search(said, failure.error) and Store().entries() == []
+
+
+class OnlyOnce(local_pool.Local):
+    """Tries nothing twice."""
+
+    def run(self, jobs, **how):
+        return super().run(jobs, **how, attempts=1)
+
+
+def test_a_recorded_number_that_is_not_finite_is_seen_in_every_table(home):
+    values = "loss=float('nan'), high=float('inf'), gap=-float('inf'), best=0.5"
+    code = f"import moebert_lib; moebert_lib.record({values})"
+    planned = plan.plan([written(home, "diverges", "n: int = 0", code)])
+    results = local_pool.run(planned)
+    for row in (sweep.table(planned, results).iloc[0], export.frame().iloc[0]):
+        assert [row["loss"], row["high"], row["gap"]] == ["nan", "inf", "-inf"]
+        assert row["best"] == 0.5
+
+
 def edited(path, old, new):
     text = path.read_text()
     assert old in text
@@ -218,10 +262,10 @@ def test_publishing_removes_what_an_earlier_run_of_the_same_notebook_left(tmp_pa
 
         return store.make(StageKey("notebook", {"notebook": f"0{number}", "names": names}), build)
 
-    local_pool.publish(entry(1, "a.csv", "b.csv"), folder)
-    local_pool.publish(entry(2, "c.csv"), folder)
-    local_pool.publish(entry(1, "b.csv"), folder)
-    assert sorted(local_pool.read_provenance(folder)) == ["b.csv", "c.csv"]
+    run_outputs.publish(entry(1, "a.csv", "b.csv"), folder)
+    run_outputs.publish(entry(2, "c.csv"), folder)
+    run_outputs.publish(entry(1, "b.csv"), folder)
+    assert sorted(run_outputs.read_provenance(folder)) == ["b.csv", "c.csv"]
     assert sorted(os.listdir(folder)) == ["b.csv", "c.csv", "provenance.json"]
 
 
@@ -249,15 +293,15 @@ def test_variants_are_published_apart_under_what_was_changed(home, tiny_glue):
     assert place(scale="smoke", layers=[0, 2]) == "smoke-library-layers0_2"
     where = dict(scale="small", data_dir=str(tiny_glue))
     assert place(**where) == "small-sst2" and place(**where, task="rte") == "small-rte"
-    plain = local_pool.destination(None, changed={"n_shared": 9})
+    plain = run_outputs.destination(None, changed={"n_shared": 9})
     assert plain == home / "runs" / "figures" / "changed-n_shared9"
 
 
 @given(label=st.text(min_size=1), other=st.text(min_size=1))
 def test_names_of_folders_are_short_and_plain_and_two_for_two_values(label, other):
-    one, two = (local_pool.destination(None, changed={"label": x}).name for x in (label, other))
+    one, two = (run_outputs.destination(None, changed={"label": x}).name for x in (label, other))
     assert re.fullmatch(r"[\w.-]{1,80}", one, re.ASCII) and (one == two) == (label == other)
-    long = local_pool.destination(None, changed={"label": 90 * "x" + label}).name
+    long = run_outputs.destination(None, changed={"label": 90 * "x" + label}).name
     assert len(long) <= 80 and re.fullmatch(r"[\w.-]+-[0-9a-f]{8}", long, re.ASCII)
 
 
@@ -288,10 +332,7 @@ def test_a_folders_place_on_this_machine_names_no_figures(tmp_path):
 
 def test_what_a_notebook_prints_past_python_is_no_word_of_its_worker(home):
     """A bare notebook, as nbformat makes it, whose processes write where workers report."""
-    cells = ["n: int = 0", "import os; os.system('echo {}'); os.write(1, b'noise\\n'); print(n)"]
-    path = home / "bare.ipynb"
-    first, second = (nbformat.v4.new_code_cell(cell) for cell in cells)
-    first.metadata["tags"] = ["parameters"]
-    nbformat.write(nbformat.v4.new_notebook(cells=[first, second]), path)
+    code = "import os; os.system('echo {}'); os.write(1, b'noise\\n'); print(n)"
+    path = written(home, "bare", "n: int = 0", code)
     (entry,) = local_pool.run(plan.plan([path], parameters={"n": 7}))
     assert "7" in (entry.folder / "log.txt").read_text()

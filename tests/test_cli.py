@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import fixture_home
@@ -14,10 +15,13 @@ import pytest
 
 from moebert_lib.bench import harness
 from moebert_lib.cli import doctor, main
-from moebert_lib.config.errors import CHECKOUT
+from moebert_lib.config import errors
+from moebert_lib.config.errors import CHECKOUT, UserError
 from moebert_lib.explore import explorer_page
 from moebert_lib.publish import site
 from moebert_lib.runs import export, sweep
+from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.store import run_outputs
 from moebert_lib.store.store import Store
 
 COMMANDS = ["run", "sweep", "status", "report", "export", "explore", "site", "importance"]
@@ -279,3 +283,86 @@ def test_site_and_widgets_are_given_what_was_asked_for(home, monkeypatch, capsys
     assert capsys.readouterr().out.split() == ["site", "index.html"]
     assert main.main(["bench", "widgets", "--repeats", "3"]) == 0
     assert asked == {"out": Path("public"), "figures": None, "repeats": 3}
+
+
+def test_an_unexpected_error_is_one_line_with_the_place_of_its_traceback(home, monkeypatch, capsys):
+    def fails(stores, *, kind):
+        return {}["missing"]
+
+    monkeypatch.setattr(export, "frame", fails)
+    assert main.main(["export", "runs.parquet"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moebert: export: KeyError: 'missing'; ")
+    saved = Path(line.split()[-1])
+    assert saved.is_relative_to(home / "runs" / "errors")
+    text = saved.read_text()
+    assert "moebert export runs.parquet" in text and "in fails" in text
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (UserError("no"), 2),
+        (FileNotFoundError(2, "No such file", "x"), 2),
+        (MemoryError(), 1),
+        (RecursionError("deep"), 1),
+        (KeyboardInterrupt(), 130),
+        (NotebookFailed("x", 3, "ValueError: no"), 1),
+    ],
+)
+def test_every_error_is_one_line_with_a_status(home, monkeypatch, capsys, error, status):
+    def fails(stores, *, kind):
+        raise error
+
+    monkeypatch.setattr(export, "frame", fails)
+    assert main.main(["export", "runs.parquet"]) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("moebert: ")
+
+
+def test_a_value_that_the_library_refuses_is_bad_input_and_another_value_error_is_not(
+    home, monkeypatch, capsys
+):
+    def refused(stores, *, kind):
+        run_outputs.output_file("a/b", "csv")
+
+    def not_refused(stores, *, kind):
+        int("x")
+
+    monkeypatch.setattr(export, "frame", refused)
+    assert main.main(["export", "runs.parquet"]) == 2
+    monkeypatch.setattr(export, "frame", not_refused)
+    assert main.main(["export", "runs.parquet"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_while_a_command_imports_is_one_line():
+    """The interrupt arrives inside an import, which turns it into another error."""
+    code = (
+        "import builtins, os, signal, sys, types\n"
+        "sys.orig_argv[1:3] = ['-m', 'moebert_lib']\n"
+        "from moebert_lib.cli import main\n"
+        "def find(name, *rest):\n"
+        "    if name == 'pandas':\n"
+        "        try: os.kill(os.getpid(), signal.SIGINT); signal.sigtimedwait([], 1)\n"
+        "        except KeyboardInterrupt: raise ImportError('half of pandas') from None\n"
+        "sys.meta_path.insert(0, types.SimpleNamespace(find_spec=find))\n"
+        "sys.exit(main.main(['export', 'x.csv']))\n"
+    )
+    restore = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=restore
+    )
+    assert done.returncode == 130 and done.stderr.startswith("moebert: stopped")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_home_of_an_installed_library_is_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MOEBERT_HOME")
+    monkeypatch.chdir(tmp_path)
+    assert errors.home() == CHECKOUT.resolve()
+    monkeypatch.setattr(errors, "CHECKOUT", tmp_path / "site-packages")
+    assert errors.home() == tmp_path.resolve()
+    monkeypatch.setenv("MOEBERT_HOME", str(tmp_path / "other"))
+    assert errors.home() == (tmp_path / "other").resolve()

@@ -51,7 +51,7 @@ import sys
 from moebert_lib.runs import local_pool, plan, ray_cluster
 jobs = plan.plan(plan.select([sys.argv[2]]), scale="smoke")
 engine = ray_cluster.Ray(sys.argv[1] or None)
-local_pool.run(jobs, engine=engine, publishing=False, echo=lambda line: print(line, flush=True))
+local_pool.run(jobs, engine=engine, echo=lambda line: print(line, flush=True))
 """
 STUCK = """
 if node == "two" and (home / "first").exists():
@@ -115,7 +115,7 @@ def planned(home: Path, name: str, *cells: str, points: int = 1) -> list[plannin
 def run(jobs, made, lines=None, **options):
     echo = (lines if lines is not None else []).append
     options = {"echo": echo, **options}
-    return local_pool.run(jobs, engine=made, publishing=False, keep_going=True, **options)
+    return local_pool.run(jobs, engine=made, keep_going=True, **options)
 
 
 def written(entry) -> list[str]:
@@ -163,7 +163,7 @@ def test_a_worker_that_is_lost_is_replaced_once_and_what_dies_again_is_given_up(
 
 def test_a_stop_ends_what_runs_and_what_waits_and_leaves_the_cluster(home, place, engine):
     jobs = planned(home, "05_long", SAY, SLEEP, points=2)
-    ended = local_pool.completed(jobs, engine=engine(), publishing=False, echo=stop_at("on_one"))
+    ended = local_pool.completed(jobs, engine=engine(), echo=stop_at("on_one"))
     with pytest.raises(KeyboardInterrupt):
         next(ended)
     assert gone(kernels, place, 1)

@@ -28,6 +28,12 @@ class StandIn:
         return StageKey("notebook", {"notebook": self.name})
 
 
+class PlannedStandIn(StandIn):
+    """With what a batch asks of a job beside its key."""
+
+    timed, place, settings, chosen = False, "", None, {}
+
+
 class Pool(Local):
     """Makes a stand-in's run in this process."""
 
@@ -59,43 +65,46 @@ def fails(error):
     return run
 
 
-def results(pool, runs, **how):
-    return dict(pool.run(jobs(*runs), **how))
+def events(pool, runs):
+    return list(pool.run(jobs(*runs)))
+
+
+def results(pool, runs):
+    ended = [(index, event) for index, event in events(pool, runs) if event is not None]
+    return {index: event for index, event in ended if not isinstance(event, str)}
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_run_has_one_result_and_its_lines_come_before(workers):
-    seen = []
-
     def talks(say, **how):
         say("· half")
         return entry()
 
-    made = Pool(workers).run(
-        jobs(*[talks] * 5),
-        started=lambda index: seen.append((index, "started")),
-        say=lambda index, line: seen.append((index, line)),
-    )
-    for index, result in made:
-        assert isinstance(result, Entry)
-        assert [what for number, what in seen if number == index] == ["started", "· half"]
-        seen.append((index, "end"))
-    assert sorted(index for index, what in seen if what == "end") == list(range(5))
+    seen = events(Pool(workers), [talks] * 5)
+    for index in range(5):
+        assert [event for number, event in seen if number == index] == [None, "· half", entry()]
+    assert len(seen) == 15
 
 
 def test_no_jobs_start_nothing():
     assert results(Pool(2), []) == {}
 
 
-def test_lines_are_passed_on_in_the_callers_thread():
-    threads = set()
+def test_an_error_in_the_callers_echo_reaches_the_caller_and_stops_the_rest(monkeypatch):
+    monkeypatch.setattr(execution, "failed_before", lambda job: None)
+    counts = []
 
-    def talks(say, **how):
-        say("· line")
+    def run(**how):
+        counts.append(1)
         return entry()
 
-    results(Pool(2), [talks] * 4, say=lambda index, line: threads.add(threading.get_ident()))
-    assert threads == {threading.get_ident()}
+    def broken(line):
+        raise BrokenPipeError
+
+    planned = [PlannedStandIn("00", run, {})] * 9
+    with pytest.raises(BrokenPipeError):
+        local_pool.run(planned, engine=Pool(2), echo=broken)
+    assert len(counts) < 9
 
 
 @pytest.mark.parametrize(
@@ -133,13 +142,11 @@ def test_what_dies_is_run_once_more_and_then_given_up():
 
         return run
 
-    lines = []
-    found = results(
-        Pool(1), [dies("once", 1), dies("always", 9)], say=lambda n, line: lines.append((n, line))
-    )
-    assert isinstance(found[0], Entry) and found[1].state == "died"
+    seen = events(Pool(1), [dies("once", 1), dies("always", 9)])
+    once, always = ([event for n, event in seen if n == number] for number in (0, 1))
+    assert isinstance(once[-1], Entry) and always[-1].state == "died"
     assert counts == {"once": 2, "always": 2}
-    assert lines == [(n, "moebert: the kernel died; once more") for n in (0, 1)]
+    assert once[1:-1] == always[1:-1] == ["moebert: the kernel died; once more"]
 
 
 def test_a_cell_that_fails_is_not_run_again():
@@ -153,9 +160,8 @@ def test_a_cell_that_fails_is_not_run_again():
 
 
 def test_what_another_batch_is_making_waits_for_the_end(monkeypatch):
-    started = []
     monkeypatch.setattr(Store, "busy", lambda self, key: key.choices["notebook"] == "00")
-    results(Pool(1), [done] * 3, started=started.append)
+    started = [index for index, event in events(Pool(1), [done] * 3) if event is None]
     assert started == [1, 2, 0]
 
 
@@ -168,7 +174,7 @@ def test_closing_starts_nothing_more_and_waits_for_what_runs():
         raise NotebookFailed("x", None, "the kernel died", "died")
 
     made = Pool(2).run(jobs(done, *[run] * 5))
-    next(made)
+    next(event for _, event in made if isinstance(event, Entry))
     made.close()
     assert len(ended) <= 2  # those that ran
     assert not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]

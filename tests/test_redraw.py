@@ -132,7 +132,7 @@ def test_a_column_that_says_other_than_its_record_is_named_before_anything_is_dr
     stored, tmp_path
 ):
     path = tmp_path / "results" / committed_results.ROWS
-    export.verify(path.parent)
+    committed_results.verify(path.parent, export.stage_table)
     frame = pd.read_parquet(path)
     row = int(frame["accuracy"].notna().argmax())
     right = frame.loc[row, "accuracy"]
@@ -142,7 +142,7 @@ def test_a_column_that_says_other_than_its_record_is_named_before_anything_is_dr
         report.draw(path.parent, into=tmp_path / "figures")
     frame.drop(columns="accuracy").to_parquet(path)
     with pytest.raises(UserError, match="column 'accuracy' is new or missing"):
-        export.verify(path.parent)
+        committed_results.verify(path.parent, export.stage_table)
 
 
 def test_a_small_file_that_was_edited_is_refused(stored, tmp_path):

@@ -14,7 +14,7 @@ from checkout import NOTEBOOKS
 from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
 from moebert_lib.publish import report
-from moebert_lib.runs import local_pool
+from moebert_lib.store import run_outputs
 from moebert_lib.store.store import StageKey, Store
 
 DOT = bytes.fromhex(
@@ -79,7 +79,7 @@ def page(home) -> str:
         executed(folder)
         return {}
 
-    local_pool.publish(Store().make(key, build), home / "runs" / "figures")
+    run_outputs.publish(Store().make(key, build), home / "runs" / "figures")
     Store().make(
         StageKey("student", {"task": "follows", "seed": 3}), lambda folder: {"accuracy": 0.75}
     )
@@ -127,7 +127,7 @@ def test_sections_of_one_notebook_say_which_run_they_show(home):
             return {"changed": {"seed": seed, "layers": [seed]}}
 
         entry = Store().make(key, build)
-        local_pool.publish(entry, local_pool.destination(settings, changed={"seed": seed}))
+        run_outputs.publish(entry, run_outputs.destination(settings, changed={"seed": seed}))
     page = report.write_report().read_text()
     for seed in (3, 4):
         told = f"· scale quick, task library, layers=[{seed}], seed={seed}</a>"

@@ -58,9 +58,7 @@ def test_alone_is_one_run_at_a_time_with_all_cores():
 def test_timings_are_taken_last_and_alone(home, monkeypatch):
     declare(home / "notebooks" / "00_the_idea.ipynb", timed=True)
     said, engine = [], Local(2)
-    local_pool.run(
-        planned("00_the_idea", "01_slow"), engine=engine, publishing=False, echo=said.append
-    )
+    local_pool.run(planned("00_the_idea", "01_slow"), engine=engine, echo=said.append)
     ends = [i for i, line in enumerate(said) if "01_slow done" in line]
     starts = [i for i, line in enumerate(said) if "00_the_idea running" in line]
     assert ends[0] < starts[0]

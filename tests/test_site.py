@@ -20,6 +20,7 @@ from moebert_lib.config.errors import UserError
 from moebert_lib.config.provenance import library_modules
 from moebert_lib.publish import site
 from moebert_lib.runs import local_pool, plan
+from moebert_lib.store import run_outputs
 
 FIGURES = "smoke-library"
 
@@ -189,7 +190,7 @@ def test_alt_texts_are_the_figures_findings(home, pages):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home, pages, path):
     folders = home / "runs" / "figures", home / "runs" / "figures" / FIGURES
-    known = [(folder, local_pool.read_provenance(folder)) for folder in folders]
+    known = [(folder, run_outputs.read_provenance(folder)) for folder in folders]
     drawn = [
         folder / name
         for folder, files in known
@@ -202,7 +203,7 @@ def test_a_notebooks_page_shows_each_of_its_figures_and_says_what_it_shows(home,
 
 def test_every_figure_and_table_is_offered_with_its_files(home, pages):
     offered = {tag["href"] for tag in pages["figures.html"].select("a[href^='figures/']")}
-    known = local_pool.read_provenance(home / "runs" / "figures" / FIGURES)
+    known = run_outputs.read_provenance(home / "runs" / "figures" / FIGURES)
     assert {f"figures/{name}" for name in [*known, "00_deal.png", "00_deal.csv"]} == offered
 
 

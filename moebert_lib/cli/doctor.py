@@ -10,7 +10,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from moebert_lib.config.errors import UserError, home
+from moebert_lib.config.errors import CHECKOUT, UserError, home
 from moebert_lib.config.presets import MINILM, MPNET
 from moebert_lib.config.provenance import cores
 from moebert_lib.config.settings import Settings
@@ -31,9 +31,9 @@ def checks(data_dir: str = "") -> Iterator[tuple[str, bool, str]]:
 
 def versions() -> str:
     """Installed packages beside the pins of constraints.txt."""
-    path = home() / "constraints.txt"
+    path = CHECKOUT / "constraints.txt"
     if not path.is_file():
-        raise UserError(f"there is no {path}; run from a checkout")
+        raise UserError("not installed from a checkout, whose constraints.txt pins the versions")
     pins = re.findall(r"^([\w.-]+)==([\w.]+)", path.read_text("utf-8"), re.MULTILINE)
     installed = {part.metadata["Name"].lower(): part.version for part in metadata.distributions()}
     installed = {name: installed[name].partition("+")[0] for name, _ in pins if name in installed}

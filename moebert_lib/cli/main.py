@@ -1,37 +1,47 @@
-"""Run the ``moebert`` command: choose the subcommand, report errors in one line.
+"""Run the ``moebert`` command: choose the subcommand, report every error in one line.
 
-A user's mistake ends with exit status 2, a notebook that fails with 1, Ctrl-C with 130.
+Exit status 2: bad input, or a disk that cannot be used. 1: a notebook or a check failed, or a fault
+of this library, whose traceback is saved. 130: Ctrl-C.
 Commands import what they need when they run, so that ``--help`` answers at once.
 """
 
 import os
+import shlex
 import signal
 import sys
+import tempfile
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import NoReturn
 
+from moebert_lib import __version__
 from moebert_lib.cli import model_commands, page_commands, run_commands
 from moebert_lib.cli.options import CommandParser, fail
-from moebert_lib.config.errors import UserError, home, nearest
+from moebert_lib.config.errors import LIBRARY, UserError, home, nearest
+
+STOPPED = "stopped; finished results are kept and will be reused"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status."""
+    """Run a command; return the exit status. No exception but SystemExit leaves it."""
     words = list(sys.argv[1:] if argv is None else argv)
-    try:
-        with _stop_on_sigterm():
+    with _stop_signals() as stopped:
+        try:
             return _run_command(words)
-    except UserError as error:
-        return fail(error, 2)
-    except BrokenPipeError:  # the reader, such as head, has closed its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        return fail(_disk_error(error), 2)
-    except KeyboardInterrupt:
-        return fail("stopped; finished results are kept and will be reused", 130)
+        except BrokenPipeError:  # the reader, such as head, has closed its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except KeyboardInterrupt:
+            return fail(STOPPED, 130)
+        except Exception as error:
+            if stopped.is_set():  # an import that is interrupted may raise anything
+                return fail(STOPPED, 130)
+            return _report(error, words)
 
 
 def command_parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
@@ -65,30 +75,66 @@ def _run_command(words: list[str]) -> int:
     return args.run(args) or 0
 
 
-def _disk_error(error: OSError) -> Exception:
-    """Return a readable error for a full or forbidden disk, otherwise the error itself."""
+def _report(error: Exception, words: list[str]) -> int:
+    """Print an error as one line; return the exit status."""
     from moebert_lib.config import file_io
 
     try:
-        with file_io.writing(home()):
+        with file_io.writing(home()):  # a full or forbidden disk has a clearer message
             raise error
-    except (OSError, UserError) as readable:
-        return readable
+    except (OSError, UserError) as refused:
+        return fail(refused, 2)
+    except Exception:
+        pass
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, ValueError) and Path(innermost).is_relative_to(LIBRARY):
+        return fail(
+            error, 2
+        )  # raised on purpose: this library's functions refuse bad values with it
+
+    from moebert_lib.runs.execution import NotebookFailed
+
+    if isinstance(error, NotebookFailed):
+        return fail(f"{error}; executed copy: {error.copy}", 1)
+    line = f"{words[0]}: {type(error).__name__}: {error}"
+    place = _save_traceback(error, words)
+    return fail(f"{line}; this is a fault of moebert, please report it with {place}", 1)
+
+
+def _save_traceback(error: Exception, words: list[str]) -> Path:
+    """Write the traceback and the command to a file in ``runs/errors``, else a temporary folder."""
+    lines = traceback.format_exception(error)
+    text = f"moebert {__version__}: moebert {shlex.join(words)}\n\n{''.join(lines)}"
+    name = f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.txt"
+    for folder in (home() / "runs" / "errors", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, "utf-8", errors="replace")
+            break
+        except OSError:
+            continue
+    return folder / name
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C, so that kernels are stopped and locks released."""
+def _stop_signals() -> Iterator[Event]:
+    """Treat SIGTERM like Ctrl-C, so that kernels are stopped and locks released; remember both."""
+    stopped = Event()
+
+    def stop(signum: int, frame: FrameType | None) -> NoReturn:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = {}
+    usual = (signal.SIG_DFL, signal.default_int_handler)
     try:
-        before = signal.signal(signal.SIGTERM, _interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in usual:  # not where nohup ignores it
+                before[number] = signal.signal(number, stop)
     except ValueError:  # not in the main thread
-        yield
-        return
+        pass
     try:
-        yield
+        yield stopped
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+        for number, handler in before.items():
+            signal.signal(number, handler)

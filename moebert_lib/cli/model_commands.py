@@ -4,11 +4,11 @@ import argparse
 import importlib
 import inspect
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from moebert_lib.cli.options import (
+    EXPERIMENT,
     add_settings_options,
     choice,
     count,
@@ -18,6 +18,7 @@ from moebert_lib.cli.options import (
 )
 from moebert_lib.config.errors import UserError
 
+SIZES = ("n_experts", "expert_size", "n_shared", "routing", "seed")  # options of convert
 ROUTINGS = ("hash-random", "hash-cluster", "gate-token", "gate-sentence", "hash-balance")
 MAX_LENGTH = 512  # tokens that BERT takes
 
@@ -34,17 +35,8 @@ BENCHMARKS = {
 
 def add_commands(commands: Any) -> None:
     """Add the commands and their options to the parser of ``moebert``."""
-    _add_importance(commands)
-    _add_convert(commands)
-    _add_bench(commands)
-    command = commands.add_parser(
-        "doctor",
-        help="check versions, processor, memory, disk, kernel, weights and data",
-        description="Check what a run needs. Each line is ok or says what to do.",
-        example="moebert doctor --data-dir DIR",
-    )
-    command.add_argument("--data-dir", default="", metavar="DIR", help="also check this folder")
-    command.set_defaults(run=doctor)
+    for add in (_add_importance, _add_convert, _add_bench, _add_doctor):
+        add(commands)
 
 
 def _add_importance(commands: Any) -> None:
@@ -57,13 +49,8 @@ def _add_importance(commands: Any) -> None:
         "  moebert importance --import importance_rte.pkl --out rte.safetensors",
     )
     add_settings_options(command, task=True)
-    command.add_argument(
-        "--import",
-        dest="release",
-        type=Path,
-        metavar="FILE",
-        help="a .pkl file of the release; code in it is not run",
-    )
+    release = "a .pkl file of the release; code in it is not run"
+    command.add_argument("--import", dest="release", type=Path, metavar="FILE", help=release)
     command.add_argument("--out", type=Path, required=True, metavar="FILE")
     command.set_defaults(run=importance)
 
@@ -91,13 +78,7 @@ def importance(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     """Write a file of the release in this library's format."""
-    options = {
-        "--task": args.task,
-        "--scale": args.scale,
-        "-p": args.values,
-        "--data-dir": args.data_dir,
-    }
-    refuse_useless("--import reads a file and scores nothing", options)
+    refuse_useless(args, "--import reads a file and scores nothing", "task", *EXPERIMENT)
     _check_file(args.out)
     from moebert_lib.method import release_files
 
@@ -116,10 +97,11 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _check_file(out: Path) -> None:
-    if not out.parent.is_dir():
-        raise UserError(f"no folder {out.parent} to write {out.name} in; make it first")
+    expected = "expected a file in an existing folder"
     if out.is_dir():
-        raise UserError(f"{out} is a folder; name a file, such as {out}/scores.safetensors")
+        raise UserError(f"--out {out} is a folder; {expected}")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: no folder {out.parent}; {expected}")
 
 
 def _add_convert(commands: Any) -> None:
@@ -134,95 +116,57 @@ def _add_convert(commands: Any) -> None:
         "  moebert convert --task library --out moe --onnx\n"
         "  moebert convert DIR/my-bert --importance importance.safetensors --out moe",
     )
-    command.add_argument(
-        "model",
-        nargs="?",
-        default="",
-        metavar="MODEL",
-        help="a folder with config.json, or a hub name; default with --task: the scale's teacher",
-    )
+    option = command.add_argument
+    model = "a folder with config.json, or a hub name; default with --task: the scale's teacher"
+    option("model", nargs="?", default="", metavar="MODEL", help=model)
     add_settings_options(command, task=True)
-    command.add_argument(
-        "--importance",
-        type=Path,
-        metavar="FILE",
-        help="scores of the same model from moebert importance",
-    )
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    command.add_argument("--n-experts", type=count, metavar="N", help="default: 4")
-    command.add_argument(
-        "--expert-size",
-        type=count,
-        metavar="K",
-        help="neurons of an expert; default: width of the layer / N",
-    )
-    command.add_argument(
-        "--n-shared",
-        type=int,
-        metavar="S",
-        help="neurons that all experts share; default: two thirds of K",
-    )
-    command.add_argument(
-        "--routing",
-        type=choice(ROUTINGS),
-        metavar="R",
-        help="hash-random (default), hash-cluster, gate-token or gate-sentence; with --task also "
-        "hash-balance",
-    )
-    command.add_argument(
-        "--seed", type=int, metavar="N", help="seed of the hash tables and the training; default: 0"
-    )
-    command.add_argument("--untrained", action="store_true", help="with --task: do not train")
-    command.add_argument(
-        "--onnx", action="store_true", help="also write model.onnx (needs moebert[onnx])"
-    )
-    command.add_argument(
-        "--push-to-hub",
-        default="",
-        metavar="REPO",
-        help="then upload the folder to OWNER/NAME",
-    )
+    scores = "scores of the same model from moebert importance"
+    option("--importance", type=Path, metavar="FILE", help=scores)
+    option("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    option("--n-experts", type=count, metavar="N", help="default: 4")
+    size = "neurons of an expert; default: width of the layer / N"
+    option("--expert-size", type=count, metavar="K", help=size)
+    shared = "neurons that all experts share; default: two thirds of K"
+    option("--n-shared", type=int, metavar="S", help=shared)
+    routings = f"{', '.join(ROUTINGS)} (only with --task); default: {ROUTINGS[0]}"
+    option("--routing", type=choice(*ROUTINGS), metavar="R", help=routings)
+    seed = "seed of the hash tables and the training; default: 0"
+    option("--seed", type=int, metavar="N", help=seed)
+    option("--untrained", action="store_true", help="with --task: do not train")
+    option("--onnx", action="store_true", help="also write model.onnx (needs moebert[onnx])")
+    hub = "then upload the folder to OWNER/NAME"
+    option("--push-to-hub", default="", metavar="REPO", help=hub)
     command.set_defaults(run=convert)
 
 
 def convert(args: argparse.Namespace) -> int:
     """Turn a fine-tuned BERT into a MoEBERT; return 1 where a check of the result fails."""
     _check_convert(args)
+    from moebert_lib.config import file_io
     from moebert_lib.publish import share_model
 
     converted = _by_task(args) if args.task else _by_scores(args)
+    with file_io.replacing(args.out) as temporary:
+        results = share_model.write(converted, temporary, name=args.out.name, onnx=args.onnx)
     facts = converted.facts
-    scratch = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
-    try:
-        results = share_model.write(converted, scratch, name=args.out.name, onnx=args.onnx)
-        os.rename(scratch, args.out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    for row in facts["metrics"]:
+        moebert, dense = (f"{100 * row[model][0]:.1f}" for model in ("moebert", "dense"))
+        say(f"{row['metric']} {moebert}, dense {dense}, on {facts['n']:,} validation examples")
+    failed = [result.claim for result in results if not result.holds]
+    fails = "".join(f"; FAILS: {claim}" for claim in failed)
+    say(f"checks: {len(results) - len(failed)} of {len(results)} hold{fails}")
+    n_experts, todo = facts["config"]["n_experts"], ""
     used, stored = (
         f"{n / 1e6:.1f} M" if n >= 1e6 else f"{n:,}" for n in (facts["used"], facts["stored"])
     )
-    for row in facts["metrics"]:
-        say(
-            f"{row['metric']} {100 * row['moebert'][0]:.1f}, dense {100 * row['dense'][0]:.1f}, on "
-            f"{facts['n']:,} validation examples"
-        )
-    failed = [result.claim for result in results if not result.holds]
-    say(
-        f"checks: {len(results) - len(failed)} of {len(results)} hold"
-        + "".join(f"; FAILS: {claim}" for claim in failed)
-    )
-    todo = "; train it with distillation before use" if facts["steps"] is None else ""
-    say(
-        f"{facts['config']['n_experts']} experts a layer, {used} of {stored} parameters per "
-        f"token: {args.out}{todo}"
-    )
-    if failed:
-        if args.push_to_hub:
-            say("not sent: a model that fails a check is not shared")
-        return 1
-    if args.push_to_hub:
+    if facts["steps"] is None:
+        todo = "; train it with distillation before use"
+    say(f"{n_experts} experts a layer, {used} of {stored} parameters per token: {args.out}{todo}")
+    if args.push_to_hub and failed:
+        say("not sent: a model that fails a check is not shared")
+    elif args.push_to_hub:
         say(f"sent: {share_model.push(args.out, args.push_to_hub)}")
-    return 0
+    return 1 if failed else 0
 
 
 def _check_convert(args: argparse.Namespace) -> None:
@@ -235,13 +179,7 @@ def _check_convert(args: argparse.Namespace) -> None:
     if bool(args.task) == bool(args.importance):
         raise UserError("give --task T to score and train, or --importance FILE to convert only")
     if args.importance:
-        options = {
-            "--scale": args.scale,
-            "-p": args.values,
-            "--data-dir": args.data_dir,
-            "--untrained": args.untrained,
-        }
-        refuse_useless("--importance converts and trains nothing", options)
+        refuse_useless(args, "--importance converts and trains nothing", "untrained", *EXPERIMENT)
         if not args.model:
             raise UserError("--importance FILE needs the MODEL that was scored")
         _check_scores(args.importance)
@@ -272,29 +210,23 @@ def _by_scores(args: argparse.Namespace) -> Any:
     from moebert_lib.method.importance import Importance
     from moebert_lib.publish import share_model
 
-    try:
-        scores = Importance.load(args.importance)
-    except ValueError as error:
-        raise UserError(str(error)) from None
     options = {"n_experts": 4, "seed": 0, **_conversion_options(args)}
-    return share_model.from_scores(args.model, scores, **options)
+    return share_model.from_scores(args.model, Importance.load(args.importance), **options)
 
 
 def _by_task(args: argparse.Namespace) -> Any:
-    model = {"model": args.model} if args.model else {}
-    settings = given_settings(args, **model, **_conversion_options(args))
     from moebert_lib.data import loading
     from moebert_lib.publish import share_model
-
-    loading.check(settings)
     from moebert_lib.store.committed_results import open_store
 
+    model = {"model": args.model} if args.model else {}
+    settings = given_settings(args, **model, **_conversion_options(args))
+    loading.check(settings)
     return share_model.from_task(open_store(), args.model, settings, train=not args.untrained)
 
 
 def _conversion_options(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("n_experts", "expert_size", "n_shared", "routing", "seed")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
 
 
 def _add_bench(commands: Any) -> None:
@@ -307,34 +239,19 @@ def _add_bench(commands: Any) -> None:
         "and with two. OMP_NUM_THREADS sets the threads; the record goes to runs/.",
         example="moebert bench inference\n  moebert bench inference --batch 8 --length 64",
     )
-    command.add_argument(
-        "what",
-        nargs="?",
-        type=choice(list(BENCHMARKS)),
-        default="inference",
-        metavar="WHAT",
-        help="inference (default), training, importance, scaling, widgets or batch",
-    )
-    command.add_argument(
-        "--batch",
-        type=count,
-        metavar="N",
-        help="inference: sentences at once; default: full batches and batches of real sentences",
-    )
-    command.add_argument("--length", type=count, metavar="N", help="inference: tokens of each")
-    command.add_argument(
-        "--repeats", type=count, metavar="N", help="timed rounds; default: what a minute allows"
-    )
-    command.add_argument("--runs", type=count, metavar="N", help="batch: runs; default: 40")
-    command.add_argument(
-        "--device",
-        type=choice(("cpu", "cuda")),
-        metavar="D",
-        help="inference: cpu (default) or cuda",
-    )
-    command.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSON file of the record; default: in runs/"
-    )
+    option = command.add_argument
+    usual, *others = BENCHMARKS
+    what = {"type": choice(*BENCHMARKS), "nargs": "?", "default": usual, "metavar": "WHAT"}
+    option("what", **what, help=f"{usual} (default), {', '.join(others)}")
+    batch = "inference: sentences at once; default: full batches and batches of real sentences"
+    option("--batch", type=count, metavar="N", help=batch)
+    option("--length", type=count, metavar="N", help="inference: tokens of each")
+    repeats = "timed rounds; default: what a minute allows"
+    option("--repeats", type=count, metavar="N", help=repeats)
+    option("--runs", type=count, metavar="N", help="batch: runs; default: 40")
+    device = "inference: cpu (default) or cuda"
+    option("--device", type=choice("cpu", "cuda"), metavar="D", help=device)
+    option("--out", type=Path, metavar="FILE", help="JSON file of the record; default: in runs/")
     command.set_defaults(run=bench)
 
 
@@ -351,17 +268,27 @@ def bench(args: argparse.Namespace) -> int:
             options[name] = value
     if options.get("length", 1) > MAX_LENGTH:
         raise UserError(f"--length {args.length}: BERT takes at most {MAX_LENGTH} tokens")
-    out = args.out
-    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
-        raise UserError(f"--out {out}: expected a file in an existing folder")
+    if args.out:
+        _check_file(args.out)
     from moebert_lib.bench import harness
 
     try:
-        complete = harness.run(declare(**options), out=out)
+        complete = harness.run(declare(**options), out=args.out)
     except KeyboardInterrupt:
         say("stopped; nothing was kept")
         return 130
     return 0 if complete else 130
+
+
+def _add_doctor(commands: Any) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="check versions, processor, memory, disk, kernel, weights and data",
+        description="Check what a run needs. Each line is ok or says what to do.",
+        example="moebert doctor --data-dir DIR",
+    )
+    command.add_argument("--data-dir", default="", metavar="DIR", help="also check this folder")
+    command.set_defaults(run=doctor)
 
 
 def doctor(args: argparse.Namespace) -> int:

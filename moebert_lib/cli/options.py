@@ -9,6 +9,8 @@ from typing import Any, NoReturn
 
 from moebert_lib.config.errors import UserError, nearest
 
+EXPERIMENT = ("scale", "values", "data_dir")  # what add_settings_options adds, but the task
+
 
 class CommandParser(argparse.ArgumentParser):
     """A parser whose help ends with an example and whose errors are :class:`UserError`."""
@@ -57,7 +59,7 @@ def count(text: str) -> int:
     return number
 
 
-def choice(names: Sequence[str]) -> Callable[[str], str]:
+def choice(*names: str) -> Callable[[str], str]:
     """Option type: one of ``names``; the error suggests the nearest."""
 
     def check(text: str) -> str:
@@ -70,25 +72,14 @@ def choice(names: Sequence[str]) -> Callable[[str], str]:
 
 def add_settings_options(command: argparse.ArgumentParser, *, task: bool = False) -> None:
     """Add ``--scale``, ``-p`` and ``--data-dir``, and ``--task`` on request."""
+    option = command.add_argument
     if task:
-        command.add_argument(
-            "--task", metavar="T", help="the task; the default depends on the scale"
-        )
-    command.add_argument("--scale", metavar="S", help="smoke, quick (default), small, base, paper")
-    command.add_argument(
-        "-p",
-        dest="values",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="set a setting or a notebook's parameter; repeatable",
-    )
-    command.add_argument(
-        "--data-dir",
-        default="",
-        metavar="DIR",
-        help="folder with GLUE data: DIR/TASK/train.jsonl and validation.jsonl, or .parquet",
-    )
+        option("--task", metavar="T", help="the task; the default depends on the scale")
+    option("--scale", metavar="S", help="smoke, quick (default), small, base, paper")
+    values = "set a setting or a notebook's parameter; repeatable"
+    option("-p", dest="values", action="append", default=[], metavar="NAME=VALUE", help=values)
+    data = "folder with GLUE data: DIR/TASK/train.jsonl and validation.jsonl, or .parquet"
+    option("--data-dir", default="", metavar="DIR", help=data)
 
 
 def given_values(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -132,11 +123,12 @@ def given_settings(args: argparse.Namespace, **options: Any) -> Any:
     return Settings.at(scale, **values, **options)
 
 
-def refuse_useless(why: str, options: dict[str, Any]) -> None:
-    """Refuse the first of ``options`` that was given and would have no effect."""
-    for name, value in options.items():
-        if value:
-            raise UserError(f"{why}; leave {name} out")
+def refuse_useless(args: argparse.Namespace, why: str, *names: str) -> None:
+    """Refuse the first of these options that was given and would have no effect."""
+    for name in names:
+        if getattr(args, name):
+            option = "-p" if name == "values" else f"--{name.replace('_', '-')}"
+            raise UserError(f"{why}; leave {option} out")
 
 
 def near(path: Path) -> Path:

@@ -23,6 +23,11 @@ explorer.explore(sources)
 
 def add_commands(commands: Any) -> None:
     """Add the commands and their options to the parser of ``moebert``."""
+    for add in (_add_report, _add_explore, _add_site):
+        add(commands)
+
+
+def _add_report(commands: Any) -> None:
     command = commands.add_parser(
         "report",
         help="gather figures, tables and runs in one HTML page",
@@ -31,73 +36,14 @@ def add_commands(commands: Any) -> None:
         example="moebert report\n  moebert report --from figures/runs\n"
         "  moebert report --from figures/runs --format pdf",
     )
-    command.add_argument(
-        "--from",
-        dest="results",
-        type=Path,
-        metavar="DIR",
-        help="results of moebert export --results, with a workbook.yaml",
-    )
-    command.add_argument(
-        "--check", action="store_true", help="with --from: compare with figures/, write nothing"
-    )
-    command.add_argument(
-        "--format",
-        choices=("pdf", "svg"),
-        help="with --from: draw the figures as vectors too, into runs/figures-pdf or -svg",
-    )
+    option = command.add_argument
+    results = "results of moebert export --results, with a workbook.yaml"
+    option("--from", dest="results", type=Path, metavar="DIR", help=results)
+    check = "with --from: compare with figures/, write nothing"
+    option("--check", action="store_true", help=check)
+    vectors = "with --from: draw the figures as vectors too, into runs/figures-pdf or -svg"
+    option("--format", choices=("pdf", "svg"), help=vectors)
     command.set_defaults(run=report)
-
-    command = commands.add_parser(
-        "explore",
-        help="open the explorer of importance as a page, for a classroom",
-        description="Serve the explorer of notebook 01 as a page without code, until Ctrl-C. It "
-        "shows the files and the experiment that are named, otherwise all stored scores. Where "
-        "nothing is stored, the scale's model is trained and scored first.",
-        example="moebert explore\n  moebert explore importance_rte.pkl importance_cola.pkl\n"
-        "  moebert explore --task acceptability --ip 0.0.0.0 --no-browser",
-    )
-    command.add_argument(
-        "files",
-        nargs="*",
-        type=Path,
-        metavar="FILE",
-        help="scores from moebert importance, or a .pkl file of the paper's release",
-    )
-    add_settings_options(command, task=True)
-    command.add_argument(
-        "--port", type=int, default=8866, metavar="N", help="first port to try; default: 8866"
-    )
-    command.add_argument(
-        "--ip",
-        default="localhost",
-        metavar="A",
-        help="address to listen at: localhost (default, this machine only) or 0.0.0.0 (everybody "
-        "who can reach this machine)",
-    )
-    command.add_argument("--no-browser", action="store_true", help="only print the address")
-    command.set_defaults(run=explore)
-
-    command = commands.add_parser(
-        "site",
-        help="build the site: notebooks, figures, guide and reference",
-        description="Build a site that needs no network from the executed notebooks; run the "
-        "workbook first.",
-        example="moebert site --out public",
-    )
-    command.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="default: runs/site; an earlier site there is replaced",
-    )
-    command.add_argument(
-        "--figures",
-        type=Path,
-        metavar="DIR",
-        help="folder of the figures and executed notebooks; default: runs/figures/",
-    )
-    command.set_defaults(run=site)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -121,6 +67,27 @@ def report(args: argparse.Namespace) -> int:
         say(f"figures   {near(figures)}")
     say(f"page      {near(reports.write_report(figures))}")
     return 0
+
+
+def _add_explore(commands: Any) -> None:
+    command = commands.add_parser(
+        "explore",
+        help="open the explorer of importance as a page, for a classroom",
+        description="Serve the explorer of notebook 01 as a page without code, until Ctrl-C. It "
+        "shows the files and the experiment that are named, otherwise all stored scores. Where "
+        "nothing is stored, the scale's model is trained and scored first.",
+        example="moebert explore\n  moebert explore importance_rte.pkl importance_cola.pkl\n"
+        "  moebert explore --task acceptability --ip 0.0.0.0 --no-browser",
+    )
+    option = command.add_argument
+    files = "scores from moebert importance, or a .pkl file of the paper's release"
+    option("files", nargs="*", type=Path, metavar="FILE", help=files)
+    add_settings_options(command, task=True)
+    option("--port", type=int, default=8866, metavar="N", help="first port to try; default: 8866")
+    address = "localhost (default, this machine only), or 0.0.0.0 (all who can reach this machine)"
+    option("--ip", default="localhost", metavar="A", help=address)
+    option("--no-browser", action="store_true", help="only print the address")
+    command.set_defaults(run=explore)
 
 
 def explore(args: argparse.Namespace) -> int:
@@ -149,14 +116,6 @@ def explore(args: argparse.Namespace) -> int:
         opened=lambda address: say(f"page      {address}  (Ctrl-C ends it)"),
     )
     say("page closed")
-    return 0
-
-
-def site(args: argparse.Namespace) -> int:
-    """Build the site and print where it is."""
-    from moebert_lib.publish import site as sites
-
-    say(f"site      {near(sites.build(args.out, figures=args.figures))}")
     return 0
 
 
@@ -190,3 +149,26 @@ def _sources(files: list[Path], settings: Any) -> str:
         score_sources.from_settings(store, settings)
         sources.append(f"score_sources.from_settings(store, Settings(**{settings.model_dump()!r}))")
     return f"[{', '.join(sources)}]"
+
+
+def _add_site(commands: Any) -> None:
+    command = commands.add_parser(
+        "site",
+        help="build the site: notebooks, figures, guide and reference",
+        description="Build a site that needs no network from the executed notebooks; run the "
+        "workbook first.",
+        example="moebert site --out public",
+    )
+    out = "default: runs/site; an earlier site there is replaced"
+    command.add_argument("--out", type=Path, metavar="DIR", help=out)
+    figures = "folder of the figures and executed notebooks; default: runs/figures/"
+    command.add_argument("--figures", type=Path, metavar="DIR", help=figures)
+    command.set_defaults(run=site)
+
+
+def site(args: argparse.Namespace) -> int:
+    """Build the site and print where it is."""
+    from moebert_lib.publish import site as sites
+
+    say(f"site      {near(sites.build(args.out, figures=args.figures))}")
+    return 0

@@ -10,7 +10,6 @@ from moebert_lib.cli.options import (
     add_settings_options,
     choice,
     count,
-    fail,
     given_values,
     near,
     say,
@@ -20,122 +19,34 @@ from moebert_lib.config.errors import UserError
 if TYPE_CHECKING:
     from moebert_lib.runs.plan import Job
 
-ENGINES = ("local", "ray")
-
 
 def add_commands(commands: Any) -> None:
     """Add the commands and their options to the parser of ``moebert``."""
+    for add in (_add_run, _add_sweep, _add_status, _add_export):
+        add(commands)
+
+
+def _add_run(commands: Any) -> None:
     command = commands.add_parser(
         "run",
         help="run notebooks, by default all, and write the report",
         description="Run notebooks. Stored results are reused.",
         example="moebert run 01 02 03 --scale small --data-dir DIR -p task=sst2",
     )
-    command.add_argument(
-        "notebooks",
-        nargs="*",
-        metavar="NOTEBOOK",
-        help="number, name or path: 01, 01_importance, mine.ipynb",
-    )
+    option = command.add_argument
+    names = "number, name or path: 01, 01_importance, mine.ipynb"
+    option("notebooks", nargs="*", metavar="NOTEBOOK", help=names)
     add_settings_options(command)
-    command.add_argument(
-        "--plan", action="store_true", help="list what would run, with time and memory; run nothing"
-    )
-    command.add_argument(
-        "--why", action="store_true", help="list why each notebook would run or not; run nothing"
-    )
+    option("--plan", action="store_true", help="list what would run, with time and memory")
+    option("--why", action="store_true", help="list why each notebook would run or not")
     _add_execution_options(command, workers="default: 1")
     command.set_defaults(run=run)
-
-    command = commands.add_parser(
-        "sweep",
-        help="run a notebook over a grid of settings, tasks and seeds",
-        description="Run 03_distillation, or another notebook, once for each point of a grid. The "
-        "grid is a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings "
-        "(each a list of values: all combinations are run) and points (a list of sets of values).",
-        example="moebert sweep grid.yaml --dry-run\n"
-        "  moebert sweep grid.yaml --only $SLURM_ARRAY_TASK_ID",
-    )
-    command.add_argument("grid", type=Path, nargs="?", metavar="GRID.yaml")
-    command.add_argument(
-        "--data-dir",
-        default="",
-        metavar="DIR",
-        help="folder with GLUE data, instead of the grid's data_dir",
-    )
-    command.add_argument(
-        "--dry-run", action="store_true", help="list what would run or be reused, and why"
-    )
-    command.add_argument("--why", action="store_true", help="the same, with all reasons")
-    command.add_argument(
-        "--only",
-        metavar="N",
-        help="run only the points with these numbers, from 0: 7, 0-9 or 0,3,5-7; for array jobs",
-    )
-    command.add_argument(
-        "--count", action="store_true", help="print the number of points; run nothing"
-    )
-    command.add_argument(
-        "--retry-failed",
-        action="store_true",
-        help="run points that failed or died before again; without a grid, those of all sweeps",
-    )
-    _add_execution_options(command, workers="default: as many as cores and memory allow")
-    command.set_defaults(run=sweep)
-
-    command = commands.add_parser(
-        "status",
-        help="list stored and failed runs",
-        description="Count the stored runs by kind; list the newest and the failed runs.",
-        example="moebert status --all",
-    )
-    command.add_argument("--all", action="store_true", help="list all stored runs")
-    command.set_defaults(run=status)
-
-    command = commands.add_parser(
-        "export",
-        help="write one table of all runs",
-        description="Write one row per run with its settings, results and origin. A run stored in "
-        "several homes is one row. With --results, write all stages of experiments and the small "
-        "files from which figures are drawn into a folder for moebert report --from.",
-        example="moebert export runs.parquet\n"
-        "  moebert export --results figures/runs\n"
-        "  moebert export runs.csv runs/ other-machine/runs/ --kind student",
-    )
-    command.add_argument("out", type=Path, metavar="RUNS.parquet", help="or .csv or .json")
-    command.add_argument(
-        "stores", nargs="*", metavar="HOME", help="a home or its runs/; default: this one"
-    )
-    command.add_argument(
-        "--kind",
-        default="notebook",
-        metavar="K",
-        help="notebook (default), student, teacher and so on, or all",
-    )
-    command.add_argument(
-        "--results", action="store_true", help="add the results to the folder named first"
-    )
-    command.set_defaults(run=export)
-
-
-def _add_execution_options(command: argparse.ArgumentParser, *, workers: str) -> None:
-    command.add_argument("--force", action="store_true", help="run again what is stored")
-    command.add_argument(
-        "--workers", type=count, metavar="N", help=f"runs at the same time; {workers}"
-    )
-    command.add_argument(
-        "--engine",
-        type=choice(ENGINES),
-        default="local",
-        metavar="E",
-        help="local (default), or ray (needs moebert[cluster])",
-    )
-    command.add_argument("--address", metavar="A", help="of a Ray cluster: auto or HOST:PORT")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run notebooks and write the report."""
-    from moebert_lib.runs import execution, local_pool, plan
+    from moebert_lib.publish.report import write_report
+    from moebert_lib.runs import local_pool, plan
 
     _check_engine(args)
     scale, values = given_values(args)
@@ -145,11 +56,55 @@ def run(args: argparse.Namespace) -> int:
         return _print_plan(jobs, why=args.why)
     local = args.engine == "local"
     engine = local_pool.side_by_side(jobs, args.workers) if local else _engine(args)
-    try:
-        local_pool.run(jobs, engine=engine, force=args.force, echo=say)
-    except execution.NotebookFailed as failure:
-        return fail(f"{failure}; executed copy: {failure.copy}", 1)
-    return _finish(jobs)
+    local_pool.run(jobs, engine=engine, force=args.force, echo=say)
+    page = write_report()
+    for folder in dict.fromkeys(local_pool.published(job) for job in jobs):
+        n_files = Counter(path.suffix for path in folder.glob("*.*"))
+        say(f"figures   {near(folder)}  ({n_files['.png']} figures, {n_files['.tex']} tables)")
+    say(f"page      {near(page)}")
+    return 0
+
+
+def _print_plan(jobs: "Sequence[Job]", *, why: bool) -> int:
+    """Print what ``moebert run`` would do with its cost, or its reasons; run nothing."""
+    from moebert_lib.runs import cost, plan
+    from moebert_lib.runs import sweep as sweeps
+
+    preview = list(sweeps.preview(jobs, retry_failed=True))
+    if why:
+        for job, _, reason in preview:
+            say(f"{job.name}{plan.describe(job)}: {reason}")
+    else:
+        states = ["to run" if action == "run" else reason for _, action, reason in preview]
+        for line in cost.lines(jobs, states):
+            say(line)
+    say(f"{len(jobs)} notebook runs planned, nothing was executed")
+    return 0
+
+
+def _add_sweep(commands: Any) -> None:
+    command = commands.add_parser(
+        "sweep",
+        help="run a notebook over a grid of settings, tasks and seeds",
+        description="Run 03_distillation, or another notebook, once for each point of a grid. The "
+        "grid is a YAML file with the names notebook, scale, data_dir, tasks, seeds, settings "
+        "(each a list of values: all combinations are run) and points (a list of sets of values).",
+        example="moebert sweep grid.yaml --dry-run\n"
+        "  moebert sweep grid.yaml --only $SLURM_ARRAY_TASK_ID",
+    )
+    option = command.add_argument
+    option("grid", type=Path, nargs="?", metavar="GRID.yaml")
+    data = "folder with GLUE data, instead of the grid's data_dir"
+    option("--data-dir", default="", metavar="DIR", help=data)
+    option("--dry-run", action="store_true", help="list what would run or be reused, and why")
+    option("--why", action="store_true", help="the same, with all reasons")
+    only = "run only the points with these numbers, from 0: 7, 0-9 or 0,3,5-7; for array jobs"
+    option("--only", metavar="N", help=only)
+    option("--count", action="store_true", help="print the number of points; run nothing")
+    retry = "run points that failed or died before again; without a grid, those of all sweeps"
+    option("--retry-failed", action="store_true", help=retry)
+    _add_execution_options(command, workers="default: as many as cores and memory allow")
+    command.set_defaults(run=sweep)
 
 
 def sweep(args: argparse.Namespace) -> int:
@@ -173,16 +128,10 @@ def sweep(args: argparse.Namespace) -> int:
             _print_preview(grid, args, only)
         return 0
     engine = _engine(args)
+    how = {"force": args.force, "retry_failed": args.retry_failed}
     all_done = True
     for grid in planned:
-        results = sweeps.run(
-            grid,
-            only=only,
-            engine=engine,
-            force=args.force,
-            retry_failed=args.retry_failed,
-            echo=say,
-        )
+        results = sweeps.run(grid, only=only, engine=engine, echo=say, **how)
         states = [sweeps.state(result) for result in results]
         n_done = states.count("done")
         all_done &= n_done == len(states)
@@ -196,46 +145,6 @@ def sweep(args: argparse.Namespace) -> int:
     if only is None and Store().entries("notebook"):
         say(f"page      {near(write_report())}")
     return 0 if all_done else 1
-
-
-def status(args: argparse.Namespace) -> int:
-    """Print sweeps, counts of stored runs, the newest or all runs, and the failed ones."""
-    from moebert_lib.runs import status as inventory
-
-    for line in inventory.lines(whole=args.all):
-        say(line)
-    return 0
-
-
-def export(args: argparse.Namespace) -> int:
-    """Write one row per run of one home or several; with ``--results``, a folder of results."""
-    from moebert_lib.runs import export as exports
-
-    if args.results:
-        n_rows, n_files = exports.write_results(args.out, args.stores)
-        say(f"{n_rows} stages, {n_files} small files: {args.out}")
-        return 0
-    frame = exports.frame(args.stores, kind=args.kind)
-    exports.write(frame, args.out)
-    say(f"{len(frame)} runs, {len(frame.columns)} columns: {args.out}")
-    return 0
-
-
-def _print_plan(jobs: "Sequence[Job]", *, why: bool) -> int:
-    """Print what ``moebert run`` would do with its cost, or its reasons; run nothing."""
-    from moebert_lib.runs import cost, plan
-    from moebert_lib.runs import sweep as sweeps
-
-    preview = list(sweeps.preview(jobs, retry_failed=True))
-    if why:
-        for job, _, reason in preview:
-            say(f"{job.name}{plan.describe(job)}: {reason}")
-    else:
-        states = ["to run" if action == "run" else reason for _, action, reason in preview]
-        for line in cost.lines(jobs, states):
-            say(line)
-    say(f"{len(jobs)} notebook runs planned, nothing was executed")
-    return 0
 
 
 def _print_preview(grid: Any, args: argparse.Namespace, only: Sequence[int] | None) -> None:
@@ -261,6 +170,72 @@ def _print_preview(grid: Any, args: argparse.Namespace, only: Sequence[int] | No
     )
 
 
+def _add_status(commands: Any) -> None:
+    command = commands.add_parser(
+        "status",
+        help="list stored and failed runs",
+        description="Count the stored runs by kind; list the newest and the failed runs.",
+        example="moebert status --all",
+    )
+    command.add_argument("--all", action="store_true", help="list all stored runs")
+    command.set_defaults(run=status)
+
+
+def status(args: argparse.Namespace) -> int:
+    """Print sweeps, counts of stored runs, the newest or all runs, and the failed ones."""
+    from moebert_lib.runs import status as inventory
+
+    for line in inventory.lines(whole=args.all):
+        say(line)
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write one table of all runs",
+        description="Write one row per run with its settings, results and origin. A run stored in "
+        "several homes is one row. With --results, write all stages of experiments and the small "
+        "files from which figures are drawn into a folder for moebert report --from.",
+        example="moebert export runs.parquet\n"
+        "  moebert export --results figures/runs\n"
+        "  moebert export runs.csv runs/ other-machine/runs/ --kind student",
+    )
+    option = command.add_argument
+    option("out", type=Path, metavar="RUNS.parquet", help="or .csv or .json")
+    option("stores", nargs="*", metavar="HOME", help="a home or its runs/; default: this one")
+    kinds = "notebook (default), student, teacher and so on, or all"
+    option("--kind", default="notebook", metavar="K", help=kinds)
+    option("--results", action="store_true", help="add the results to the folder named first")
+    command.set_defaults(run=export)
+
+
+def export(args: argparse.Namespace) -> int:
+    """Write one row per run of one home or several; with ``--results``, a folder of results."""
+    from moebert_lib.runs import export as exports
+
+    if args.results:
+        n_rows, n_files = exports.write_results(args.out, args.stores)
+        say(f"{n_rows} stages, {n_files} small files: {args.out}")
+        return 0
+    frame = exports.frame(args.stores, kind=args.kind)
+    exports.write(frame, args.out)
+    say(f"{len(frame)} runs, {len(frame.columns)} columns: {args.out}")
+    return 0
+
+
+# Where runs are executed: the options and the engine that run and sweep share.
+
+
+def _add_execution_options(command: argparse.ArgumentParser, *, workers: str) -> None:
+    option = command.add_argument
+    option("--force", action="store_true", help="run again what is stored")
+    option("--workers", type=count, metavar="N", help=f"runs at the same time; {workers}")
+    engines = "local (default), or ray (needs moebert[cluster])"
+    option("--engine", type=choice("local", "ray"), default="local", metavar="E", help=engines)
+    option("--address", metavar="A", help="of a Ray cluster: auto or HOST:PORT")
+
+
 def _check_engine(args: argparse.Namespace) -> None:
     if args.engine != "ray" and args.address is not None:
         raise UserError("--address is for --engine ray; give both, or neither")
@@ -275,17 +250,3 @@ def _engine(args: argparse.Namespace) -> Any:
     from moebert_lib.runs.local_pool import Local, gpus
 
     return Local(args.workers, gpus=gpus()) if args.workers else None
-
-
-def _finish(jobs: "Sequence[Job]") -> int:
-    from moebert_lib.publish.report import write_report
-    from moebert_lib.runs import local_pool
-
-    page = write_report()
-    for folder in dict.fromkeys(local_pool.published(job) for job in jobs):
-        files = list(folder.glob("*.*"))
-        figures = sum(path.suffix == ".png" for path in files)
-        tables = sum(path.suffix == ".tex" for path in files)
-        say(f"figures   {near(folder)}  ({figures} figures, {tables} tables)")
-    say(f"page      {near(page)}")
-    return 0

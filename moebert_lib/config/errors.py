@@ -35,6 +35,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
 def home() -> Path:
     """The folder that holds ``notebooks/``, ``figures/`` and ``runs/``.
 
-    ``MOEBERT_HOME`` where it is set, else the checkout this library lies in.
+    ``MOEBERT_HOME`` where it is set, else the checkout that this library lies in, else, where the
+    library was installed from a wheel, the current folder.
     """
-    return Path(os.environ.get("MOEBERT_HOME") or CHECKOUT).resolve()
+    checkout = CHECKOUT if (CHECKOUT / "pyproject.toml").is_file() else Path.cwd()
+    return Path(os.environ.get("MOEBERT_HOME") or checkout).resolve()

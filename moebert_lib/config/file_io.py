@@ -153,11 +153,24 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically: whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to; the file or folder made there then takes the place of ``path``.
+
+    Where the block raises, ``path`` stays as it was and nothing is left beside it.
+    """
     temporary = unfinished(path)
     try:
-        temporary.write_bytes(content)
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
         os.replace(temporary, path)
     except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         with suppress(OSError):
             temporary.unlink()
         raise

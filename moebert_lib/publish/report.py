@@ -23,8 +23,10 @@ from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import write_bytes
 from moebert_lib.config.provenance import file_digest
 from moebert_lib.runs import execution, export, local_pool, status, sweep
-from moebert_lib.runs.local_pool import read_provenance, run_of, side_by_side
+from moebert_lib.runs.local_pool import side_by_side
 from moebert_lib.runs.plan import Job
+from moebert_lib.store import committed_results
+from moebert_lib.store.run_outputs import read_provenance, run_of
 from moebert_lib.store.store import Entry, Store
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -432,7 +434,7 @@ def draw(
     usual = home() / "runs" / f"figures-{vectors}" if vectors else home() / "figures"
     into = into or usual
     with _environment(MOEBERT_FROM=str(results.resolve()), MOEBERT_FORMATS=vectors):
-        export.verify(results)  # refused here, once, and not in each kernel
+        committed_results.verify(results, export.stage_table)  # once, and not in each kernel
         jobs = plan(results, into)
         entries = local_pool.run(jobs, engine=side_by_side(jobs), echo=echo)
     for entry in entries:

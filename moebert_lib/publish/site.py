@@ -21,8 +21,8 @@ from urllib.parse import unquote
 from moebert_lib.config.errors import CHECKOUT, UserError, home
 from moebert_lib.config.provenance import library_modules
 from moebert_lib.publish import report
-from moebert_lib.runs.local_pool import read_provenance, run_of
 from moebert_lib.runs.plan import notebooks
+from moebert_lib.store.run_outputs import read_provenance, run_of
 from moebert_lib.store.store import Store
 
 TEMPLATES = report.TEMPLATES / "site"

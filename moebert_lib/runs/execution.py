@@ -1,15 +1,15 @@
-"""Execute one notebook with papermill in a kernel of its own; keep its results or its failure."""
+"""Execute one notebook with papermill in a separate kernel; keep its results or its failure."""
 
 import functools
 import logging
-import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,7 +33,7 @@ class NotebookFailed(RuntimeError):
 
     Attributes:
         state: "failed" (a cell raised), "died" (the kernel process ended, for example out of
-            memory) or "not run" (it could not be started, which has nothing to do with it).
+            memory) or "not run" (it could not be started, for a reason outside the notebook).
         copy: The executed copy; None where none was kept.
     """
 
@@ -93,14 +93,13 @@ class Kernels:
         self.stopped.set()
         for client in list(self._clients):
             process = getattr(getattr(client.km, "provisioner", None), "process", None)
-            try:
-                kernel = process and psutil.Process(process.pid)
-                for child in kernel.children(recursive=True) if kernel else []:
-                    child.kill()
-                if kernel:
-                    kernel.kill()
-            except psutil.NoSuchProcess:
+            if process is None:
                 continue
+            with suppress(psutil.NoSuchProcess):
+                kernel = psutil.Process(process.pid)
+                for child in [*kernel.children(recursive=True), kernel]:
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
 
 
 def execute(
@@ -125,19 +124,23 @@ def execute(
         kernels: Where the kernel is registered while it runs.
 
     Raises:
-        NotebookFailed: A cell or a widget callback raised, or the kernel died.
-        Unwritable: A cell found the disk full, or the store forbidden.
+        NotebookFailed: A cell or a widget callback raised, a cell ended the notebook early, or
+            the kernel died.
+        Unwritable: A cell could not write, because the disk is full or read-only.
     """
     load_papermill()
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
     output = folder / "notebook.ipynb"
     output.write_text(source, "utf-8")
+    literal = str(output.resolve()).replace("{", "{{").replace("}", "}}")  # papermill formats it
     with (folder / "log.txt").open("w", encoding="utf-8") as log:
-        with _papermill_log(log), _notebook_errors(name, output):
+        try:
             notebook = papermill.execute_notebook(
-                _literal(output),
-                _literal(output),
+                literal,
+                literal,
                 parameters,
                 engine_name="moebert",
                 kernel_name="python3",
@@ -150,24 +153,41 @@ def execute(
                 kernels=kernels or Kernels(),
                 config=_private(folder),
             )
-    error = widget_error(notebook)
-    if error:
-        raise NotebookFailed(name, None, f"a widget's callback raised {error}")
+        except PapermillExecutionError as error:
+            _raise_store_error(error)
+            first_line = (str(error.evalue).strip().splitlines() or [""])[0]
+            line = f"{error.ename}: {first_line}"
+            raise NotebookFailed(name, error.exec_count, line) from None
+        except (DeadKernelError, CellTimeoutError, RuntimeError) as error:
+            line = str(error).splitlines()[0]
+            state = "failed" if isinstance(error, CellTimeoutError) else "died"
+            raise NotebookFailed(name, _last_cell(output), line, state=state) from None
+        finally:
+            (folder / CONNECTION).unlink(missing_ok=True)
+    _check_complete(name, notebook)
 
 
 @functools.cache
 def load_papermill() -> None:
-    """Import papermill, and add the engine ``moebert``: a kernel with an environment of its own.
+    """Import papermill and register the engine ``moebert``, which sets the kernel's environment.
 
-    To be called before threads start, as threads may see modules that are imported in part.
+    Call it before threads start: a thread can see a module that is only partly imported.
     """
-    import nbclient.exceptions  # noqa: F401  needed later, in threads
-    import nbformat  # noqa: F401
+    import nbformat  # noqa: F401  needed later, in threads
     import papermill.exceptions  # noqa: F401
     import psutil  # noqa: F401
     import zmq  # noqa: F401
+    from nbclient.exceptions import DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import Engine, papermill_engines
+
+    class Client(PapermillNotebookClient):
+        def papermill_execute_cells(self) -> None:
+            process = self.km.provisioner.process
+            try:
+                super().papermill_execute_cells()
+            except DeadKernelError:
+                raise DeadKernelError(f"the kernel died: {ending(process.poll())}") from None
 
     class KernelEngine(Engine):
         @classmethod
@@ -182,41 +202,54 @@ def load_papermill() -> None:
             input_path: str,
             **options: Any,
         ) -> None:
-            client = PapermillNotebookClient(
+            client = Client(
                 nb_man,
                 kernel_name=kernel_name,
                 startup_timeout=start_timeout,
                 iopub_timeout=120,  # a busy machine may be slow to deliver a cell's last output
-                log=logging.getLogger("papermill"),
+                log=logger,
                 extra_arguments=["--log-level=50"],
                 **options,
             )
             with kernels.running(client):
                 client.execute(env=environment)
 
+    logger = logging.getLogger("papermill")
+    logger.addHandler(logging.NullHandler())  # errors are reported by the run itself
+    logger.propagate = False
     papermill_engines.register("moebert", KernelEngine)
 
 
-@contextmanager
-def _notebook_errors(name: str, output: Path) -> Iterator[None]:
-    """Raise papermill's errors as :class:`NotebookFailed`; remove the connection file."""
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
+def ending(status: int | None) -> str:
+    """How a process ended, by its return code as in :class:`subprocess.Popen`.
 
-    try:
-        yield
-    except PapermillExecutionError as error:
-        _raise_store_error(error)
-        raise NotebookFailed(name, error.exec_count, _message(error)) from None
-    except DeadKernelError:
-        line = "the kernel died, often for want of memory"
-        raise NotebookFailed(name, _last_cell(output), line, state="died") from None
-    except (CellTimeoutError, RuntimeError) as error:  # it does not start, or does not reply
-        line = str(error).splitlines()[0]
-        state = "died" if isinstance(error, RuntimeError) else "failed"
-        raise NotebookFailed(name, _last_cell(output), line, state=state) from None
-    finally:
-        (output.parent / CONNECTION).unlink(missing_ok=True)
+    Example:
+        >>> ending(-9), ending(3)
+        ('SIGKILL, often for want of memory', 'exit status 3')
+    """
+    if status is None:
+        return "no reply"
+    if status >= 0:
+        return f"exit status {status}"
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(-status, f"signal {-status}")
+    return f"{name}, often for want of memory" if name == "SIGKILL" else name
+
+
+def _check_complete(name: str, notebook: Mapping) -> None:
+    """Refuse a notebook in which a widget's callback raised, or that a cell ended early.
+
+    papermill counts ``sys.exit(0)`` as success, and executes no cell after it.
+    """
+    error = widget_error(notebook)
+    if error:
+        raise NotebookFailed(name, None, f"a widget's callback raised {error}")
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for index, cell in enumerate(cells):
+        if cell["metadata"]["papermill"]["status"] != "completed":
+            n_left = len(cells) - index - 1
+            line = f"SystemExit: the cell ended the notebook; {n_left} cells after it were not run"
+            raise NotebookFailed(name, cell["execution_count"] or index + 1, line)
 
 
 def widget_error(notebook: Mapping) -> str:
@@ -233,7 +266,7 @@ def widget_error(notebook: Mapping) -> str:
 
 
 def _private(folder: Path) -> Any:
-    """Kernel settings that keep others on this machine from reading code and results.
+    """Kernel settings that prevent other users of this machine from reading code and results.
 
     The file with the kernel's secret is in the run's folder while the kernel lives. On Linux the
     sockets have unique names and no file: a free port may be taken by a kernel that starts at the
@@ -258,11 +291,6 @@ def _raise_store_error(error: Any) -> None:
         raise Unwritable(line) from None
 
 
-def _message(error: Any) -> str:
-    lines = str(error.evalue).strip().splitlines() or [""]
-    return f"{error.ename}: {lines[0]}"
-
-
 def _last_cell(path: Path) -> int | None:
     """Number of the code cell that was started last; a dead kernel does not report it."""
     import nbformat
@@ -275,27 +303,7 @@ def _last_cell(path: Path) -> int | None:
     return sum(cell.cell_type == "code" for cell in started) or None
 
 
-def _literal(path: Path) -> str:
-    """A path for papermill, which formats braces in it."""
-    return str(path.resolve()).replace("{", "{{").replace("}", "}}")
-
-
-@contextmanager
-def _papermill_log(log: TextIO) -> Iterator[None]:
-    """Write what papermill logs in this thread to the run's log, not to the screen."""
-    thread = threading.get_ident()
-    handler = logging.StreamHandler(log)
-    handler.addFilter(lambda record: record.thread == thread)
-    handler.handleError = lambda record: None  # on a full disk; the run itself reports that
-    logger = logging.getLogger("papermill")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-# A planned run: made once, then found in the store; failures are remembered.
+# A planned run: executed once, then reused from the store; failures are remembered.
 
 
 def make(
@@ -317,7 +325,7 @@ def make(
         force: Execute it even if it is stored.
         since: Seconds as of ``time.time`` when the batch began. If another process has failed at
             the same run since then, that failure is raised and the notebook is not executed.
-        environment: Variables of the kernel beside this process's own.
+        environment: Further variables of the kernel, beside those of this process.
         say: Receives the notebook's progress lines.
         kernels: Where the kernel is registered while it runs.
 
@@ -373,7 +381,6 @@ def failure_folder(job: Job) -> Path:
 def remember(failure: NotebookFailed, job: Job, folder: Path) -> None:
     """Keep how a run failed, with the folder of its executed copy; sets ``failure.copy``."""
     target = failure_folder(job)
-    temporary = file_io.unfinished(target)
     about = {
         "notebook": failure.notebook,
         "cell": failure.cell,
@@ -382,14 +389,11 @@ def remember(failure: NotebookFailed, job: Job, folder: Path) -> None:
         "given": job.values,
         "run": job.key().digest,
     }
-    try:
-        shutil.copytree(folder, temporary)
-        write_json(temporary / FAILED, about)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(temporary, target)
+    with suppress(OSError):  # no room: the run will be tried again
+        with file_io.replacing(target) as temporary:
+            shutil.copytree(folder, temporary)
+            write_json(temporary / FAILED, about)
         failure.copy = target / "notebook.ipynb"
-    except OSError:  # no room: the run will be tried again
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def failed_before(job: Job, *, since: float = 0.0) -> NotebookFailed | None:

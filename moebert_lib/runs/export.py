@@ -4,7 +4,6 @@ Of a run only its record is read. Nothing in a home is executed or unpickled, an
 same in whatever order the homes are named.
 """
 
-import io
 import json
 import math
 import re
@@ -18,7 +17,8 @@ from moebert_lib.config.errors import UserError, home, nearest
 from moebert_lib.config.file_io import write_bytes
 from moebert_lib.config.provenance import to_json
 from moebert_lib.config.settings import Settings
-from moebert_lib.store.committed_results import FILES, ROWS, CommittedResults, key_of
+from moebert_lib.store import committed_results
+from moebert_lib.store.committed_results import Record, key_of
 from moebert_lib.store.store import ORIGIN, RECORD, Store, flat, parse
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ GROUPS = ("first", "setting", "parameter", "metric", "last")
 #: Names in a key that stand for digests or machinery, which nobody chooses.
 UNSEEN = ORIGIN - {"keep_model"} | {"cells"}
 Key = tuple[str, str]  # a column's group, and the name of its value
-Record = dict[str, Any]
 
 
 def frame(homes: Sequence[str | Path] = (), *, kind: str = "notebook") -> "DataFrame":
@@ -59,9 +58,10 @@ def frame(homes: Sequence[str | Path] = (), *, kind: str = "notebook") -> "DataF
     transformers, the data's digest, store. :func:`column_names` says what becomes of a name that
     comes twice. Of a stage's nested key a name means the outermost value. A run is superseded
     where a newer one has the same values, which then differs in code, data or versions. Lists and
-    dicts are JSON text; numbers that are not finite, or wider than 64 bits, are missing.
+    dicts are JSON text. Numbers of a stage that are not finite, and whole numbers wider than 64
+    bits, are missing; what ``record`` was given as NaN or infinite is text.
 
-    A run found in several homes is one row: the oldest. Records that cannot be used, and
+    A run that is in several homes is one row: the oldest. Records that cannot be used, and
     runs whose copies differ in a metric, are named on stderr, one line each.
 
     Args:
@@ -107,7 +107,7 @@ def _kind(name: str) -> str:
 
 
 def _read(paths: Iterable[tuple[str, Path]]) -> Iterator[Record]:
-    """The usable records, each with the home it was found in."""
+    """The usable records, each with its home."""
     for label, path in paths:
         name = path.parent.name
         try:
@@ -191,9 +191,9 @@ def _notebook_values(key: Mapping[str, Any]) -> tuple[dict, dict]:
     """Settings and further parameters in a notebook's key."""
     settings, given = _mapping(key.get("settings")), _mapping(key.get("parameters"))
     known = Settings.model_fields.keys() | settings.keys()
-    own = {name: value for name, value in given.items() if name in known}
+    named = {name: value for name, value in given.items() if name in known}
     more = {name: given[name] for name in given if name not in known and name != "overrides"}
-    return own | settings, more
+    return named | settings, more
 
 
 def stage_choices(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,12 +209,12 @@ def stage_choices(key: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stage_data(key: Mapping[str, Any]) -> Any:
     """The data's digest in a stage's key; the outermost where there are several."""
-    found = [
+    leaves = [
         (name.count("."), value)
         for name, value in flat(key).items()
         if name.split(".")[-1] == "data"
     ]
-    return min(found, default=(0, None), key=lambda leaf: leaf[0])[1]
+    return min(leaves, default=(0, None), key=lambda leaf: leaf[0])[1]
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -341,30 +341,11 @@ WRITERS = {
 }
 
 
-# Committed results: the stages of many runs in a folder, all but their models.
-
-#: Files of a stage that figures are drawn from; models, tokenizers and states are left out.
-KEPT = {
-    "teacher": ("config.json", "answers.csv"),
-    "importance": ("importance.safetensors",),
-    "excitation": ("excitation.safetensors", "tokens.json"),
-    "removal": ("curves.csv",),
-    "scores": ("scores.safetensors",),
-    "score_removal": ("curves.csv",),
-    "converted": ("answers.csv",),
-    "student": ("answers.csv", "curve.csv", "distances.csv"),
-    "about": (),
-    "table": ("table.parquet",),
-}
-#: Columns without use here: ``of`` is what a table was measured of, whole, as its record has it.
-LEFT_OUT = ["store", "superseded", "notebook", "of"]
-PACKED = {"compression": "zstd", "compression_level": 19, "index": False}
+# The same columns for committed results.
 
 
 def write_results(folder: Path, homes: Sequence[str | Path] = ()) -> tuple[int, int]:
     """Add the stages of homes to a folder of results; returns its numbers of rows and files.
-
-    Of a stage that is there twice the newer stays. Equal results give equal bytes.
 
     Args:
         folder: Made where it is missing.
@@ -373,79 +354,11 @@ def write_results(folder: Path, homes: Sequence[str | Path] = ()) -> tuple[int, 
     Raises:
         UserError: no such home, or no stage anywhere.
     """
-    from pandas import DataFrame
-
-    stages: dict[str, tuple[Record, dict[str, bytes]]] = {}
-    for record, files in [*_committed(folder), *_stored(homes)]:
-        choices = key_of(record).choices_digest
-        if choices not in stages or stages[choices][0]["created"] <= record["created"]:
-            stages[choices] = record, files
-    if not stages:
-        raise UserError(f"no stage of an experiment in the homes; expected {EXPECTED}")
-    kept = sorted(stages.values(), key=lambda stage: (stage[0]["kind"], stage[0]["digest"]))
-    files = [
-        (record["digest"], name, content)
-        for record, contents in kept
-        for name, content in sorted(contents.items())
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_packed(_rows([record for record, _ in kept]), folder / ROWS)
-    _write_packed(DataFrame(files, columns=["digest", "name", "content"]), folder / FILES)
-    return len(kept), len(files)
+    stores = [Store(_root(Path(folder).expanduser())) for folder in homes or [home()]]
+    return committed_results.add(folder, stores, stage_table)
 
 
-def verify(folder: Path) -> None:
-    """Check that every column of the rows agrees with the row's own record, which is sealed.
-
-    Raises:
-        UserError: naming the row and the column that do not; as :class:`CommittedResults`.
-    """
-    from pandas import read_parquet
-
-    records = CommittedResults(folder).records.values()
-    packed = io.BytesIO()
-    _rows(list(records)).to_parquet(packed, **PACKED)
-    expected, rows = read_parquet(packed), read_parquet(folder / ROWS)
-    for name in dict.fromkeys([*expected, *rows]):
-        if name not in expected or name not in rows:
-            raise UserError(f"{folder / ROWS}: column '{name}' is new or missing; restore the file")
-        missing = expected[name].isna() & rows[name].isna()
-        different = ~((expected[name] == rows[name]) | missing)
-        if different.any():
-            number = int(different.argmax())
-            raise UserError(
-                f"{folder / ROWS}: row {number} says {name} {rows[name][number]}, its record "
-                f"{expected[name][number]}; restore the file"
-            )
-
-
-def _committed(folder: Path) -> Iterator[tuple[Record, dict[str, bytes]]]:
-    """What a folder of results has already."""
-    if (folder / ROWS).is_file():
-        results = CommittedResults(folder)
-        for record in results.records.values():
-            yield record, dict(results.files_of(record))
-
-
-def _stored(homes: Sequence[str | Path]) -> Iterator[tuple[Record, dict[str, bytes]]]:
-    """The stages in homes, with their small files."""
-    for folder in [Path(folder).expanduser() for folder in homes] or [home()]:
-        for entry in Store(_root(folder)).entries():
-            if entry.kind not in KEPT:
-                continue
-            paths = [entry.folder / name for name in KEPT[entry.kind]]
-            files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-            yield entry.record(), files
-
-
-def _rows(records: Sequence[Record]) -> "DataFrame":
-    """One row a stage: its settings and metrics as columns, and its whole record as JSON."""
-    rows = table([row(record) for record in records]).drop(columns=LEFT_OUT, errors="ignore")
-    texts = {record["digest"]: to_json(record) for record in records}
-    return rows.assign(record=rows["digest"].map(texts))
-
-
-def _write_packed(table: "DataFrame", path: Path) -> None:
-    packed = io.BytesIO()
-    table.to_parquet(packed, **PACKED)
-    write_bytes(path, packed.getvalue())
+def stage_table(records: Sequence[Record]) -> "DataFrame":
+    """One row a stage: its settings and its metrics as columns."""
+    rows = table([row(record) for record in records])
+    return rows.drop(columns=["store", "superseded", "notebook", "of"], errors="ignore")

@@ -1,49 +1,48 @@
-"""Run planned notebooks on this machine, several at a time; reuse stored runs; publish figures."""
+"""Run planned notebooks on this machine, several at a time; reuse what is stored."""
 
 import copy
 import itertools
-import json
 import os
-import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
 
-from filelock import FileLock
-
 from moebert_lib.config.errors import UserError, home
-from moebert_lib.config.file_io import Unwritable, write_bytes, write_json
-from moebert_lib.config.provenance import cores, digest, file_digest, versions
+from moebert_lib.config.file_io import Unwritable
+from moebert_lib.config.provenance import cores, versions
 from moebert_lib.runs import cost, execution
 from moebert_lib.runs.execution import WARNING, ChangedLibrary, Kernels, NotebookFailed
 from moebert_lib.runs.plan import Job, asked, describe
-from moebert_lib.store.committed_results import ROWS
+from moebert_lib.store import run_outputs
 from moebert_lib.store.store import Entry, Store
 
-#: What becomes of a run: its entry, why there is none, or an error that ends the whole batch.
+#: The result of a run: its entry, its failure, or an error that ends the whole batch.
 Result = Entry | NotebookFailed | UserError
+#: What happens to a run: it starts (None), prints a line of progress, or ends with a result.
+Event = None | str | Result
 
-#: Threads that spin while they wait starve the other runs.
+#: Threads that wait in a busy loop would slow down the other runs.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-KERNEL_BYTES = 1 << 30  # Python, libraries and data of one notebook, beside its models
+KERNEL_BYTES = 1 << 30  # memory of Python, libraries and data in one kernel, without models
 QUIET = 30  # seconds between two progress lines where several notebooks run together
 
 
 class Local:
-    """Runs on this machine, each in a kernel process of its own, with a GPU each if there are any.
+    """Runs on this machine, each in a separate kernel process, and with a GPU if there are any.
 
     Args:
         workers: Runs at the same time.
         threads: Threads of each run, unless OMP_NUM_THREADS is set; None: as many as torch
             chooses. The last digits of a result depend on it, so a sweep leaves it at 1.
-        gpus: Names of GPUs as in CUDA_VISIBLE_DEVICES; a run has one of them to itself.
+        gpus: Names of GPUs as in CUDA_VISIBLE_DEVICES; two runs never share one.
     """
 
     def __init__(self, workers: int = 1, *, threads: int | None = 1, gpus: Sequence[str] = ()):
@@ -56,52 +55,48 @@ class Local:
         self.workers, self.threads, self.gpus = workers, threads, tuple(gpus)
 
     def run(
-        self,
-        jobs: Sequence[Job],
-        *,
-        started: Callable[[int], Any] = lambda index: None,
-        say: Callable[[int, str], Any] = lambda index, line: None,
-        force: bool = False,
-        attempts: int = 2,
-    ) -> Iterator[tuple[int, Result]]:
-        """Number and result of each job, in the order in which they end.
+        self, jobs: Sequence[Job], *, force: bool = False, attempts: int = 2
+    ) -> Iterator[tuple[int, Event]]:
+        """A job's number and what happened: ``None`` when it starts, lines of progress, its result.
 
-        Closing the iterator stops what runs and waits until its processes are gone.
+        Every job that starts has one result, whatever is raised. Closing the iterator stops what
+        runs and waits until its processes are gone.
 
         Args:
             jobs: What to run.
-            started: Called with a job's number when it starts, in the caller's thread.
-            say: Called with a job's number and a line of its progress, in the caller's thread.
             force: Execute even what is stored.
             attempts: How often a run is tried whose process dies.
         """
         execution.load_papermill()
         kernels, queue, since = Kernels(), _Queue(jobs), time.time()
-        messages: SimpleQueue[Callable[[], Any] | tuple[int, Result]] = SimpleQueue()
+        events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(self.workers):
             slots.put(slot)
 
         def run_next() -> None:
             slot, index = slots.get(), queue.take()
-            messages.put(partial(started, index))
+            events.put((index, None))
+
+            def say(line: str) -> None:
+                events.put((index, line))
+
             make = partial(self.make, jobs[index], slot=slot, since=since, force=force)
-            messages_of_job = partial(_post, messages, say, index)
-            result = _attempt(jobs[index], make, attempts, say=messages_of_job, kernels=kernels)
+            result = _attempt(jobs[index], make, attempts, say=say, kernels=kernels)
             slots.put(slot)
-            messages.put((index, result))
+            events.put((index, result))
 
         pool = ThreadPoolExecutor(self.workers)
         futures = [pool.submit(run_next) for _ in jobs]
         try:
             n_left = len(jobs)
             while n_left:
-                message = _next_message(messages)
-                if callable(message):
-                    message()
-                else:
-                    n_left -= 1
-                    yield message
+                try:  # a wait without an end cannot be interrupted in a Ray task
+                    index, event = events.get(timeout=0.5)
+                except Empty:
+                    continue
+                n_left -= isinstance(event, Result)
+                yield index, event
         finally:
             for future in futures:
                 future.cancel()
@@ -135,7 +130,7 @@ class Local:
 
 
 class _Queue:
-    """The numbers of jobs in order; those that another process is making now come last."""
+    """Indices of jobs in order; those that another process is running now come last."""
 
     def __init__(self, jobs: Sequence[Job]):
         self._keys = [job.key() for job in jobs]
@@ -158,7 +153,7 @@ def _attempt(
     say: Callable[[str], Any],
     kernels: Kernels,
 ) -> Result:
-    """What becomes of a run: its entry, or any error at all, returned and not raised."""
+    """The entry of a run, or its error, whatever it is; errors are returned, not raised."""
     for left in reversed(range(attempts)):
         try:
             return make(say=say, kernels=kernels)
@@ -166,28 +161,14 @@ def _attempt(
             if failure.state != "died" or not left or kernels.stopped.is_set():
                 return failure
             say(f"{WARNING}{failure.error}; once more")
-        except (Unwritable, ChangedLibrary) as error:  # no other run can succeed either
+        except (Unwritable, ChangedLibrary) as error:  # every other run would fail too
             return UserError(f"{job.name}{describe(job)}: {error}")
-        except (UserError, OSError) as error:
-            line = " ".join(str(error).split())
-            return NotebookFailed(job.name, None, line, "not run")
         except BaseException as error:  # noqa: BLE001  whatever it is, the run has a result
-            line = " ".join(f"{type(error).__name__}: {error}".split())
-            return NotebookFailed(job.name, None, line)
+            expected = isinstance(error, UserError | OSError)
+            text = str(error) if expected else f"{type(error).__name__}: {error}"
+            state = "not run" if expected else "failed"
+            return NotebookFailed(job.name, None, " ".join(text.split()), state)
     raise AssertionError("unreachable")
-
-
-def _post(messages: SimpleQueue, say: Callable[[int, str], Any], index: int, line: str) -> None:
-    messages.put(partial(say, index, line))
-
-
-def _next_message(messages: SimpleQueue) -> Any:
-    """The next message; a wait without an end cannot be interrupted in a Ray task."""
-    while True:
-        try:
-            return messages.get(timeout=0.5)
-        except Empty:
-            continue
 
 
 def fitting(jobs: Sequence[Job]) -> Local:
@@ -245,7 +226,7 @@ def gpus() -> list[str]:
 
 
 def free_memory() -> int:
-    """Bytes that new processes may take here: of the machine, or of this control group."""
+    """Bytes of memory that new processes can use, within the limit of this control group."""
     import psutil
 
     group = Path("/sys/fs/cgroup")
@@ -259,13 +240,13 @@ def free_memory() -> int:
     return min(free, limit - used + cache)
 
 
-# A batch: what is stored is reused, what is missing is run, on this machine or a cluster.
+# A batch: reuse what is stored, run what is missing, on this machine or on a cluster.
 
 
 def run(
     jobs: Sequence[Job], *, keep_going: bool = False, **how: Any
 ) -> list[Entry | NotebookFailed]:
-    """Run jobs, reusing what the store has, and publish their figures.
+    """Run jobs, reusing what the store has, and copy their figures to ``runs/figures``.
 
     Args:
         jobs: From :func:`plan.plan`.
@@ -280,14 +261,23 @@ def run(
         UserError: no run can be made here, whatever the notebook: the disk is full, or the
             library has changed since these were planned.
     """
-    results = {}
-    ended = completed(jobs, **how)
-    for index, result in ended:
-        if isinstance(result, NotebookFailed) and not keep_going:
-            ended.close()
-            raise result
-        results[index] = result
+    results: dict[int, Entry | NotebookFailed] = {}
+    with closing(completed(jobs, **how)) as ended:
+        for index, result in ended:
+            if isinstance(result, Entry):
+                run_outputs.publish(result, published(jobs[index]))
+            elif not keep_going:
+                raise result
+            results[index] = result
     return [results[index] for index in range(len(jobs))]
+
+
+def published(job: Job) -> Path:
+    """The folder that a job's figures are copied to."""
+    if job.place:
+        return home() / "runs" / "figures" / job.place
+    settings = job.settings and job.settings.model_dump()
+    return run_outputs.destination(settings, changed=job.chosen)
 
 
 def completed(
@@ -296,260 +286,117 @@ def completed(
     engine: Local | None = None,
     force: bool = False,
     retry_failed: bool = True,
-    publishing: bool = True,
     echo: Callable[[str], Any] = print,
 ) -> Iterator[tuple[int, Entry | NotebookFailed]]:
     """Number and result of each job: first what is stored, then the others as they end.
 
     Args:
         jobs: From :func:`plan.plan`.
-        engine: Where what is missing is run; one run at a time on this machine by default.
+        engine: Runs what is missing; by default one run at a time on this machine.
         force: Execute even what is stored.
         retry_failed: Also execute what failed before, unchanged.
-        publishing: Copy figures to ``runs/figures``.
         echo: Receives one line per start, end and progress line.
 
     Raises:
         UserError: as :func:`run`.
     """
     engine = engine or Local(threads=None)
-    store, progress = Store(), _Progress(jobs, engine.workers, echo)
+    store, progress = Store(), _Progress(jobs, echo)
     store.tidy()
     missing = []
     for index, job in enumerate(jobs):
-        entry = None if force else store.find(job.key())
-        failure = None if entry or retry_failed or force else execution.failed_before(job)
-        if entry:
-            progress.reused(index, entry)
-            yield index, _published(job, entry, publishing)
-        elif failure:
-            progress.failed(index, f"{failure.state} before: {failure}")
-            yield index, failure
+        result = None if force else store.find(job.key())
+        if not (result or force or retry_failed):
+            result = execution.failed_before(job)
+        if result:
+            progress.ended(index, result, before=" before")
+            yield index, result
         else:
             missing.append(index)
     timed = [index for index in missing if jobs[index].timed]
-    untimed = [index for index in missing if index not in timed]
-    in_turn = _in_turn(jobs, untimed, engine.workers)
-    parts = [(engine, in_turn), (engine.alone(), timed)]
-    for where, numbers in parts:
-        progress.workers = where.workers
-        for index, result in _run_missing(where, jobs, numbers, progress, force=force):
-            if isinstance(result, Entry):
-                _published(jobs[index], result, publishing)
-            yield index, result
+    others = [index for index in missing if index not in timed]
+    try:
+        for where, indices in ((engine, others), (engine.alone(), timed)):
+            yield from _run_missing(where, jobs, indices, progress, force=force)
+    finally:
+        store.tidy()
 
 
 def _run_missing(
-    engine: Local,
-    jobs: Sequence[Job],
-    numbers: Sequence[int],
-    progress: "_Progress",
-    *,
-    force: bool,
+    engine: Local, jobs: Sequence[Job], indices: list[int], progress: "_Progress", *, force: bool
 ) -> Iterator[tuple[int, Entry | NotebookFailed]]:
-    """Number and result of the jobs with these numbers."""
-    ended = engine.run(
-        [jobs[number] for number in numbers],
-        started=lambda i: progress.started(numbers[i]),
-        say=lambda i, line: progress.line(numbers[i], line),
-        force=force,
-    )
-    try:
-        for i, result in ended:
-            if isinstance(result, UserError):
-                raise result
-            progress.ended(numbers[i], result)
-            yield numbers[i], result
-    finally:
-        ended.close()
-        Store().tidy()
+    """Index and result of the jobs with these indices, as they end."""
+    in_turn = _in_turn(jobs, indices, engine.workers)
+    progress.workers = engine.workers
+    with closing(engine.run([jobs[index] for index in in_turn], force=force)) as events:
+        for number, event in events:
+            index = in_turn[number]
+            if event is None:
+                progress.started(index)
+            elif isinstance(event, str):
+                progress.line(index, event)
+            elif isinstance(event, UserError):
+                raise event
+            else:
+                progress.ended(index, event)
+                yield index, event
 
 
 def _in_turn(jobs: Sequence[Job], missing: Sequence[int], workers: int) -> list[int]:
     """The order in which missing jobs start: different notebooks with most experiments first.
 
-    What several notebooks ask for is made by the first, and no long one is left for the end.
+    Teachers and scores that several notebooks need are made by the first; short ones come last.
     """
     if workers == 1 or len({jobs[index].name for index in missing}) < 2:
         return list(missing)
-    return sorted(missing, key=lambda index: -_students(jobs[index]))
 
+    def n_students(index: int) -> int:
+        return sum(stage == "student" for stage, _ in asked(jobs[index]))
 
-def _students(job: Job) -> int:
-    """How many models a job asks to train."""
-    return sum(stage == "student" for stage, _ in asked(job))
+    return sorted(missing, key=n_students, reverse=True)
 
 
 class _Progress:
-    """What a batch prints while it runs: a line for each start and end, and how much is left."""
+    """Prints the progress of a batch: a line for each start and end, and the time left."""
 
-    def __init__(self, jobs: Sequence[Job], workers: int, echo: Callable[[str], Any]):
-        self.jobs, self.workers, self.echo = jobs, workers, echo
+    def __init__(self, jobs: Sequence[Job], echo: Callable[[str], Any]):
+        self.jobs, self.echo, self.workers = jobs, echo, 1
         self.durations: list[float] = []
-        self.start: dict[int, float] = {}
         self.n_ended, self.last_line = 0, time.monotonic()
 
     def label(self, index: int) -> str:
         return f"[{index + 1}/{len(self.jobs)}] {self.jobs[index].name}"
 
     def started(self, index: int) -> None:
-        self.start[index] = time.monotonic()
         self.echo(f"{self.label(index)} running{describe(self.jobs[index])}")
 
-    def reused(self, index: int, entry: Entry) -> None:
-        self.n_ended += 1
-        self.echo(f"{self.label(index)} reused, made in {entry.seconds / 60:.1f} min")
-
-    def failed(self, index: int, reason: str) -> None:
-        self.n_ended += 1
-        self.echo(f"{self.label(index)}{describe(self.jobs[index])} {reason}")
-
-    def ended(self, index: int, result: Entry | NotebookFailed) -> None:
-        if isinstance(result, NotebookFailed):
-            cell = f"cell {result.cell}: " if result.cell else ""
-            self.failed(index, f"{result.state}: {cell}{result.error}")
-            return
-        self.n_ended += 1
-        self.durations.append(time.monotonic() - self.start[index])
-        verb = "reused, made" if result.reused else "done"
-        minutes = result.seconds / 60
-        self.echo(f"{self.label(index)} {verb} in {minutes:.1f} min{self._remaining()}")
-
     def line(self, index: int, line: str) -> None:
-        """A notebook's progress: all of it, or where several run together a line now and then."""
+        """A line of a notebook's progress; where several run together, only now and then."""
         if self.workers == 1:
             self.echo(f"    {line}")
         elif line.startswith(WARNING) or time.monotonic() - self.last_line > QUIET:
             self.last_line = time.monotonic()
             self.echo(f"    [{index + 1}] {line}")
 
+    def ended(self, index: int, result: Entry | NotebookFailed, *, before: str = "") -> None:
+        """A run has ended; ``before`` follows the state of one that failed in an earlier batch."""
+        self.n_ended += 1
+        label = self.label(index)
+        if isinstance(result, NotebookFailed):
+            cell = f"cell {result.cell}: " if result.cell else ""
+            reason = f"{result.state}{before}: {cell}{result.error}"
+            self.echo(f"{label}{describe(self.jobs[index])} {reason}")
+        elif result.reused:
+            self.echo(f"{label} reused, made in {result.seconds / 60:.1f} min")
+        else:
+            self.durations.append(result.seconds)
+            self.echo(f"{label} done in {result.seconds / 60:.1f} min{self._remaining()}")
+
     def _remaining(self) -> str:
-        """The time that is left, where all runs are of one notebook, so that a mean means much."""
+        """About how much time is left, by the mean so far, if all runs are of one notebook."""
         n_left = len(self.jobs) - self.n_ended
         alike = len({job.name for job in self.jobs}) == 1
         if not (n_left and alike and self.workers > 1):
             return ""
         mean = sum(self.durations) / len(self.durations)
         return f", about {mean * n_left / self.workers / 60:.1f} min left"
-
-
-# Figures and tables of runs, copied to runs/figures with a note of where each comes from.
-
-PROVENANCE = "provenance.json"
-LONGEST = 80  # characters of a folder's name
-
-
-def published(job: Job) -> Path:
-    """The folder that a job's figures are copied to."""
-    if job.place:
-        return home() / "runs" / "figures" / job.place
-    settings = job.settings and job.settings.model_dump()
-    return destination(settings, changed=job.chosen)
-
-
-def destination(settings: dict[str, Any] | None, *, changed: Mapping[str, Any]) -> Path:
-    """``runs/figures/`` for scale quick unchanged, else a folder in it named by what is run.
-
-    The name is ``<scale>-<task>`` and each further value that was changed, such as
-    ``quick-library-n_experts2-seed1``; a digest stands for what a name cannot hold.
-
-    Args:
-        settings: Of the notebook, None where it takes none.
-        changed: Values by name that differ from the notebook's defaults, the scale left out.
-    """
-    figures = home() / "runs" / "figures"
-    if not changed and (settings is None or settings["scale"] == "quick"):
-        return figures
-    head = "changed" if settings is None else f"{settings['scale']}-{settings['task']}"
-    further = {name: changed[name] for name in sorted(changed) if name not in ("task", "data_dir")}
-    words = [f"{name}{_word(value)}" for name, value in further.items()]
-    return figures / _safe("-".join([head, *words]))
-
-
-def _word(value: Any) -> str:
-    """A value as text for a name: ``[1, 2]`` is ``1_2``."""
-    return "_".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _safe(name: str) -> str:
-    """A name of short, plain characters; with a digest where that loses anything."""
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
-    if plain == name and len(name) <= LONGEST:
-        return name
-    short = digest(name)[:8]
-    return f"{plain[: LONGEST - len(short) - 1]}-{short}"
-
-
-def _published(job: Job, entry: Entry, publishing: bool) -> Entry:
-    if publishing:
-        with FileLock(Store().root / "locks" / "figures.lock"):  # another batch may publish too
-            publish(entry, published(job))
-    return entry
-
-
-def publish(entry: Entry, folder: Path) -> list[Path]:
-    """Make ``folder`` hold exactly the run's figures, among those of other notebooks.
-
-    Files that are there already with the same bytes are left alone; missing or changed
-    ones are restored; those that an earlier run of the same notebook left are removed.
-    """
-    notebook, record = entry.key.choices["notebook"], entry.record()
-    known = read_provenance(folder)
-    made = {
-        Path(name).name: sha256
-        for name, sha256 in record["files"].items()
-        if name.startswith("figures/")
-    }
-    for name, sha256 in made.items():
-        _copy(entry.folder / "figures" / name, folder / name, sha256)
-    kept = {name: about for name, about in known.items() if about["notebook"] != notebook}
-    for name in known.keys() - kept.keys() - made.keys():
-        (folder / name).unlink(missing_ok=True)
-    about = _about(entry, record)
-    kept |= {name: {**about, "sha256": sha256} for name, sha256 in made.items()}
-    if kept != known:
-        write_json(folder / PROVENANCE, kept)
-    return [folder / name for name in made]
-
-
-def read_provenance(folder: Path) -> dict[str, dict[str, Any]]:
-    """Per file: notebook, run, settings, seeds, data, versions, commit, sha256."""
-    try:
-        return json.loads((folder / PROVENANCE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def _about(entry: Entry, record: dict[str, Any]) -> dict[str, Any]:
-    """Where a run's files come from; drawn from committed results, what any machine repeats."""
-    settings = entry.key.choices.get("settings") or {}
-    about = {
-        "notebook": entry.key.choices["notebook"],
-        "run": run_of(entry),
-        "settings": settings,
-        "seeds": {name: value for name, value in settings.items() if "seed" in name},
-        "inputs": entry.key.origin.get("inputs", {}),
-    }
-    made_with = () if _drawn(entry) else ("versions", "commit", "machine")
-    return about | {name: record[name] for name in made_with}
-
-
-def run_of(entry: Entry) -> str:
-    """The digest that names a run in a provenance file.
-
-    It is the entry's, or that of notebook, values and results where it was drawn from results.
-    """
-    if not _drawn(entry):
-        return entry.digest
-    return digest({**entry.key.choices, "inputs": entry.key.origin["inputs"]})
-
-
-def _drawn(entry: Entry) -> bool:
-    return ROWS in entry.key.origin.get("inputs", {})
-
-
-def _copy(source: Path, target: Path, sha256: str) -> None:
-    if target.is_file() and file_digest(target) == sha256:
-        return
-    os.makedirs(target.parent, exist_ok=True)
-    write_bytes(target, source.read_bytes())

@@ -1,7 +1,6 @@
-"""Run planned notebooks on a Ray cluster: a task for each run, with its own cores and GPU.
+"""Run planned notebooks on a Ray cluster: a task for each run, with cores and a GPU for it alone.
 
-Every node needs this library in the driver's version, the same data and weights, and a disk on
-which it sees the driver's MOEBERT_HOME. When the driver ends, Ray ends the tasks and their kernels.
+Every node needs the driver's version of this library, its data and weights, and sees its home.
 """
 
 import logging
@@ -22,7 +21,7 @@ from moebert_lib.runs.plan import Job
 from moebert_lib.store.store import Entry, Store
 
 REACH = 10.0  # seconds until a head node that does not answer is given up
-PATIENCE = 20.0  # seconds in which a cancelled task must have ended its kernel
+PATIENCE = 20.0  # seconds that a cancelled task has to end its kernel
 #: This machine only; on Linux Ray takes 127.0.0.1 for the address that others reach it by.
 LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 
@@ -31,9 +30,8 @@ class Ray(Local):
     """Runs as tasks of a Ray cluster.
 
     Args:
-        address: None: the cluster that RAY_ADDRESS names, else a Ray instance of this process
-            alone, on all cores and GPUs here. "auto": the cluster that this machine is a node of.
-            "HOST:PORT": the same, by its head node.
+        address: "HOST:PORT" of a cluster's head node, or "auto": the cluster of this machine.
+            None: the cluster that RAY_ADDRESS names, else a new one on this machine alone.
         workers: Tasks at the same time; by default as many as the nodes that are there now hold.
         gpus_per_run: By default 1 where the cluster has GPUs, else 0; below 1 runs share one.
         cpus_per_run: Cores reserved for a run, and its threads.
@@ -70,12 +68,11 @@ class Ray(Local):
 
         options = {"num_cpus": self.needs["CPU"], "num_gpus": self.needs.get("GPU", 0)}
         task = self._ray.remote(run_on_node).options(name=job.name, max_retries=0, **options)
-        runs = home() / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=runs, prefix="cluster-", suffix=".tmp") as marker:
-            name = Path(marker.name).name
-            digest = job.key().digest
-            pending = task.remote(job, digest, home(), name, self.environment(slot), force)
+        store, key = Store(), job.key()
+        store.root.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=store.root, prefix="cluster-", suffix=".tmp") as file:
+            marker = Path(file.name).name
+            pending = task.remote(job, key.digest, home(), marker, self.environment(slot), force)
             self._wait(pending, kernels)
             try:
                 result = self._ray.get(pending)
@@ -83,9 +80,9 @@ class Ray(Local):
                 result = NotebookFailed(job.name, None, _line(error.cause or error), "not run")
             except RayError as error:
                 result = NotebookFailed(job.name, None, f"lost: {_line(error)}", "died")
-        if isinstance(result, NotebookFailed):
+        if isinstance(result, Exception):
             raise result
-        entry = Store().find(job.key())
+        entry = store.find(key)
         if entry is None:
             raise NotebookFailed(job.name, None, "its entry cannot be read", "not run")
         return replace(entry, reused=result)
@@ -101,16 +98,14 @@ class Ray(Local):
 
 def run_on_node(
     job: Job, planned: str, home: Path, marker: str, environment: dict[str, str], force: bool
-) -> NotebookFailed | bool:
+) -> bool | NotebookFailed | UserError:
     """Run a notebook on this node, if it has the planned key and sees the driver's home.
 
-    Returns whether its stored run was reused, or why there is none.
-
-    ``marker`` is a file in the driver's ``runs/``; a MOEBERT_HOME of this node's own goes first.
+    ``marker`` is a file in the driver's ``runs/``. A MOEBERT_HOME of this node goes before it.
+    Returns whether the stored run was reused, or why there is none.
     """
-    folder = Path(os.environ.get("MOEBERT_HOME") or home)
-    host = socket.gethostname()
     before = dict(os.environ)  # Ray's processes serve one task after another
+    folder = Path(before.get("MOEBERT_HOME") or home)
     os.environ |= {"MOEBERT_HOME": str(folder), **environment}
     try:
         if not (folder / "runs" / marker).is_file():
@@ -118,12 +113,12 @@ def run_on_node(
         elif job.key().digest != planned:
             problem = "has another library, data or weights than the run was planned with"
         else:
-            ((_, result),) = Local(threads=None).run([job], force=force, attempts=1)
+            *_, (_, result) = Local(threads=None).run([job], force=force, attempts=1)
             return result.reused if isinstance(result, Entry) else result
     finally:
         os.environ.clear()
-        os.environ.update(before)
-    return NotebookFailed(job.name, None, f"{host} {problem}", "not run")
+        os.environ |= before
+    return NotebookFailed(job.name, None, f"{socket.gethostname()} {problem}", "not run")
 
 
 def _connect(address: str | None) -> Any:
@@ -137,11 +132,15 @@ def _connect(address: str | None) -> Any:
         return ray
     if address in (None, "auto"):
         address = os.environ.get("RAY_ADDRESS") or address or "local"
-    options = {}
-    if address == "local":
-        options = {"_node_ip_address": LOOPBACK, "num_cpus": cores(), "include_dashboard": False}
-    elif address != "auto":
-        _check_reachable(address)
+    alone = {"_node_ip_address": LOOPBACK, "num_cpus": cores(), "include_dashboard": False}
+    if address not in ("auto", "local"):  # where nothing answers, Ray would wait a long time
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+        except (OSError, ValueError, OverflowError) as error:
+            expected = "expected auto, or HOST:PORT of a head node"
+            raise UserError(f"no Ray cluster at '{address}' ({error}); {expected}") from error
+    options = alone if address == "local" else {}
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # of many kinds
@@ -149,17 +148,6 @@ def _connect(address: str | None) -> Any:
     return ray
 
 
-def _check_reachable(address: str) -> None:
-    """Refuse an address at which nothing answers, for which Ray would wait a long time."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"no Ray cluster at '{address}' ({error}); expected auto, or HOST:PORT of a head node"
-        ) from error
-
-
 def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

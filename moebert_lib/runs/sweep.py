@@ -232,7 +232,6 @@ def run(
         engine=engine or local_pool.fitting(jobs),
         force=force,
         retry_failed=retry_failed,
-        publishing=False,
         echo=echo,
     )
     try:

@@ -1,24 +1,27 @@
-"""Files of figures and tables: where they lie, whole or not at all, the same bytes each time."""
+"""What a notebook's run writes: figures, tables and recorded numbers; copies of them."""
 
 import json
 import math
 import os
+import re
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 from moebert_lib.config.errors import CHECKOUT, UserError, home
-from moebert_lib.config.file_io import write_json
+from moebert_lib.config.file_io import replacing, write_bytes, write_json
+from moebert_lib.config.provenance import digest, file_digest
 from moebert_lib.store import store
-from moebert_lib.store.store import output_dir
+from moebert_lib.store.committed_results import ROWS
+from moebert_lib.store.store import Entry, Store, output_dir
 
-#: Environment variable that asks for vector formats, and the formats it may name.
+#: The environment variable for vector formats, and its possible values.
 FORMATS, VECTORS = "MOEBERT_FORMATS", ("pdf", "svg")
 
 
@@ -57,15 +60,8 @@ def vector_formats() -> list[str]:
 def write(path: Path, produce: Callable[[str], object]) -> None:
     """Let ``produce`` write a temporary file, then move it to ``path`` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-")
-    os.close(handle)
-    try:
-        produce(temporary)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        produce(str(temporary))
 
 
 def write_csv(data: pd.DataFrame, path: str) -> None:
@@ -141,8 +137,9 @@ def save_table(
         raise ValueError(f"no column {unknown[0]!r}; the table has {', '.join(map(str, shown))}")
     cells = as_text(shown, decimals=decimals, formats=formats)
     numeric = [pd.api.types.is_numeric_dtype(kind) for kind in shown.dtypes]
-    _write_text(f"{caption}\n\n{_markdown(cells, numeric)}\n", name, "md")
-    _write_text(_latex(cells, numeric, caption, name), name, "tex")
+    markdown = f"{caption}\n\n{_markdown(cells, numeric)}\n"
+    write_bytes(output_file(name, "md"), markdown.encode())
+    write_bytes(output_file(name, "tex"), _latex(cells, numeric, caption, name).encode())
     write(output_file(name, "csv"), lambda path: write_csv(df, path))
     return _screen(cells, numeric, caption)
 
@@ -170,14 +167,6 @@ def as_text(
         return (formats or {}).get(column, "," if counts else plain)
 
     return pd.DataFrame({c: [text(v, spec(c)) for v in df[c]] for c in df}, index=df.index)
-
-
-def _write_text(text: str, name: str, ending: str) -> None:
-    def produce(path: str) -> None:
-        with open(path, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-
-    write(output_file(name, ending), produce)
 
 
 def _markdown(cells: pd.DataFrame, numeric: list[bool]) -> str:
@@ -225,7 +214,98 @@ def _screen(cells: pd.DataFrame, numeric: list[bool], caption: str) -> Styler:
     )
 
 
-# The numbers by which a notebook's run is told in a sweep's table and in an export.
+# Figures and tables of runs, copied to runs/figures with a note of where each comes from.
+
+PROVENANCE = "provenance.json"
+LONGEST = 80  # characters of a folder's name
+
+
+def destination(settings: Mapping[str, Any] | None, *, changed: Mapping[str, Any]) -> Path:
+    """``runs/figures/`` for scale quick unchanged, else a folder in it named by what is run.
+
+    The name is ``<scale>-<task>`` and each further value that was changed, such as
+    ``quick-library-n_experts2-seed1``. Where that is too long, or has other characters than
+    letters, digits and ``_.-``, the name ends with a digest.
+
+    Args:
+        settings: Of the notebook, None where it takes none.
+        changed: Values by name that differ from the notebook's defaults, the scale left out.
+    """
+    figures = home() / "runs" / "figures"
+    if not changed and (settings is None or settings["scale"] == "quick"):
+        return figures
+    words = ["changed" if settings is None else f"{settings['scale']}-{settings['task']}"]
+    for name, value in sorted(changed.items()):
+        if name not in ("task", "data_dir"):
+            text = "_".join(map(str, value)) if isinstance(value, list) else str(value)
+            words.append(f"{name}{text}")
+    name = "-".join(words)
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)
+    if plain == name and len(name) <= LONGEST:
+        return figures / name
+    ending = f"-{digest(name)[:8]}"
+    return figures / (plain[: LONGEST - len(ending)] + ending)
+
+
+def publish(entry: Entry, folder: Path) -> None:
+    """Make ``folder`` hold exactly the run's figures, among those of other notebooks.
+
+    Files that are there already with the same bytes are left alone; missing or changed ones are
+    restored; those that an earlier run of the same notebook left are removed.
+    """
+    record, notebook = entry.record(), entry.key.choices["notebook"]
+    made = {
+        name.removeprefix("figures/"): sha256
+        for name, sha256 in record["files"].items()
+        if name.startswith("figures/")
+    }
+    with FileLock(Store().root / "locks" / "figures.lock"):  # another batch may publish too
+        known = read_provenance(folder)
+        kept = {name: about for name, about in known.items() if about["notebook"] != notebook}
+        for name in known.keys() - kept.keys() - made.keys():
+            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, sha256 in made.items():
+            target = folder / name
+            if not target.is_file() or file_digest(target) != sha256:
+                write_bytes(target, (entry.folder / "figures" / name).read_bytes())
+            kept[name] = _origin(entry, record) | {"sha256": sha256}
+        if kept != known:
+            write_json(folder / PROVENANCE, kept)
+
+
+def read_provenance(folder: Path) -> dict[str, dict[str, Any]]:
+    """Per file: notebook, run, settings, seeds, data, versions, commit, sha256."""
+    try:
+        return json.loads((folder / PROVENANCE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _origin(entry: Entry, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a run's files come from; drawn from committed results, what any machine repeats."""
+    settings = entry.key.choices.get("settings") or {}
+    origin = {
+        "notebook": entry.key.choices["notebook"],
+        "run": run_of(entry),
+        "settings": settings,
+        "seeds": {name: value for name, value in settings.items() if "seed" in name},
+        "inputs": entry.key.origin.get("inputs", {}),
+    }
+    made_with = () if ROWS in origin["inputs"] else ("versions", "commit", "machine")
+    return origin | {name: record[name] for name in made_with}
+
+
+def run_of(entry: Entry) -> str:
+    """The digest that names a run in a provenance file.
+
+    It is the entry's, or that of notebook, values and results where it was drawn from results.
+    """
+    inputs = entry.key.origin.get("inputs", {})
+    return digest({**entry.key.choices, "inputs": inputs}) if ROWS in inputs else entry.digest
+
+
+# The numbers that a notebook records of its run, for the table of a sweep and for an export.
 
 METRICS = "metrics.json"
 #: What this process has recorded, by the run's folder: no run reads the numbers of another.
@@ -235,7 +315,8 @@ RECORDED: dict[Path, dict[str, Any]] = {}
 def record(**metrics: Any) -> None:
     """Keep numbers of the run that this notebook is; a name given again replaces the first.
 
-    In a notebook: ``record(accuracy=0.75, steps=120)``.
+    In a notebook: ``record(accuracy=0.75, steps=120)``. A number that is not finite is kept as
+    the text ``nan``, ``inf`` or ``-inf``, so that every table shows it.
 
     Raises:
         UserError: a value that is neither number, text, truth value nor None.
@@ -256,7 +337,7 @@ def _plain(name: str, value: Any) -> Any:
     value = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if value is not None and not isinstance(value, bool | int | float | str):
         raise UserError(f"record: {name} is a {type(value).__name__}; expected a number or a text")
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # What a kernel that writes figures and tables needs to know.
