@@ -12,6 +12,8 @@ from pathlib import Path
 
 import fixture_home
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from moebert_lib.bench import harness
 from moebert_lib.cli import doctor, main
@@ -334,6 +336,25 @@ def test_a_value_that_the_library_refuses_is_bad_input_and_another_value_error_i
     monkeypatch.setattr(export, "frame", not_refused)
     assert main.main(["export", "runs.parquet"]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+WORDS = st.sampled_from(["--plan", "--why", "--scale", "-p", "03", "seed=1", "--"]) | st.text()
+
+
+@given(command=st.sampled_from(COMMANDS), words=st.lists(WORDS, max_size=3), name=st.text())
+def test_whatever_is_typed_is_answered_or_refused_in_one_line(
+    tmp_path_factory, capsys, command, words, name
+):
+    assume("\x00" not in "".join([*words, name]))
+    folder = tmp_path_factory.mktemp("typed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEBERT_HOME", str(folder))
+        patch.chdir(folder)
+        for argv in ([command, "--unknown", *words], ["run", "--plan", "-p", f"{name}=1", *words]):
+            assert main.main(argv) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("moebert: ")
+        assert not any(folder.iterdir())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")

@@ -37,8 +37,10 @@ def _add_run(commands: Any) -> None:
     names = "number, name or path: 01, 01_importance, mine.ipynb"
     option("notebooks", nargs="*", metavar="NOTEBOOK", help=names)
     add_settings_options(command)
-    option("--plan", action="store_true", help="list what would run, with time and memory")
-    option("--why", action="store_true", help="list why each notebook would run or not")
+    plan = "list what would run, with time and memory; run nothing"
+    option("--plan", action="store_true", help=plan)
+    why = "list why each notebook would run or not; run nothing"
+    option("--why", action="store_true", help=why)
     _add_execution_options(command, workers="default: 1")
     command.set_defaults(run=run)
 

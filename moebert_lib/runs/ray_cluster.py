@@ -132,7 +132,6 @@ def _connect(address: str | None) -> Any:
         return ray
     if address in (None, "auto"):
         address = os.environ.get("RAY_ADDRESS") or address or "local"
-    alone = {"_node_ip_address": LOOPBACK, "num_cpus": cores(), "include_dashboard": False}
     if address not in ("auto", "local"):  # where nothing answers, Ray would wait a long time
         host, _, port = address.rpartition(":")
         try:
@@ -140,7 +139,9 @@ def _connect(address: str | None) -> Any:
         except (OSError, ValueError, OverflowError) as error:
             expected = "expected auto, or HOST:PORT of a head node"
             raise UserError(f"no Ray cluster at '{address}' ({error}); {expected}") from error
-    options = alone if address == "local" else {}
+    options = {}
+    if address == "local":
+        options = {"_node_ip_address": LOOPBACK, "num_cpus": cores(), "include_dashboard": False}
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except Exception as error:  # of many kinds
