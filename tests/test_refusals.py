@@ -47,7 +47,7 @@ REFUSED = {
     ),
     # scale
     "misspelt scale": (["run", "--scale", "qiuck"], "unknown scale 'qiuck'; did you mean 'quick'?"),
-    "empty scale": (["run", "--scale", ""], "choose from smoke, quick, small, paper"),
+    "empty scale": (["run", "--scale", ""], "choose from smoke, quick, small, base, paper"),
     "two scales": (["run", "--scale", "quick", "-p", "scale=small"], "differ; keep one"),
     # parameters
     "misspelt parameter": (["run", "-p", "n_expert=4"], "did you mean 'n_experts'?"),
