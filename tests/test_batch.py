@@ -178,7 +178,7 @@ def written(home, name, *cells):
 @pytest.mark.parametrize(
     "code, state, said",
     [
-        ("import sys; sys.exit(0)", "failed", "SystemExit: .*; 1 cells after it were not run"),
+        ("import sys; sys.exit(0)", "failed", "SystemExit: .*; code cells not run after it: 1"),
         ("raise SystemExit", "failed", "SystemExit"),
         ("import os; os._exit(3)", "died", "the kernel died: exit status 3"),
         ("import os; os.kill(os.getpid(), 15)", "died", "the kernel died: SIGTERM"),

@@ -11,7 +11,7 @@ import pytest
 from safetensors import SafetensorError
 
 from moebert_lib.config import file_io
-from moebert_lib.config.file_io import Unwritable, write_bytes
+from moebert_lib.config.file_io import Unwritable, replacing, write_bytes
 from moebert_lib.store.store import StageKey, Store
 
 SIZE = 2**18  # bytes of the small disk
@@ -155,6 +155,19 @@ def test_a_file_that_cannot_be_written_leaves_nothing(small):
     with pytest.raises(OSError, match="No space left"):
         write_bytes(small / "a.json", bytes(2 * SIZE))
     assert list(small.iterdir()) == []
+
+
+def test_a_folder_is_replaced_whole_or_stays_as_it_was(tmp_path):
+    for content in ("first", "second"):
+        with replacing(tmp_path / "made") as temporary:
+            temporary.mkdir()
+            (temporary / content).touch()
+        assert [path.name for path in (tmp_path / "made").iterdir()] == [content]
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "made") as temporary:
+        temporary.mkdir()
+        (temporary / "half").touch()
+        _ = 1 / 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "second"]
 
 
 def test_two_builds_of_one_entry_never_share_a_folder(runs):

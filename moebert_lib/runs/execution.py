@@ -248,7 +248,7 @@ def _check_complete(name: str, notebook: Mapping) -> None:
     for index, cell in enumerate(cells):
         if cell["metadata"]["papermill"]["status"] != "completed":
             n_left = len(cells) - index - 1
-            line = f"SystemExit: the cell ended the notebook; {n_left} cells after it were not run"
+            line = f"SystemExit: the cell ended the notebook; code cells not run after it: {n_left}"
             raise NotebookFailed(name, cell["execution_count"] or index + 1, line)
 
 
