@@ -27,6 +27,15 @@ Ranking = Literal["importance", "random", "inverse"]
 Grouping = Literal["deal", "kmeans-weights", "kmeans-activations", "coactivation"]
 Distil = Literal["all", "skip", "last", "none"]
 
+#: Settings that need a gate, with the value that a hash has.
+GATES_ONLY: dict[str, Any] = {
+    "gate_top_k": 1,
+    "gate_noise": 0.0,
+    "gate_capacity": None,
+    "gate_assignment": "argmax",
+    "gate_start": "random",
+}
+
 MOST = 2**31 - 1  # of a seed; numpy's and torch's generators take this much and some runs more
 
 
@@ -74,7 +83,14 @@ class Settings(BaseModel):
     split_seed: int = Field(0, ge=0, le=MOST)  # of ranking="random", and of k-means' start
     routing: Routing = "hash-random"  # Fig. 3c; hash-cluster is beyond the paper
     gate_top_k: int = Field(1, ge=1)  # experts a token behind a gate; the paper: 1
-    balance_weight: float = Field(0.01, ge=0)  # load balance of the gates; not in the paper
+
+    # Remedies against a gate that sends everything to one expert; none is in the paper
+    balance_weight: float = Field(0.01, ge=0)  # of the load-balance loss; the release's
+    balance_over: Literal["tokens", "sentences"] = "tokens"  # a mean; release: sentences
+    gate_noise: float = Field(0.0, ge=0)  # standard deviation on the logits while training
+    gate_capacity: float | None = Field(None, ge=1)  # tokens an expert takes over the mean load
+    gate_assignment: Literal["argmax", "balanced"] = "argmax"  # balanced: BASE layers, in training
+    gate_start: Literal["random", "experts", "nearest"] = "random"  # rows of W_g before training
 
     # Distillation (Eq. 5-7) and training (Table 7)
     distill: Distil = "all"  # Fig. 3b; "none": Table 3
@@ -132,14 +148,14 @@ class Settings(BaseModel):
     def but(self, **changes: Any) -> Self:
         """The same experiment with some settings changed, validated again.
 
-        A changed ``preset`` changes its switches with it, and a hash takes one expert a token.
+        A changed ``preset`` changes its switches with it, and a hash has nothing of a gate.
         """
         values = self.model_dump()
         if "preset" in changes:
             own = {name: type(self).model_fields[name].default for name in RELEASE}
             values |= RELEASE if changes["preset"] == "release" else own
         if str(changes.get("routing", "")).startswith("hash-"):
-            values["gate_top_k"] = 1
+            values |= GATES_ONLY
         for name in changes:
             if name not in values:
                 raise UserError(f"unknown setting '{name}'; {nearest(name, values)}")
@@ -206,6 +222,7 @@ class Settings(BaseModel):
                 "teacher_dropout=False and padding_in_loss=False"
             )
         check_top_k("gate_top_k", self.gate_top_k, self)
+        check_remedies(self, top_k=self.gate_top_k)
         width = FFN_WIDTHS.get(self.model)
         if width is not None:  # else checked when the run is planned, or by deal_neurons
             self.fit(width)
@@ -315,4 +332,40 @@ def check_top_k(name: str, k: int, of: Any) -> None:
         raise ValueError(
             f"{name}={k}: gate_scaling='outside' scales one expert's state; "
             f"expected {name}=1 or gate_scaling='inside'"
+        )
+
+
+def check_remedies(of: Any, *, top_k: int) -> None:
+    """Refuse remedies against collapse that a router does not have, or that exclude each other.
+
+    Args:
+        of: What has ``routing`` and the settings of gates by name, those of training at least.
+        top_k: Experts that serve each token.
+
+    Raises:
+        ValueError: in one line.
+    """
+    for name, usual in GATES_ONLY.items():
+        value = getattr(of, name, usual)
+        if value != usual and not of.routing.startswith("gate-"):
+            raise ValueError(
+                f"{name}={value} needs a gate, and routing='{of.routing}' has none; "
+                f"expected {name}={usual}, gate-token or gate-sentence"
+            )
+    limits = of.gate_capacity is not None, of.gate_assignment == "balanced"
+    if all(limits):
+        raise ValueError(
+            "gate_assignment='balanced' gives all experts the same load, which gate_capacity="
+            f"{of.gate_capacity} cannot limit; expected one of the two"
+        )
+    if any(limits) and top_k > 1:
+        name = "gate_capacity" if limits[0] else "gate_assignment"
+        raise ValueError(
+            f"{name}={getattr(of, name)} gives a token one expert, and {top_k} are asked for; "
+            f"expected {name}={GATES_ONLY[name]} or one expert a token"
+        )
+    if of.gate_noise < 0 or (limits[0] and of.gate_capacity < 1):
+        raise ValueError(
+            f"gate_noise={of.gate_noise}, gate_capacity={of.gate_capacity}: expected a deviation "
+            "of 0 or more, and room for all tokens: 1 or more"
         )

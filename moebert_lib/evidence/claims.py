@@ -7,7 +7,7 @@ So a mean over tasks mixes metrics, as averages over GLUE do; MNLI counts with i
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,12 @@ from moebert_lib.experiments import ablations
 #: What the paper says of the first arm of a comparison, and its sign.
 TIES = {"better": ">", "equal": "~", "not worse": "≥"}
 SPANS = {task for task in TASKS if TASKS[task].kind == "span"}
+
+
+#: A gate has collapsed when the load of its busiest expert, on average over layers, has gone more
+#: than half of the way from an even share to all tokens: with four experts 62 % of them, more than
+#: the three others together. A hash of Figure 3c goes an eighth of the way at most.
+COLLAPSED = 0.5
 
 
 class Arm(NamedTuple):
@@ -181,7 +187,10 @@ def collect(
     points: Sequence[Settings],
     runs: pd.DataFrame,
 ) -> pd.DataFrame:
-    """The runs of each arm, without those whose teacher is no better than guessing.
+    """The runs of each arm, without those that can decide nothing.
+
+    These are runs whose teacher is no better than guessing, and those whose gate has collapsed:
+    a gate that uses one expert says nothing about routing.
 
     Args:
         settings: The default that the arms change.
@@ -204,7 +213,7 @@ def collect(
             metric = ("teacher_" if arm.teacher else "") + TASKS[task].metric
             for run in ablations.over_seeds(arm_settings) if arm_settings else ():
                 row = known.get(run)
-                if row is not None and _has_learned(row):
+                if row is not None and _has_learned(row) and not collapsed(row):
                     sizes = {"expert_size": run.expert_size, "n_shared": run.n_shared}
                     rows.append({"arm": name, "score": row[metric], **row, **sizes})
     return pd.DataFrame(rows, columns=None if rows else ["arm", "score", "task", "seed"])
@@ -213,6 +222,22 @@ def collect(
 def _has_learned(row: pd.Series) -> bool:
     """Whether a run's teacher beats the most frequent answer; true if that score is unknown."""
     return not row[f"teacher_{TASKS[row['task']].metric}"] <= row.get("guessing", np.nan)
+
+
+def collapse_limit(n_experts: int) -> float:
+    """The load of the busiest expert over the mean load above which a gate has collapsed."""
+    return 1 + COLLAPSED * (n_experts - 1)
+
+
+def collapsed(row: Mapping[str, Any]) -> bool:
+    """Whether a run's gate has collapsed (:data:`COLLAPSED`).
+
+    Args:
+        row: Of a student, with ``n_experts`` and ``busiest``, the load of its busiest expert over
+            the mean load. Where it was not measured, as of hashes, nothing is known to collapse.
+    """
+    busiest = row.get("busiest", np.nan)
+    return not pd.isna(busiest) and busiest > collapse_limit(row["n_experts"])
 
 
 def _sized(settings: Settings, width: int) -> Settings:

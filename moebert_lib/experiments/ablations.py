@@ -357,6 +357,35 @@ def beyond_routers(settings: Settings) -> Grid:
     return {name: over_seeds(point) for name, point in named.items()}
 
 
+#: Remedies against the collapse of a gate, each alone. The balance loss has our default weight
+#: and ten times that; capacity 1.25 is Switch Transformer's.
+REMEDIES: dict[str, dict[str, Any]] = {
+    "no remedy": {"balance_weight": 0.0},
+    "balance loss, 0.01": {"balance_weight": 0.01},
+    "balance loss, 0.1": {"balance_weight": 0.1},
+    "noise": {"balance_weight": 0.0, "gate_noise": 0.25},
+    "capacity": {"balance_weight": 0.0, "gate_capacity": 1.25},
+    "balanced assignment": {"balance_weight": 0.0, "gate_assignment": "balanced"},
+    "start: experts' weights": {"balance_weight": 0.0, "gate_start": "experts"},
+    "start: nearest expert": {"balance_weight": 0.0, "gate_start": "nearest"},
+}
+
+
+@_taken_to("student")
+def gate_remedies(settings: Settings) -> Grid:
+    """Each remedy for a gate that sends everything to one expert, as ``"<gate>: <remedy>"``.
+
+    The offline scales try them on the token gate with one seed.
+    """
+    gates = ("gate-token",) if settings.offline else ("gate-sentence", "gate-token")
+    over = (lambda point: [point]) if settings.offline else over_seeds
+    return {
+        f"{gate}: {name}": over(settings.but(routing=gate, **changes))
+        for gate in gates
+        for name, changes in REMEDIES.items()
+    }
+
+
 # Notebook 6: results.
 
 

@@ -43,6 +43,7 @@ CONVERSION = (
     "expert_layer_norm",
     "gate_scaling",
     "gate_top_k",
+    "gate_start",
 )
 TRAINING = (
     "distill",
@@ -58,6 +59,10 @@ TRAINING = (
     "dtype",
     "tokens_per_batch",
     "cache_teacher",
+    "balance_over",
+    "gate_noise",
+    "gate_capacity",
+    "gate_assignment",
 )
 #: Settings that are younger than stored results, each with the value that those results had.
 #: No key has a setting at this value, so a new setting leaves every older key as it was. Give the
@@ -67,6 +72,11 @@ LATER: dict[str, Any] = {
     "gate_top_k": 1,
     "subsample": "position",
     "second_test": 0,
+    "gate_start": "random",
+    "gate_noise": 0.0,
+    "gate_capacity": None,
+    "gate_assignment": "argmax",
+    "balance_over": "tokens",
 }
 
 

@@ -6,7 +6,7 @@ scores, and a grid runs only what is missing.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +37,12 @@ from moebert_lib.store.committed_results import AnyStore
 from moebert_lib.store.store import Entry, StageKey
 from moebert_lib.training import checkpoints
 from moebert_lib.training.evaluation import sentence_states, state_distances
+from moebert_lib.training.routing_analysis import evenness, expert_loads, fit_gates
 from moebert_lib.training.trainer import distil
 
 QUIET = 15  # seconds between two lines of a grid's progress
+GATE_EXAMPLES = 200  # training examples that a gate is fitted to (gate_start="nearest")
+LOAD_EXAMPLES = 200  # validation examples that a gate's loads are counted on
 NEAR = 64  # validation examples whose states are compared, layer by layer
 
 
@@ -80,6 +83,8 @@ def conversion_key(store: AnyStore, settings: Settings) -> StageKey:
         "n_shared": n_shared,
         **expert_partitions.parents(store, settings),
     }
+    if settings.gate_start == "nearest":
+        choices["gate_examples"] = GATE_EXAMPLES
     return StageKey("converted", choices, made_with(store, _convert))
 
 
@@ -99,7 +104,8 @@ def convert(settings: Settings, dense: PreTrainedModel, neurons: object) -> PreT
     """A dense model converted as the settings say; ``neurons`` as ``to_moebert`` takes them."""
     expert_size, n_shared = settings.sizes(encoder_layouts.width(dense.config))
     frequencies = token_frequencies(settings) if settings.routing == "hash-balance" else None
-    return to_moebert(
+    fitted = settings.gate_start == "nearest"
+    model = to_moebert(
         dense,
         neurons,
         n_experts=settings.n_experts,
@@ -114,8 +120,17 @@ def convert(settings: Settings, dense: PreTrainedModel, neurons: object) -> PreT
         shared_neurons=settings.shared_neurons,
         padding_in_balance=settings.padding_in_loss,
         router_aux_loss_coef=settings.balance_weight,
+        balance_over=settings.balance_over,
+        gate_noise=settings.gate_noise,
+        gate_capacity=settings.gate_capacity,
+        gate_assignment=settings.gate_assignment,
+        gate_start="random" if fitted else settings.gate_start,
         allow_identical=True,
     )
+    if fitted:
+        bundle = dataset(settings)
+        fit_gates(model, dense, bundle.batches("train", limit=GATE_EXAMPLES, shuffle=True))
+    return model
 
 
 def conversion(store: AnyStore, settings: Settings) -> dict[str, float]:
@@ -214,7 +229,23 @@ def _distil(store: AnyStore, settings: Settings, keep_model: bool, folder: Path)
         "effective_parameters": counts.effective,
         "stored_parameters": counts.stored,
         "steps": len(curve),
+        **_evenness(settings, model),
     }
+
+
+def _evenness(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
+    """``busiest`` and ``entropy`` of a gate's loads; empty for a hash, which nothing trains."""
+    if not settings.routing.startswith("gate-"):
+        return {}
+    batches = dataset(settings).batches("validation", limit=LOAD_EXAMPLES)
+    return evenness(expert_loads(model, batches))._asdict()
+
+
+def missing(store: AnyStore, points: Iterable[Settings]) -> list[Settings]:
+    """Experiments whose student is not in committed results; a store makes what it lacks."""
+    if store.makes:
+        return []
+    return [point for point in points if store.find(student_key(store, point)) is None]
 
 
 def answers(store: AnyStore, settings: Settings) -> pd.DataFrame:

@@ -21,7 +21,13 @@ from moebert_lib.config.settings import check_sizes, proportions
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.importance import Importance, ffn_digest
 from moebert_lib.method.partition import deal_layers
-from moebert_lib.method.routing import HashRouter, balanced_table, clustered_table, random_table
+from moebert_lib.method.routing import (
+    HashRouter,
+    balanced_table,
+    clustered_table,
+    expert_directions,
+    random_table,
+)
 from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import MoEOutput, moe_layers
 
@@ -33,6 +39,11 @@ OPTIONS = (
     "num_experts_per_tok",
     "router_aux_loss_coef",
     "padding_in_balance",
+    "balance_over",
+    "gate_noise",
+    "gate_capacity",
+    "gate_assignment",
+    "gate_start",
     "allow_identical",
 )
 
@@ -80,7 +91,9 @@ def to_moebert(
             ``(vocab,)``; ``hash-balance`` needs them.
         config: ``num_experts_per_tok`` (behind a gate, how many serve each token),
             ``shared_neurons``, ``expert_layer_norm``, ``gate_scaling``,
-            ``router_aux_loss_coef`` or ``padding_in_balance`` of ``ExpertsConfig``, or
+            ``router_aux_loss_coef``, ``padding_in_balance``, ``balance_over``, ``gate_noise``,
+            ``gate_capacity`` or ``gate_assignment`` of ``ExpertsConfig``; ``gate_start``, the
+            rows of gates: ``random``, or ``experts`` for ``routing.expert_directions``; or
             ``allow_identical`` to permit experts that are all the same.
 
     Returns:
@@ -101,6 +114,8 @@ def to_moebert(
     expert_size, n_shared = proportions(width, n_experts, expert_size, n_shared)
     allow_identical = bool(config.pop("allow_identical", False)) or n_experts == 1
     sizes = dict(n_experts=n_experts, expert_size=expert_size, n_shared=n_shared)
+    gate_start = str(config.pop("gate_start", "random"))
+    _check_gate_start(gate_start, routing=routing, n_own=expert_size - n_shared)
     if given.dim() == 3:
         neurons = _assigned(given, model, **sizes)
     else:
@@ -116,6 +131,9 @@ def to_moebert(
         moe_layers(student), encoder_layouts.ffns(model), neurons, strict=True
     ):
         _fill_layer(layer, old, kept)
+        if gate_start == "experts":
+            own = layer.experts.up_proj.detach()[:, n_shared:]  # (E, K - s, D)
+            layer.router.gate.weight.data.copy_(expert_directions(own))
     return student.to(model.device).train(model.training)
 
 
@@ -237,6 +255,22 @@ def _config(model: PreTrainedModel, **changes: object) -> PreTrainedConfig:
     left_out = ("model_type", "architectures")
     kept = {k: v for k, v in model.config.to_dict().items() if k not in left_out}
     return HEADS[type(model)].config_class(**kept, **changes)
+
+
+def _check_gate_start(gate_start: str, *, routing: str, n_own: int) -> None:
+    if gate_start not in ("random", "experts"):
+        hint = "a gate fitted to the nearest experts needs data: fit_gates of routing_analysis"
+        raise ValueError(f"gate_start={gate_start!r}: expected 'random' or 'experts'; {hint}")
+    if gate_start == "experts" and not routing.startswith("gate-"):
+        raise ValueError(
+            f"gate_start='experts' needs a gate, and routing='{routing}' has none; "
+            "expected gate-token or gate-sentence"
+        )
+    if gate_start == "experts" and not n_own:
+        raise ValueError(
+            "gate_start='experts' needs neurons that only one expert has; expected n_shared "
+            "below expert_size"
+        )
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ from transformers.models.electra.modeling_electra import ElectraLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 from transformers.utils.generic import can_return_tuple
 
-from moebert_lib.config.settings import check_top_k
+from moebert_lib.config.settings import check_remedies, check_top_k
 from moebert_lib.method.encoder_layouts import family
 from moebert_lib.method.routing import ALL_ROUTINGS, HashRouter, random_table
 from moebert_lib.model.moe_layer import Experts, MoEOutput, RoutingCall, moe_layers
@@ -78,6 +78,11 @@ class ExpertsConfig:
             Eq. 2, or ``outside`` it after LayerNorm, as the release does.
         router_aux_loss_coef: Weight of the gates' load-balance loss in ``loss``.
         padding_in_balance: Count padding in that loss, as the release does.
+        balance_over: Whether that loss is a mean over ``tokens`` or over ``sentences``.
+        gate_noise: Standard deviation of the noise on a gate's logits while it is trained.
+        gate_capacity: While it is trained, tokens that an expert takes over the mean load; None:
+            any number.
+        gate_assignment: While it is trained, ``argmax`` or ``balanced``, all experts the same.
     """
 
     keys_to_ignore_at_inference = ["aux_loss"]
@@ -92,10 +97,17 @@ class ExpertsConfig:
     gate_scaling: str = "inside"
     router_aux_loss_coef: float | int = 0.01
     padding_in_balance: bool = False
+    balance_over: str = "tokens"
+    gate_noise: float | int = 0.0
+    gate_capacity: float | int | None = None
+    gate_assignment: str = "argmax"
 
     def __post_init__(self, **kwargs):
         _one_of("routing", self.routing, ALL_ROUTINGS)
         check_top_k("num_experts_per_tok", self.num_experts_per_tok, self)
+        _one_of("balance_over", self.balance_over, ("tokens", "sentences"))
+        _one_of("gate_assignment", self.gate_assignment, ("argmax", "balanced"))
+        check_remedies(self, top_k=self.num_experts_per_tok)
         _one_of("shared_neurons", self.shared_neurons, ("copied", "tied"))
         _one_of("expert_layer_norm", self.expert_layer_norm, ("per-expert", "shared"))
         _one_of("gate_scaling", self.gate_scaling, ("inside", "outside"))

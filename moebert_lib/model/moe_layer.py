@@ -20,10 +20,9 @@ from transformers.integrations import use_experts_implementation
 
 from moebert_lib.data.batching import Packing
 from moebert_lib.method.routing import (
+    GATES,
     HashRouter,
     Route,
-    SentenceGate,
-    TokenGate,
     balance_loss,
     experts_forward,
     random_table,
@@ -213,6 +212,7 @@ class MoEOutput(nn.Module):
         self.LayerNorm = norm(config)
         self.outside = config.gate_scaling == "outside"
         self.padding_in_balance = config.padding_in_balance
+        self.balance_over = config.balance_over
         shape = (config.n_experts, config.expert_size)
         self.register_buffer("neurons", torch.zeros(shape, dtype=torch.int64), persistent=True)
 
@@ -247,8 +247,8 @@ class MoEOutput(nn.Module):
     def note_balance(self, route: Route, call: RoutingCall) -> None:
         """Keep a gate's load-balance loss for the model's output; a hash and a graph have none."""
         if route.probabilities is not None and not torch.compiler.is_exporting():
-            padded = isinstance(call.mask, Tensor) and not self.padding_in_balance
-            call.keep_balance(balance_loss(route, call.mask if padded else None))
+            real = None if self.padding_in_balance else call.mask
+            call.keep_balance(balance_loss(route, real, over=self.balance_over))
 
 
 def _shared_layer_norm(config: PreTrainedConfig) -> nn.LayerNorm:
@@ -256,10 +256,15 @@ def _shared_layer_norm(config: PreTrainedConfig) -> nn.LayerNorm:
 
 
 def _router(config: PreTrainedConfig) -> nn.Module:
-    if config.routing == "gate-token":
-        return TokenGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
-    if config.routing == "gate-sentence":
-        return SentenceGate(config.hidden_size, config.n_experts, config.num_experts_per_tok)
+    if config.routing in GATES:
+        return GATES[config.routing](
+            config.hidden_size,
+            config.n_experts,
+            config.num_experts_per_tok,
+            noise=config.gate_noise,
+            capacity=config.gate_capacity,
+            assignment=config.gate_assignment,
+        )
     table = random_table(config.vocab_size, config.n_experts, seed=0)  # loaded or set later
     return HashRouter(table)
 

@@ -142,6 +142,41 @@ def beyond(runs: pd.DataFrame, metric: str, *, dense: float, title: str = "") ->
     return ax
 
 
+def remedies(
+    runs: pd.DataFrame, metric: str, *, limit: float, dense: float, title: str = ""
+) -> Figure:
+    """Load of the busiest expert beside a metric, for each remedy; every run is a point.
+
+    Points of a remedy whose gates have all collapsed are hollow.
+
+    Args:
+        runs: Columns ``name``, ``busiest`` (load of the busiest expert over the mean load),
+            ``collapsed`` and the metric, 0 to 1.
+        metric: Its name.
+        limit: Above it a gate counts as collapsed, in the unit of ``busiest``.
+        dense: The teacher's metric.
+        title: What the figure shows.
+    """
+    rows = runs["name"].nunique()
+    options = {"per_row": 2, "height": 0.7 + 0.27 * rows, "sharey": True}
+    fig, (left, right) = style.panels(2, **options)
+    hollow = [name for name, part in runs.groupby("name") if part["collapsed"].all()]
+    style.strip(left, runs, "name", "busiest", rows=True, hollow=hollow)
+    percent = runs.assign(value=100 * runs[metric])
+    style.strip(right, percent, "name", "value", rows=True, hollow=hollow)
+    widest = 1.05 * max(limit, runs["busiest"].max())
+    left.axvspan(limit, widest, color=INK, alpha=0.07, lw=0)
+    left.axvline(1.0, color=INK, lw=1.0, ls=(0, (4, 3)), zorder=1)
+    right.axvline(100 * dense, color=INK, lw=1.0, ls=(0, (4, 3)), zorder=1)
+    left.set_xlim(0, widest)
+    left.set(xlabel="busiest expert / mean load\n(dashed: even; grey: collapsed)", ylabel="")
+    right.set(xlabel=f"{metric}, %\n(dashed: teacher)", ylabel="")
+    for ax in (left, right):
+        ax.tick_params(axis="y", length=0)
+    style.headline(fig, title)
+    return fig
+
+
 def hindsight(frame: pd.DataFrame, metric: str, *, title: str = "") -> Figure:
     """Models with their own router and with the best expert for each token (oracle).
 

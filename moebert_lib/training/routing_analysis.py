@@ -1,5 +1,6 @@
 """Routing analysis: loads of experts, gate probabilities, a sentence's experts, best routing."""
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -7,10 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from moebert_lib.method.routing import Route, loads
+from moebert_lib.data.batching import without_targets
+from moebert_lib.method.routing import Route, SentenceGate, fit_gate, loads
 from moebert_lib.model.moe_layer import MoEOutput, moe_layers, record_routes
 from moebert_lib.training.evaluation import predict, state_distances
 
@@ -151,6 +154,22 @@ def busiest(shares: Mapping[str, np.ndarray]) -> pd.Series:
     return pd.Series({name: float((t.max(1) / t.mean(1)).max()) for name, t in shares.items()})
 
 
+class Evenness(NamedTuple):
+    """How evenly a model uses its experts, as means over its layers."""
+
+    busiest: float  #: load of the busiest expert over the mean load: 1 if even, E if it takes all
+    entropy: float  #: of the loads, over log E: 1 if even, 0 if one expert takes all
+
+
+def evenness(shares: np.ndarray) -> Evenness:
+    """How far a router has collapsed, from the loads of its experts, ``(L, E)``."""
+    n_experts = shares.shape[1]
+    logs = np.log(np.where(shares > 0, shares, 1.0))
+    entropy = -(shares * logs).sum(1).mean()
+    most = np.log(n_experts) if n_experts > 1 else 1.0
+    return Evenness(n_experts * float(shares.max(1).mean()), float(entropy / most))
+
+
 # The best routing of given experts, in hindsight. Layer by layer, every token goes to the expert
 # whose output is nearest to the dense teacher's state. This needs the teacher's states of the input
 # that is to be predicted, so it can be measured but not used. It is greedy: the nearest state need
@@ -187,17 +206,21 @@ class Oracle(nn.Module):
 
 
 @contextmanager
-def hindsight(model: nn.Module, targets: Sequence[Tensor]) -> Iterator[None]:
+def hindsight(
+    model: nn.Module, targets: Sequence[Tensor], *, whole: bool = False
+) -> Iterator[None]:
     """Inside the block each token goes to the expert nearest to its target.
 
     Args:
         model: A MoEBERT, not accelerated.
         targets: The states wanted after each layer, ``(B, T, D)``.
+        whole: Take each expert's output whole, with p = 1 as behind a hash, also behind a gate.
     """
     hooks = []
     for layer, target in zip(moe_layers(model), targets, strict=True):
 
         def reroute(_module, args, route, layer=layer, target=target) -> Route:
+            route = route._replace(probabilities=None) if whole else route
             return nearest(layer, target, args[0], route)
 
         hooks.append(layer.router.register_forward_hook(reroute))
@@ -231,6 +254,49 @@ def _through(route: Route, experts: Tensor) -> Route:
     p = route.probabilities
     weights = torch.ones_like(route.weights) if p is None else p.gather(-1, experts)
     return Route(experts, weights, p)
+
+
+@torch.no_grad()
+def fit_gates(model: nn.Module, teacher: nn.Module, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Set each gate to predict which expert comes nearest to the teacher, in place.
+
+    The right expert of a token is that of :func:`hindsight`, with experts taken whole, and the
+    right expert of a sentence is that of most of its tokens. ``routing.fit_gate`` then fits the
+    gate of each layer to the states that it sees.
+
+    Args:
+        model: A MoEBERT with one expert a token behind gates.
+        teacher: The dense model that it came from.
+        batches: From ``batching.batches``.
+    """
+    layers, n_experts = moe_layers(model), model.config.n_experts
+    seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in layers]
+
+    def keep(router: nn.Module, args: tuple, route: Route, *, rows: list) -> None:
+        hidden, _, mask = args
+        votes = F.one_hot(route.experts[:, 0], n_experts).view(*mask.shape, -1).to(hidden.dtype)
+        real = mask.bool()
+        if isinstance(router, SentenceGate):
+            share = (real / real.sum(1, keepdim=True))[..., None].to(hidden.dtype)
+            rows.append(((hidden * share).sum(1), (votes * share).sum(1)))
+        else:
+            rows.append((hidden[real], votes[real]))
+
+    for batch in batches:
+        inputs = without_targets(batch)
+        targets = teacher.eval()(**inputs, output_hidden_states=True).hidden_states[1:]
+        with hindsight(model.eval(), targets, whole=True):
+            hooks = [
+                layer.router.register_forward_hook(functools.partial(keep, rows=rows))
+                for layer, rows in zip(layers, seen, strict=True)
+            ]
+            model(**inputs)
+            for hook in hooks:
+                hook.remove()
+    for layer, rows in zip(layers, seen, strict=True):
+        states, votes = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        weight = layer.router.gate.weight
+        weight.copy_(fit_gate(states, votes.argmax(-1), n_experts))
 
 
 def compare(models: Mapping[str, nn.Module], bundle: Any, **which: Any) -> pd.DataFrame:
