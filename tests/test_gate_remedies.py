@@ -209,9 +209,8 @@ def test_the_loss_of_a_packed_batch_is_that_of_a_padded_one(over):
 def test_over_sentences_a_sentence_gate_counts_sentences():
     route = gate_of(SentenceGate).eval()(STATES, None, MASK)
     once = Route(*(part.view(5, 6, -1)[:, 0] for part in route))
-    assert float(balance_loss(route, MASK, over="sentences")) == pytest.approx(
-        float(balance_loss(once))
-    )
+    one, other = balance_loss(route, MASK, over="sentences"), balance_loss(once)
+    assert one.item() == pytest.approx(other.item())
 
 
 # Rows that need no training by gradient, or little.
@@ -293,7 +292,8 @@ def test_an_accelerated_model_trains_alike(routing, changes):
 
 def test_noise_trains_accelerated_too():
     model = accelerate(moebert(routing="gate-token", gate_noise=3.0)).train()
-    losses = {float(model(**batch([7, 5]), labels=torch.tensor([0, 1])).loss) for _ in range(3)}
+    inputs = batch([7, 5]) | {"labels": torch.tensor([0, 1])}
+    losses = {model(**inputs).loss.item() for _ in range(3)}
     assert len(losses) == 3
 
 

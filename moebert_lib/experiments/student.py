@@ -6,7 +6,7 @@ scores, and a grid runs only what is missing.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -241,10 +241,11 @@ def _evenness(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
     return evenness(expert_loads(model, batches))._asdict()
 
 
-def missing(store: AnyStore, points: Iterable[Settings]) -> list[Settings]:
-    """Experiments whose student is not in committed results; a store makes what it lacks."""
+def missing(store: AnyStore, named: Mapping[str, list[Settings]]) -> list[Settings]:
+    """Points whose student is not in committed results; none of a store, which makes them."""
     if store.makes:
         return []
+    points = [point for points in named.values() for point in points]
     return [point for point in points if store.find(student_key(store, point)) is None]
 
 

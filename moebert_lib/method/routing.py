@@ -464,7 +464,7 @@ def balance_loss(
 def _weights_of_rows(n: int, mask: Tensor | Packing | None, over: str) -> Tensor:
     """The weight of each row in a mean over tokens or over sentences, ``(n,)``; 0 for padding."""
     if mask is None:  # all rows are real, and all sentences of one length
-        return torch.full((n,), 1 / n)
+        return torch.full((n,), 1 / n, dtype=torch.float64)
     if isinstance(mask, Packing):
         lengths = torch.bincount(mask.sentence, minlength=mask.shape[0])
         real, length = torch.ones_like(mask.sentence), lengths[mask.sentence]

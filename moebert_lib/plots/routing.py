@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 
+from moebert_lib.evidence.claims import collapse_limit
 from moebert_lib.plots import style
 from moebert_lib.plots.style import COLORS, EXPERTS, INK, WIDE
 
@@ -142,18 +143,15 @@ def beyond(runs: pd.DataFrame, metric: str, *, dense: float, title: str = "") ->
     return ax
 
 
-def remedies(
-    runs: pd.DataFrame, metric: str, *, limit: float, dense: float, title: str = ""
-) -> Figure:
+def remedies(runs: pd.DataFrame, metric: str, *, dense: float, title: str = "") -> Figure:
     """Load of the busiest expert beside a metric, for each remedy; every run is a point.
 
     Points of a remedy whose gates have all collapsed are hollow.
 
     Args:
-        runs: Columns ``name``, ``busiest`` (load of the busiest expert over the mean load),
-            ``collapsed`` and the metric, 0 to 1.
+        runs: Columns ``name``, ``n_experts``, ``busiest`` (load of the busiest expert over the
+            mean load), ``collapsed`` and the metric, 0 to 1.
         metric: Its name.
-        limit: Above it a gate counts as collapsed, in the unit of ``busiest``.
         dense: The teacher's metric.
         title: What the figure shows.
     """
@@ -164,6 +162,7 @@ def remedies(
     style.strip(left, runs, "name", "busiest", rows=True, hollow=hollow)
     percent = runs.assign(value=100 * runs[metric])
     style.strip(right, percent, "name", "value", rows=True, hollow=hollow)
+    limit = collapse_limit(runs["n_experts"].max())
     widest = 1.05 * max(limit, runs["busiest"].max())
     left.axvspan(limit, widest, color=INK, alpha=0.07, lw=0)
     left.axvline(1.0, color=INK, lw=1.0, ls=(0, (4, 3)), zorder=1)
