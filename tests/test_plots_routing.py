@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawings import drawn_bars, drawn_points
+from matplotlib.collections import PathCollection
 from matplotlib.colors import to_hex
 
 from moebert_lib.plots import routing as drawn
@@ -122,3 +123,20 @@ def test_hindsight_has_a_curve_and_a_point_for_each_model_and_router():
     points = [float(line.get_ydata()[0]) for line in right.lines if len(line.get_xdata()) == 1]
     assert points == pytest.approx([0, 10, 10, 20])
     assert [90, 90] in [list(np.round(line.get_ydata(), 9)) for line in right.lines]
+
+
+def test_remedies_draw_load_beside_the_metric_and_collapsed_gates_hollow():
+    loads = {"no remedy": (3.9, 3.7), "noise": (1.4, 3.0), "capacity": (1.1, 1.2)}
+    rows = [(name, 4, load, 0.8) for name, both in loads.items() for load in both]
+    runs = pd.DataFrame(rows, columns=["name", "n_experts", "busiest", "accuracy"])
+    runs["collapsed"] = runs["busiest"] > 2.5
+    left, right = drawn.remedies(runs, "accuracy", dense=0.9, title="t").axes
+    assert [label.get_text() for label in left.get_yticklabels()] == list(loads)
+    assert drawn_points(left)[:, 0].tolist() == runs["busiest"].tolist()
+    assert drawn_points(right)[:, 0].tolist() == [80.0] * 6
+    hollow = [
+        bool((part.get_facecolor()[:, :3] == 1).all())
+        for part in left.collections
+        if isinstance(part, PathCollection) and len(part.get_offsets())
+    ]
+    assert hollow == [True] * 2 + [False] * 4  # of noise, one of two runs has not collapsed
