@@ -51,6 +51,7 @@ SETTINGS = Settings.at(
     teacher_dropout=True,
 )
 STEPS = 15
+POINTS = (0.25, 1.0, 2.0, 2.5)  # epochs
 
 
 class Interrupted(trainer.Progress):
@@ -96,7 +97,7 @@ def sentences():
     return datasets.Dataset.from_dict({"input_ids": ids, "attention_mask": masks, "labels": labels})
 
 
-def trained(kind, folder, *, keep=True, progress=trainer.Progress):
+def trained(kind, folder, *, keep=True, progress=trainer.Progress, **more):
     """A tiny model trained: its tensors by name, and the columns of a student's curve.
 
     Below ``folder``: ``trainer``, and ``kept`` for the checkpoints where they are asked for.
@@ -111,7 +112,8 @@ def trained(kind, folder, *, keep=True, progress=trainer.Progress):
         max_position_embeddings=64,
     )
     dense, curve = BertForSequenceClassification(config), {}
-    data = (sentences(), Pad(), SETTINGS.but(**OTHER.get(kind, {})), folder / "trainer")
+    settings = SETTINGS.but(**OTHER.get(kind, {}), score_at=POINTS if more else ())
+    data = (sentences(), Pad(), settings, folder / "trainer")
     given = {"checkpoints": folder / "kept"} if keep else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "Progress", progress)
@@ -120,7 +122,7 @@ def trained(kind, folder, *, keep=True, progress=trainer.Progress):
             trainer.fine_tune(model, *data, **given)
         else:
             model = to_moebert(dense, random_ranking(2, 64, seed=0), **KINDS[kind])
-            curve = trainer.distil(model, dense, *data, **given)
+            curve = trainer.distil(model, dense, *data, **given, **more)
     tensors = {name: values.clone() for name, values in model.state_dict().items()}
     return tensors | {name: torch.tensor(curve[name].to_numpy()) for name in curve}
 
@@ -128,6 +130,24 @@ def trained(kind, folder, *, keep=True, progress=trainer.Progress):
 def interrupted(kind, folder, step):
     with pytest.raises(KeyboardInterrupt):
         trained(kind, folder, progress=functools.partial(Interrupted, step=step))
+
+
+def test_a_resumed_training_scores_each_point_as_an_uninterrupted_one(tmp_path, every_step):
+    def scores(into):
+        def score(epoch, model):
+            with torch.no_grad():
+                into[epoch] = sum(values.double().sum() for values in model.parameters())
+
+        return score
+
+    at_once, before, after = {}, {}, {}
+    trained("hash", tmp_path / "one", keep=False, score=scores(at_once))
+    with pytest.raises(KeyboardInterrupt):
+        stop = functools.partial(Interrupted, step=9)
+        trained("hash", tmp_path, progress=stop, score=scores(before))
+    trained("hash", tmp_path, score=scores(after))
+    assert list(before) == [0.25, 1.0] and list(after) == [2.0, 2.5]
+    assert before | after == at_once
 
 
 def steps(folder):

@@ -5,10 +5,11 @@ import torch
 from tiny_spans import span_batch, span_bert
 from transformers import BertConfig, BertForMaskedLM
 
+from moebert_lib.method.distillation_loss import teacher_layers
 from moebert_lib.method.importance import Importance, ffn_importance
 from moebert_lib.method.partition import deal_layers, random_ranking
 from moebert_lib.method.routing import ROUTINGS
-from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.conversion import half_depth, to_moebert
 from moebert_lib.model.moe_layer import moe_layers
 from moebert_lib.teaching import checks
 
@@ -47,6 +48,20 @@ def test_full_width_identical_experts_are_the_dense_model(tiny_bert, tiny_batch)
         dense, RANKING, n_experts=3, expert_size=64, n_shared=64, allow_identical=True
     )
     assert torch.allclose(same(**batch).logits, dense(**batch).logits, atol=1e-12)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 6])
+def test_half_depth_is_every_other_layer_counted_from_the_last(tiny_bert, tiny_batch, depth):
+    dense, batch = tiny_bert(num_hidden_layers=depth), tiny_batch()
+    half = half_depth(dense)
+    kept = teacher_layers((depth + 1) // 2, depth)[1:]
+    assert half.config.num_hidden_layers == len(kept) and dense.config.num_hidden_layers == depth
+    skipped = [layer for n, layer in enumerate(dense.bert.encoder.layer, start=1) if n not in kept]
+    for layer in skipped:  # a layer that gives back what it is given, in the dense model
+        layer.forward = lambda states, *others, **more: states
+    assert torch.allclose(half(**batch).logits, dense(**batch).logits, atol=1e-12)
+    half.bert.encoder.layer[0].output.dense.weight.data.zero_()  # it is a copy
+    assert dense.bert.encoder.layer[kept[0] - 1].output.dense.weight.any()
 
 
 def test_permuting_neurons_changes_nothing(tiny_bert, tiny_batch):

@@ -7,12 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebert_lib.data.batching import Packing
 from moebert_lib.method.distillation_loss import (
     chosen_layers,
     distillation_terms,
     layer_distances,
     layer_loss,
+    layer_loss_by_example,
     prediction_loss,
+    teacher_layers,
     total_loss,
 )
 from moebert_lib.teaching import checks
@@ -44,6 +47,59 @@ def test_distance_is_the_mean_over_real_tokens():
             if mask[b, t]
         ]
         assert len(squares) == 20 and torch.allclose(value, sum(squares) / 20)
+
+
+def outputs(own, other, mask):
+    """Outputs of two models, padded or as packed states."""
+    logits = torch.zeros(len(mask), 2).double()
+    return [SimpleNamespace(hidden_states=states, logits=logits) for states in (own, other)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_mean_by_example_weighs_short_and_long_examples_alike(packed):
+    own, other = states(seed=0), states(seed=1)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    expected = 0
+    for x, x_tea in zip(own, other, strict=True):
+        of_example = []
+        for b in range(2):
+            tokens = [((x[b, t] - x_tea[b, t]) ** 2).mean() for t in range(4) if mask[b, t]]
+            of_example.append(sum(tokens) / len(tokens))
+        expected += sum(of_example) / 2
+    if packed:
+        packing = Packing.of(mask)
+        own, other = ([packing.pack(x) for x in each] for each in (own, other))
+    pair = outputs(own, other, mask)
+    assert torch.allclose(distillation_terms(*pair, mask=mask, mean="examples").hidden, expected)
+    assert not torch.allclose(distillation_terms(*pair, mask=mask).hidden, expected)
+
+
+def test_both_means_are_one_where_all_examples_are_as_long():
+    pair = outputs(states(seed=0), states(seed=1), torch.ones(2, 4))
+    for mask in (torch.ones(2, 4).long(), None):
+        one = distillation_terms(*pair, mask=mask, mean="tokens").hidden
+        other = distillation_terms(*pair, mask=mask, mean="examples").hidden
+        assert torch.allclose(one, other)
+
+
+def test_an_example_without_tokens_is_none():
+    x, x_tea = states(n=1, seed=0)[0][0], states(n=1, seed=1)[0][0]
+    whole = layer_loss_by_example([x], [x_tea], torch.tensor([0, 2, 2, 2]))
+    rows = (x - x_tea).square().mean(-1)
+    assert torch.allclose(whole, (rows[0] + rows[1:].mean()) / 2)
+
+
+def test_a_student_of_half_the_depth_is_compared_with_every_other_layer():
+    assert teacher_layers(6, 12) == [0, 2, 4, 6, 8, 10, 12]
+    assert teacher_layers(3, 5) == [0, 1, 3, 5] and teacher_layers(3, 3) == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="student has 5 states, teacher 13"):
+        teacher_layers(4, 12)
+    own, other = states(n=4, seed=0), states(n=7, seed=1)
+    pair = outputs(own, other, torch.ones(2, 4))
+    for which, layers in {"all": [0, 1, 2, 3], "skip": [1, 3], "last": [3]}.items():
+        expected = sum(((own[n] - other[2 * n]) ** 2).mean() for n in layers)
+        found = distillation_terms(*pair, mask=None, layers=which).hidden
+        assert torch.allclose(found, expected)
 
 
 def test_without_mask_padding_counts():

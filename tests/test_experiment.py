@@ -1,5 +1,6 @@
 """The unit experiment at scale smoke: made once, shared, repeated exactly."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,9 +8,11 @@ from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import dataset, teacher
 from moebert_lib.experiments import student as experiment
+from moebert_lib.experiments.ablations import points
 from moebert_lib.model.moe_layer import moe_layers
-from moebert_lib.store.store import Store
-from moebert_lib.training.evaluation import sentence_states
+from moebert_lib.store.store import StageKey, Store
+from moebert_lib.training import checkpoints
+from moebert_lib.training.evaluation import score, sentence_states
 
 SETTINGS = Settings.at("smoke")
 
@@ -118,9 +121,111 @@ def test_every_kind_of_task_goes_the_whole_way(shared, tiny_glue, task):
     )
     model = experiment.student(Store(), settings).model()
     assert teacher.evaluate(settings, model) == {name: row[name] for name in names}
-    said, truths = experiment.answers(Store(), settings), teacher.truths(settings)
+    said, truths = experiment.answers(Store(), settings), bundle.truths()
     assert len(said) == len(truths) == len(bundle.examples["validation"])
     assert said["distilled"].tolist() == list(teacher.evaluate_with_answers(settings, model)[1])
+    assert judged_again(settings, bundle.task) == {name: row[name] for name in names}
+
+
+def judged_again(settings, task):
+    """A student's metrics from what is stored of it, without its model and without data."""
+    kept = teacher.predictions(experiment.student(Store(), settings).entry)
+    splits = dict.fromkeys(name.split(".")[0] for name in kept)
+    suffixes = {split: "" if split == "validation" else f"_{split}" for split in splits}
+    if task.kind == "span":
+        return {name: kept[f"validation.{name}"].mean() for name in task.metrics}
+    right, found = teacher.right_answers(Store(), settings), {}
+    for split, suffix in suffixes.items():
+        answers, logits = kept[f"{split}.answers"], kept[f"{split}.logits"]
+        near = logits[:, 0] if task.kind == "regression" else logits.argmax(1)
+        assert logits.dtype == np.float16 and near == pytest.approx(answers, abs=1e-2)
+        scores = score(answers, right[split], task.metrics)
+        found |= {f"{name}{suffix}": value for name, value in scores.items()}
+    return found
+
+
+def test_a_student_is_scored_on_the_way_and_its_row_keeps_each_point(shared):
+    settings = SETTINGS.but(epochs=2.0, learning_rate=1e-2, score_at=[0.25, 1, 2])
+    student = experiment.student(Store(), settings, keep_model=True)
+    kept, right = teacher.predictions(student.entry), teacher.right_answers(Store(), settings)
+    for point in ("0.25", "1", "2"):
+        answers = kept[f"validation.answers.at_{point}"]
+        assert score(answers, right["validation"], ["accuracy"]) == {
+            "accuracy": student.row[f"accuracy_at_{point}"]
+        }
+    last, whole = kept["validation.logits.at_2"], kept["validation.logits"]
+    assert last == pytest.approx(whole, abs=1e-2)
+    assert abs(kept["validation.logits.at_0.25"] - whole).max() > 0.1
+
+
+def test_a_student_that_dies_on_the_way_keeps_the_points_that_were_scored(home, monkeypatch):
+    settings = SETTINGS.but(epochs=2.0, score_at=[0.25, 2])
+    monkeypatch.setenv(checkpoints.VARIABLE, "0")
+    score_point, scored = experiment._score_point, []
+
+    def dies(settings, points, epoch, model):
+        scored.append(epoch)
+        if scored == [0.25, 2]:
+            raise KeyboardInterrupt
+        score_point(settings, points, epoch, model)
+
+    monkeypatch.setattr(experiment, "_score_point", dies)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.student(Store(), settings)
+    row = experiment.student(Store(), settings).row
+    assert scored == [0.25, 2, 2] and {"accuracy_at_0.25", "accuracy_at_2"} <= set(row)
+
+
+def test_settings_are_chosen_on_what_is_held_out(shared):
+    """Neither teacher nor student sees the development set, and importance is scored apart."""
+    settings = SETTINGS.but(held_out=0.25, evaluate_on="held-out", importance_split="held-out")
+    bundle = dataset.dataset(settings)
+    assert (len(bundle.train), len(bundle.validation), bundle.judged) == (48, 16, ["validation"])
+    student = experiment.student(Store(), settings)
+    right = teacher.right_answers(Store(), settings)["validation"]
+    assert right.tolist() == bundle.truths() and len(right) == 16
+    assert teacher.importance(Store(), settings).n_examples == 16
+    answers = teacher.predictions(student.entry)["validation.answers"]
+    assert score(answers, right, ["accuracy"]) == {"accuracy": student.row["accuracy"]}
+
+
+def test_entries_from_before_predictions_were_kept_have_none(tmp_path):
+    entry = Store(tmp_path).make(StageKey("student", {"seed": 0}), lambda folder: {"accuracy": 1.0})
+    assert teacher.predictions(entry) == {}
+
+
+@pytest.mark.parametrize("distill", ["all", "none"])
+def test_half_depth_goes_the_whole_way(shared, distill):
+    settings = SETTINGS.but(student="half-depth", distill=distill, cache_teacher=distill == "all")
+    student = experiment.student(Store(), settings, keep_model=True)
+    assert student.model().config.num_hidden_layers == 1 and len(student.distances) == 2
+    assert student.row["stored_parameters"] == student.row["effective_parameters"]
+    found = experiment.states(Store(), settings)
+    assert {values.shape for values in found.values()} == {found["teacher"].shape}
+    assert (found["teacher"][0] == found["converted"][0]).all()
+    measured = {name: student.row[name] for name in dataset.dataset(settings).task.metrics}
+    assert teacher.evaluate(settings, student.model()) == measured
+
+
+def test_how_experts_are_made_does_not_matter_to_half_depth():
+    half = SETTINGS.but(student="half-depth")
+    for changes in (dict(ranking="random"), dict(n_experts=2), dict(importance_examples=16)):
+        assert experiment.student_key(Store(), half) == (
+            experiment.student_key(Store(), half.but(**changes))
+        )
+    for changes in (dict(seed=1), dict(teacher_epochs=2.0), dict(epochs=2.0)):
+        assert experiment.student_key(Store(), half) != (
+            experiment.student_key(Store(), half.but(**changes))
+        )
+
+
+def test_the_dense_control_begins_as_its_teacher(shared):
+    (control, *_) = points("controls", SETTINGS)["dense trained on"]
+    row = experiment.student(Store(), control).row
+    assert row["converted_accuracy"] == row["teacher_accuracy"]
+    model = experiment.converted(Store(), control)
+    apart = experiment.distances(Store(), control, model)
+    assert apart.tolist() == pytest.approx([0] * 3, abs=1e-9)
 
 
 def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch):
@@ -134,7 +239,12 @@ def test_same_settings_same_numbers_in_another_store(home, tmp_path, monkeypatch
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(importance_split="validation"), dict(importance_examples=16), dict(dropout=0.0)],
+    [
+        dict(importance_split="validation"),
+        dict(held_out=0.1),
+        dict(importance_examples=16),
+        dict(dropout=0.0),
+    ],
 )
 def test_importance_depends_on_its_settings(changes):
     changed = SETTINGS.but(**changes)
@@ -142,13 +252,28 @@ def test_importance_depends_on_its_settings(changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(dtype="bfloat16"), dict(tokens_per_batch=99), dict(cache_teacher=True)]
+    "changes",
+    [
+        dict(dtype="bfloat16"),
+        dict(tokens_per_batch=99),
+        dict(cache_teacher=True),
+        dict(warmup=0.1),
+        dict(schedule="constant"),
+        dict(score_at=[0.5]),
+        dict(student_dropout=0.0),
+        dict(hidden_loss_mean="examples"),
+    ],
 )
 def test_a_student_depends_on_how_its_training_is_computed(changes):
     changed = SETTINGS.but(**changes)
     assert experiment.student_key(Store(), changed) != experiment.student_key(Store(), SETTINGS)
     same = teacher.teacher_key(Store(), changed) == teacher.teacher_key(Store(), SETTINGS)
     assert same == ("dtype" not in changes)
+
+
+def test_a_teacher_depends_on_its_warm_up():
+    changed = SETTINGS.but(teacher_warmup=0.1)
+    assert teacher.teacher_key(Store(), changed) != teacher.teacher_key(Store(), SETTINGS)
 
 
 @pytest.mark.parametrize("changes", [dict(seed=5), dict(distill="last"), dict(n_experts=2)])

@@ -8,16 +8,22 @@ import sys
 
 import pandas as pd
 import pytest
+from checkout import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal
 from stored import put
 
+from moebert_lib.cli import main
 from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
-from moebert_lib.experiments import student
+from moebert_lib.data.tasks import TASKS
+from moebert_lib.experiments import dataset, student, teacher
+from moebert_lib.experiments.stage_keys import dataset_settings
 from moebert_lib.runs import export, plan
+from moebert_lib.store.committed_results import CommittedResults
 from moebert_lib.store.store import Store, sealed
+from moebert_lib.training.evaluation import score
 
 FIRST = "kind notebook scale task seed".split()
 LAST = "digest created superseded seconds commit cpu torch_threads".split()
@@ -273,3 +279,55 @@ def test_a_file_is_replaced_whole_and_other_places_are_refused(tmp_path):
     for path, words in said.items():
         with pytest.raises(UserError, match=words):
             export.write(table, tmp_path / path)
+
+
+# Right answers beside the committed ones.
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return CommittedResults(ROOT / "figures" / "runs")
+
+
+@pytest.mark.parametrize("kind", export.JUDGED)
+def test_committed_answers_and_right_classes_give_every_stored_metric(committed, kind):
+    entries = committed.entries(kind)
+    for entry in entries:
+        settings = dataset_settings(export.stage_choices(entry.key.values()), "")
+        right = teacher.right_answers(committed, settings)["validation"]
+        metrics = TASKS[settings.task].metrics
+        again = score(teacher.saved_answers(entry), right, metrics)
+        assert again == {name: entry.row[name] for name in metrics}
+    assert len(entries) == {"teacher": 4, "converted": 192, "student": 201}[kind]
+
+
+def test_right_classes_are_added_to_results_that_have_none(moebert_home, tiny_glue, tmp_path):
+    settings = Settings.at("smoke", task="mrpc", data_dir=str(tiny_glue))
+    student.conversion(Store(), settings)
+    for path in (moebert_home / "runs").glob("right-*"):
+        shutil.rmtree(path)
+    export.write_results(tmp_path / "results")
+    argv = ["export", "--results", str(tmp_path / "results"), "--data-dir", str(tiny_glue)]
+    assert main.main(argv) == 0
+    results = CommittedResults(tmp_path / "results")
+    expected = dataset.dataset(settings).truths()
+    assert teacher.right_answers(results, settings)["validation"].tolist() == expected
+    assert export.add_right_answers(tmp_path / "results", str(tiny_glue)) == 0
+
+
+def test_right_classes_of_other_data_are_refused(moebert_home, tiny_glue, tmp_path, monkeypatch):
+    settings = Settings.at("smoke", task="mrpc", data_dir=str(tiny_glue))
+    student.conversion(Store(), settings)
+    shutil.rmtree(next((moebert_home / "runs").glob("right-*")))
+    export.write_results(tmp_path / "results")
+    shutil.copytree(tiny_glue / "mrpc", tmp_path / "other" / "mrpc")
+    path = tmp_path / "other" / "mrpc" / "validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("\n".join(json.dumps(row | {"label": 0}) for row in rows))
+    with pytest.raises(UserError, match="expected the data it was made from"):
+        export.add_right_answers(tmp_path / "results", str(tmp_path / "other"))
+
+
+def test_data_for_a_table_is_refused(capsys):
+    assert main.main(["export", "runs.csv", "--data-dir", "glue"]) == 2
+    assert "expected --results beside it" in capsys.readouterr().err

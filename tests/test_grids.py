@@ -1,6 +1,7 @@
 """What notebooks ask for, and what a plan makes of it: every run once, as the store counts."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from checkout import NOTEBOOKS
@@ -127,6 +128,13 @@ def test_two_points_are_one_run_exactly_if_the_store_has_one_key_for_them():
         base.but(grouping="coactivation", split_seed=3),
         base.but(routing="gate-token"),
         base.but(routing="gate-token", gate_top_k=2),
+        base.but(warmup=0.1),
+        base.but(held_out=0.25),
+        base.but(held_out=0.25, importance_split="held-out"),
+        base.but(score_at=[0.5, 1]),
+        base.but(student="half-depth"),
+        base.but(student="half-depth", ranking="random", split_seed=3),
+        base.but(student="half-depth", seed=1),
     ]
     for one, other in itertools.combinations(points, 2):
         same = cost.Run("student", one).key() == cost.Run("student", other).key()
@@ -147,6 +155,29 @@ def test_the_default_is_in_every_figure_and_one_setting_changes():
             assert changed <= {FIGURE_SETTINGS[name]} | (
                 {"n_shared"} if name == "figure2a" else set()
             )
+
+
+def test_the_controls_cost_what_the_experts_cost_at_the_papers_sizes(moebert_home):
+    grid = ablations.controls(Settings.at("paper"))
+    assert all([point.seed for point in points] == [0, 1, 2] for points in grid.values())
+    flops = {}
+    for name in ("experts", "one expert", "half depth"):
+        (point, *_) = grid[name]
+        flops[name] = cost.Run("converted", point).cost.flops
+    assert flops["experts"] == flops["one expert"]
+    # but for attention between tokens, which half the depth has half of
+    assert flops["half depth"] == pytest.approx(flops["experts"], rel=0.01)
+    dense = grid["dense trained on"][0]
+    assert dense.sizes(3072) == (3072, 0) and dense.distill == "none"
+    assert [run.stage for run in asked_for(grid["half depth"][0])] == ["teacher", "student"]
+
+
+def asked_for(settings):
+    """The runs that a student needs."""
+    job = SimpleNamespace(settings=settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "asked", lambda job: [("student", settings)])
+        return list(cost._stages(job))
 
 
 def test_numbers_of_experts_that_the_layer_cannot_fill_are_left_out():

@@ -21,6 +21,7 @@ from moebert_lib.runs import export, local_pool, plan
 from moebert_lib.store import committed_results
 from moebert_lib.store.committed_results import open_store
 from moebert_lib.store.store import StageKey, Store
+from moebert_lib.training.evaluation import score
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,10 @@ def test_stages_are_read_without_data_weights_or_models(stored, monkeypatch):
     assert again.equals(table)
     assert teacher.teacher(open_store(), SETTINGS).metrics["accuracy"] >= 0
     assert teacher.importance(open_store(), SETTINGS).scores.shape == (2, 64)
+    kept = teacher.predictions(student.conversion_entry(open_store(), SETTINGS))
+    right = teacher.right_answers(open_store(), SETTINGS)["validation"]
+    assert score(kept["validation.answers"], right, ["accuracy"]) == row
+    assert kept["validation.logits"].shape == (48, 6)
     with pytest.raises(UserError, match="keeps results and no weights"):
         _ = teacher.teacher(open_store(), SETTINGS).model
 
@@ -112,10 +117,11 @@ def test_equal_results_give_equal_bytes_and_newer_ones_replace(stored, tmp_path,
     with pytest.raises(UserError, match="no folder"):
         export.write_results(folder, [tmp_path / "nowhere"])
     (tmp_path / "runs").mkdir()
-    assert export.write_results(folder, [tmp_path]) == (5, 5)
+    assert export.write_results(folder, [tmp_path]) == (6, 8)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     frame = pd.read_parquet(folder / committed_results.ROWS)
-    assert set(frame["kind"]) == {"about", "teacher", "importance", "converted", "table"}
+    kinds = {"about", "right", "teacher", "importance", "converted", "table"}
+    assert set(frame["kind"]) == kinds
     assert "of" not in frame and frame["record"].str.contains('"of":').any()
 
 

@@ -126,12 +126,13 @@ def test_todays_keys_have_the_names_of_the_committed_ones(kind, make, committed)
 class SettingsOfNextYear(Settings):
     """The settings with a new field, whose default is not what older results had."""
 
-    warmup: float = 0.1
+    patience: float = 0.1
 
 
 #: Every kind of stage, and the kinds that are keyed by settings as a whole.
 KEYS = {
     "about": dataset.summary_key,
+    "right": teacher.right_key,
     "teacher": teacher.teacher_key,
     "importance": teacher.importance_key,
     "scores": teacher.scores_key,
@@ -151,11 +152,11 @@ def test_a_new_setting_at_its_old_value_changes_no_key(kind, monkeypatch):
     for names in ("DATA", "TEACHER", "IMPORTANCE", "CONVERSION", "TRAINING"):
         for module in (stage_keys, dataset, teacher, student, expert_partitions):
             if hasattr(module, names):
-                more = (*getattr(stage_keys, names), "warmup")
+                more = (*getattr(stage_keys, names), "patience")
                 monkeypatch.setattr(module, names, more, raising=False)
-    monkeypatch.setitem(stage_keys.LATER, "warmup", 0.0)
+    monkeypatch.setitem(stage_keys.LATER, "patience", 0.0)
     values = SETTINGS.but(**changes).model_dump()
-    assert make(Store(), SettingsOfNextYear(**values, warmup=0.0)) == before
+    assert make(Store(), SettingsOfNextYear(**values, patience=0.0)) == before
     assert make(Store(), SettingsOfNextYear(**values)) != before
 
 
@@ -163,14 +164,14 @@ def test_a_new_setting_at_its_old_value_changes_no_table_and_no_notebook(runs, m
     (job,) = plan.plan(plan.select(["03"]), scale="smoke")
     measure = partial(dataset.measured_table, runs, "sizes", build=lambda: pd.DataFrame({"n": [1]}))
     before = job.key(), (measure(SETTINGS), runs.entries())[1][0].key
-    monkeypatch.setitem(stage_keys.LATER, "warmup", 0.0)
-    newer = SettingsOfNextYear(**SETTINGS.model_dump(), warmup=0.0)
+    monkeypatch.setitem(stage_keys.LATER, "patience", 0.0)
+    newer = SettingsOfNextYear(**SETTINGS.model_dump(), patience=0.0)
     monkeypatch.setattr(dataset, "Settings", SettingsOfNextYear)
     assert measure(newer).equals(measure(newer)) and len(runs.entries()) == 1
     assert runs.entries()[0].key == before[1]
-    with_it = SettingsOfNextYear(**job.settings.model_dump(), warmup=0.0)
+    with_it = SettingsOfNextYear(**job.settings.model_dump(), patience=0.0)
     assert replace(job, settings=with_it).key() == before[0]
-    other = SettingsOfNextYear(**job.settings.model_dump(), warmup=0.5)
+    other = SettingsOfNextYear(**job.settings.model_dump(), patience=0.5)
     assert replace(job, settings=other).key() != before[0]
 
 
@@ -288,12 +289,11 @@ def watched(tmp_path_factory):
     return watch
 
 
-STAGES = (
-    "about teacher importance scores excitation removal score_removal grouped converted student"
-)
+STAGES = "about right teacher importance scores excitation removal".split()
+STAGES += "score_removal grouped converted student".split()
 
 
-@pytest.mark.parametrize("kind", STAGES.split())
+@pytest.mark.parametrize("kind", STAGES)
 def test_all_code_that_a_build_runs_is_in_the_key_of_its_stage(kind, watched):
     key, build = watched.builds[kind]
     assert key.origin["code"] == provenance.code_of(build)

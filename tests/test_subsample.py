@@ -178,3 +178,32 @@ def test_a_validation_file_of_a_further_set_may_be_missing(tiny_glue, tmp_path, 
     (copy / "mnli" / "validation_matched.jsonl").unlink()
     with pytest.raises(UserError, match="no validation_matched.jsonl or"):
         loading.check(settings("mnli", copy))
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb", "squad", "library"])
+def test_what_is_held_out_is_a_share_of_the_training_examples_and_none_of_them(task, tiny_glue):
+    if TASKS[task].source == "built-in":
+        chosen = Settings.at("smoke", task=task)
+    else:
+        chosen = settings(task, tiny_glue, second_test=8)
+    whole, split = loading.load(chosen), loading.load(chosen.but(held_out=0.1))
+    assert whole.held_out is None and len(split.held_out) == round(0.1 * len(whole.train))
+    train, held_out, before = (
+        {json.dumps(row) for row in contents(part, task)}
+        for part in (split.train, split.held_out, whole.train)
+    )
+    assert not train & held_out and train | held_out == before
+    assert split.validation.to_list() == whole.validation.to_list()
+    assert [*split.also] == [*whole.also] and split.digest != whole.digest
+    judged = loading.load(chosen.but(held_out=0.1, evaluate_on="held-out"))
+    assert judged.validation.to_list() == split.held_out.to_list() and judged.also == {}
+    assert judged.train.to_list() == split.train.to_list()
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(evaluate_on="held-out"), dict(importance_split="held-out")]
+)
+def test_a_held_out_part_that_is_not_there_is_refused(changes):
+    (name,) = changes
+    with pytest.raises(UserError, match=f"^{name}='held-out' .*; expected held_out above 0"):
+        Settings.at("smoke", **changes)

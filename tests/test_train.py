@@ -3,13 +3,14 @@
 import datasets
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer
 
 from moebert_lib.config.presets import MINILM
 from moebert_lib.config.settings import Settings
 from moebert_lib.data import pretrained_weights
 from moebert_lib.method.distillation_loss import distillation_terms
 from moebert_lib.method.partition import random_ranking
+from moebert_lib.model.accelerate import accelerate
 from moebert_lib.model.conversion import to_moebert
 from moebert_lib.training import trainer as train
 from moebert_lib.training.trainer import (
@@ -164,6 +165,82 @@ def test_arguments_are_the_papers_where_it_states_them(tmp_path):
     assert (made.adam_beta1, made.adam_beta2, made.max_grad_norm) == (0.9, 0.999, 1.0)
     assert made.get_warmup_steps(1000) == 0 and made.lr_scheduler_type == "linear"
     assert made.seed == made.data_seed == 3 and made.per_device_train_batch_size == 8
+
+
+def rates(tmp_path, tiny_bert, encoded, settings, of=""):
+    """The learning rate of each step over the peak."""
+    arguments = training_arguments(tmp_path, settings, seed=0, of=of)
+    made = Trainer(tiny_bert(dtype=torch.float32), arguments, train_dataset=encoded)
+    n = 4 * int(arguments.num_train_epochs)  # of 4 batches an epoch
+    made.create_optimizer_and_scheduler(n)
+    found = []
+    for _ in range(n):
+        found.append(made.lr_scheduler.get_last_lr()[0] / arguments.learning_rate)
+        made.optimizer.step()
+        made.lr_scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_rate_rises_over_its_share_of_the_updates(tmp_path, tiny_bert, encoded, schedule):
+    settings = SETTINGS.but(epochs=5.0, warmup=0.2, schedule=schedule)
+    falling = [(20 - n) / 16 if schedule == "linear" else 1.0 for n in range(4, 20)]
+    expected = [n / 4 for n in range(4)] + falling
+    assert rates(tmp_path, tiny_bert, encoded, settings) == pytest.approx(expected)
+
+
+def test_the_teacher_has_its_own_warm_up_and_always_a_linear_rate(tmp_path, tiny_bert, encoded):
+    settings = SETTINGS.but(
+        teacher_epochs=2.0, teacher_warmup=0.5, schedule="constant", teacher_batch_size=4
+    )
+    found = rates(tmp_path, tiny_bert, encoded, settings, of="teacher_")
+    assert found == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.25])
+
+
+def test_the_students_dropout_is_its_own(tiny_bert, tiny_batch, tmp_path, encoded):
+    student, teacher = pair(tiny_bert, hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    distil(student, teacher, encoded, Pad(), SETTINGS.but(student_dropout=0.0), tmp_path)
+    batch = tiny_batch()
+    for model, same in ((student, True), (accelerate(student), True), (teacher, False)):
+        first, second = (model.train()(**batch).logits for _ in range(2))
+        assert torch.equal(first, second) == same
+    assert student.config.hidden_dropout_prob == 0.0 and teacher.config.hidden_dropout_prob == 0.5
+
+
+def test_one_expert_of_all_neurons_is_the_dense_teacher_trained_on(tiny_bert, tmp_path, encoded):
+    """The control: it learns as the dense model does from the task loss alone."""
+    none = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    teacher = tiny_bert(dtype=torch.float32, **none)
+    student = to_moebert(teacher, RANKING, n_experts=1, expert_size=64, n_shared=0)
+    dense = tiny_bert(dtype=torch.float32, **none)
+    changes = dict(distill="none", epochs=3.0, teacher_epochs=3.0, teacher_batch_size=4)
+    settings = SETTINGS.but(**changes, teacher_learning_rate=1e-3, learning_rate=1e-3)
+    distil(student, teacher, encoded, Pad(), settings, tmp_path)
+    fine_tune(dense, encoded, Pad(), settings, tmp_path)
+    batch = {name: torch.tensor(encoded[name][:]) for name in encoded.column_names}
+    after, before = dense(**batch).logits, teacher(**batch).logits
+    assert torch.allclose(student(**batch).logits, after, atol=1e-4)
+    assert (after - before).abs().max() > 0.01
+
+
+def test_scoring_on_the_way_changes_nothing_and_comes_when_it_should(tiny_bert, tmp_path, encoded):
+    found = []
+
+    def score(epoch, model):
+        assert not model.training
+        found.append((epoch, model.classifier.weight.detach().clone()))
+
+    settings = SETTINGS.but(epochs=2.0)
+    student, teacher = pair(tiny_bert)
+    plain = distil(student, teacher, encoded, Pad(), settings, tmp_path)
+    again, _ = pair(tiny_bert)
+    points = settings.but(score_at=(0.01, 0.25, 1, 2))
+    scored = distil(again, teacher, encoded, Pad(), points, tmp_path, score=score)
+    assert plain.equals(scored)
+    assert [epoch for epoch, _ in found] == [0.01, 0.25, 1, 2]
+    assert torch.equal(found[0][1], found[1][1])  # both after the first of 4 steps an epoch
+    assert torch.equal(found[-1][1], student.classifier.weight)
+    assert not torch.equal(found[1][1], found[2][1])
 
 
 def test_batches_are_padded_to_max_length_only_where_padding_counts():

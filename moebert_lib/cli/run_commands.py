@@ -201,6 +201,7 @@ def _add_export(commands: Any) -> None:
         "files from which figures are drawn into a folder for moebert report --from.",
         example="moebert export runs.parquet\n"
         "  moebert export --results figures/runs\n"
+        "  moebert export --results figures/runs --data-dir DIR\n"
         "  moebert export runs.csv runs/ other-machine/runs/ --kind student",
     )
     option = command.add_argument
@@ -209,6 +210,8 @@ def _add_export(commands: Any) -> None:
     kinds = "notebook (default), student, teacher and so on, or all"
     option("--kind", default="notebook", metavar="K", help=kinds)
     option("--results", action="store_true", help="add the results to the folder named first")
+    data = "with --results: add the right classes of the examples, from the data of the results"
+    option("--data-dir", metavar="DIR", help=data)
     command.set_defaults(run=export)
 
 
@@ -216,6 +219,12 @@ def export(args: argparse.Namespace) -> int:
     """Write one row per run of one home or several; with ``--results``, a folder of results."""
     from moebert_lib.runs import export as exports
 
+    if args.data_dir:
+        if not args.results:
+            raise UserError("--data-dir is for results; expected --results beside it")
+        n_added = exports.add_right_answers(args.out, args.data_dir)
+        say(f"right answers of {n_added} more datasets: {args.out}")
+        return 0
     if args.results:
         n_rows, n_files = exports.write_results(args.out, args.stores)
         say(f"{n_rows} stages, {n_files} small files: {args.out}")

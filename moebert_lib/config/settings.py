@@ -5,7 +5,7 @@ frozen :class:`Settings`. Unknown names and ill-typed values are refused here, b
 any compute, with the nearest valid choice in the message.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -63,16 +63,22 @@ class Settings(BaseModel):
     max_eval_examples: int | None = Field(None, ge=8)
     subsample: Literal["hash", "position"] = "hash"  # what a limit draws examples by
     second_test: int = Field(0, ge=0)  # training examples held out as a further test set
+    held_out: float = Field(0.0, ge=0, le=0.5)  # share of training examples to choose settings by
+    evaluate_on: Literal["validation", "held-out"] = "validation"  # what models are judged on
 
     # Teacher: fine-tuned on the task first; its hyper-parameters are not in the paper
     teacher_epochs: float = Field(3.0, ge=0)  # 0: the model is fine-tuned on the task already
     teacher_learning_rate: float = Field(5e-5, gt=0)
     teacher_batch_size: int = Field(32, ge=1)
     teacher_weight_decay: float = Field(0.0, ge=0)
+    teacher_warmup: float = Field(0.0, ge=0, lt=1)  # share of the updates; the rate rises linearly
 
     # Importance (Eq. 4)
     importance_examples: int | None = Field(None, ge=8)  # None: the whole split
-    importance_split: Literal["train", "validation"] = "train"  # release: validation
+    importance_split: Literal["train", "validation", "held-out"] = "train"  # release: validation
+
+    # What the teacher becomes; half-depth: its every other layer, a control of the same cost
+    student: Literal["experts", "half-depth"] = "experts"
 
     # Experts (Sec. 3.1): N = 4, 768 neurons each, 512 of them shared, of 3072
     n_experts: int = Field(4, ge=1)
@@ -95,13 +101,18 @@ class Settings(BaseModel):
     # Distillation (Eq. 5-7) and training (Table 7)
     distill: Distil = "all"  # Fig. 3b; "none": Table 3
     distill_weight: float = Field(1.0, ge=0)  # lambda_distill
+    hidden_loss_mean: Literal["tokens", "examples"] = "tokens"  # of Eq. 5; the release: tokens
     epochs: float = Field(1.0, gt=0)
     learning_rate: float = Field(5e-5, gt=0)
     batch_size: int = Field(16, ge=1)
     eval_batch_size: int = Field(64, ge=1)
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)  # appendix: clipping 1.0, no warm-up
+    warmup: float = Field(0.0, ge=0, lt=1)  # share of the updates; appendix: no warm-up
+    schedule: Literal["linear", "constant"] = "linear"  # of the rate after warm-up
+    score_at: tuple[Annotated[float, Field(gt=0)], ...] = ()  # epochs after which to score, too
+    max_grad_norm: float = Field(1.0, gt=0)  # appendix: clipping 1.0
     dropout: float = Field(0.1, ge=0, lt=1)  # BERT's own, student and teacher training
+    student_dropout: float | None = Field(None, ge=0, lt=1)  # None: as dropout
 
     # How training is computed
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU only
@@ -220,6 +231,17 @@ class Settings(BaseModel):
             raise ValueError(
                 "cache_teacher=True needs the same states every time; expected "
                 "teacher_dropout=False and padding_in_loss=False"
+            )
+        if not self.held_out and "held-out" in (self.importance_split, self.evaluate_on):
+            name = "evaluate_on" if self.evaluate_on == "held-out" else "importance_split"
+            raise ValueError(
+                f"{name}='held-out' needs examples that are held out; expected held_out above 0, "
+                "such as held_out=0.1"
+            )
+        if max(self.score_at, default=0) > self.epochs:
+            raise ValueError(
+                f"score_at={list(self.score_at)} goes beyond the training; "
+                f"expected at most epochs={self.epochs:g}"
             )
         check_top_k("gate_top_k", self.gate_top_k, self)
         check_remedies(self, top_k=self.gate_top_k)

@@ -20,7 +20,7 @@ from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError, nearest
 from moebert_lib.config.settings import Settings
 from moebert_lib.data import builtin_corpus, squad
-from moebert_lib.data.subsample import CAP, SECOND_TEST, draw
+from moebert_lib.data.subsample import CAP, HELD_OUT, SECOND_TEST, draw
 from moebert_lib.data.tasks import TASKS, Task, build
 
 if TYPE_CHECKING:
@@ -45,13 +45,15 @@ class TaskData:
     """A task's splits, with the columns ``Task.columns``.
 
     ``also`` holds further validation sets by the suffix of their metrics: ``mismatched`` for MNLI
-    where there is such a file, and ``second_test`` where the settings ask for one.
+    where there is such a file, and ``second_test`` where the settings ask for one. ``held_out``
+    is the part of the training examples that the settings keep from training.
     """
 
     task: Task
     train: "Dataset"
     validation: "Dataset"
     also: "dict[str, Dataset]"
+    held_out: "Dataset | None"
     digest: str
 
 
@@ -101,7 +103,9 @@ def load(settings: Settings) -> TaskData:
     takes the same examples whatever the seeds: with ``subsample="hash"`` those of the lowest
     hashes, in this order, and without a limit all of them in this order; with ``"position"`` a
     random choice of the positions in the file. Built-in tasks take the first examples instead, in
-    which classes are balanced.
+    which classes are balanced. Of the training examples that are left, a share is held out, by
+    their hash again. With ``evaluate_on="held-out"`` this part is the validation set, and the
+    others are left out, so that settings are chosen without them.
 
     Raises:
         UserError: as :func:`check`, or the hub cannot be reached.
@@ -119,7 +123,13 @@ def load(settings: Settings) -> TaskData:
     limits = dict.fromkeys(parts, settings.max_eval_examples)
     limits |= {"train": settings.max_train_examples, "second_test": None}
     parts = {use: _limited(part, task, settings, limits[use]) for use, part in parts.items()}
-    return TaskData(task, parts.pop("train"), parts.pop("validation"), parts, digest(settings))
+    train, validation, held_out = parts.pop("train"), parts.pop("validation"), None
+    if settings.held_out:
+        n = max(1, round(settings.held_out * len(train)))
+        held_out, train = draw(train, n, HELD_OUT, task)
+    if settings.evaluate_on == "held-out":
+        validation, parts = held_out, {}
+    return TaskData(task, train, validation, parts, held_out, digest(settings))
 
 
 def digest(settings: Settings) -> str:
@@ -134,7 +144,7 @@ def digest(settings: Settings) -> str:
     else:
         source = _hub(task)
     limits = [settings.max_train_examples, settings.max_eval_examples]
-    drawn = [settings.subsample, settings.second_test]
+    drawn = [settings.subsample, settings.second_test, settings.held_out, settings.evaluate_on]
     made = {"source": source, "code": provenance.code_of(load)}
     return provenance.digest({"task": task.name, "caps": limits, "drawn": drawn, **made})
 

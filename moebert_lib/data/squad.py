@@ -136,22 +136,28 @@ def texts(
 
 
 def score(answers: Sequence[str], truths: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Mean F1 and exact match, 0 to 1, each against the best of the accepted answers.
-
-    Args:
-        answers: One a question.
-        truths: Accepted answers of each; none means that the question has no answer.
+    """Mean F1 and exact match of :func:`scores`, 0 to 1.
 
     Example:
         >>> score(["the Nile", ""], [["Nile", "river Nile"], []])
         {'f1': 1.0, 'exact_match': 1.0}
     """
-    found = []
+    return {name: float(np.mean(values)) for name, values in scores(answers, truths).items()}
+
+
+def scores(answers: Sequence[str], truths: Sequence[Sequence[str]]) -> dict[str, np.ndarray]:
+    """F1 and exact match of each question, ``(n,)``, each against the best accepted answer.
+
+    Args:
+        answers: One a question.
+        truths: Accepted answers of each; none means that the question has no answer.
+    """
+    best = {name: [] for name in METRICS}
     for answer, accepted in zip(answers, truths, strict=True):
         known = [text for text in accepted if normalised(text)] or [""]
-        found.append([max(measure(answer, text) for text in known) for measure in (f1, exact)])
-    means = np.mean(found, axis=0)
-    return dict(zip(METRICS, (float(mean) for mean in means), strict=True))
+        for name, measure in zip(METRICS, (f1, exact), strict=True):
+            best[name].append(max(measure(answer, text) for text in known))
+    return {name: np.array(values) for name, values in best.items()}
 
 
 def normalised(text: str) -> str:

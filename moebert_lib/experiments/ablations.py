@@ -123,10 +123,13 @@ Thirds = Annotated[list[Annotated[int, Field(ge=0, le=3)]], AfterValidator(_seve
 Tasks = list[Annotated[str, AfterValidator(_task)]]
 
 
-def over_seeds(settings: Settings) -> list[Settings]:
-    """The experiment with ``n_seeds`` seeds; a random ranking is drawn anew for each."""
-    seeds = [settings.seed + k for k in range(settings.n_seeds)]
-    return [settings.but(seed=seed, split_seed=seed) for seed in seeds]
+def over_seeds(*several: Settings) -> list[Settings]:
+    """Each experiment with its ``n_seeds`` seeds; a random ranking is drawn anew for each."""
+    return [
+        settings.but(seed=settings.seed + k, split_seed=settings.seed + k)
+        for settings in several
+        for k in range(settings.n_seeds)
+    ]
 
 
 def with_sizes(settings: Settings) -> Settings:
@@ -284,11 +287,7 @@ def ablations(
         "figure3a": [base.but(ranking=ranking) for ranking in RANKINGS],
         "figure3b": [base.but(distill=which) for which in ("all", "skip", "last")],
     }
-    return {name: _over_seeds(values) for name, values in varied.items()}
-
-
-def _over_seeds(several: Iterable[Settings]) -> list[Settings]:
-    return list(chain.from_iterable(map(over_seeds, several)))
+    return {name: over_seeds(*values) for name, values in varied.items()}
 
 
 @_taken_to("student")
@@ -300,7 +299,7 @@ def plain_training(settings: Settings) -> Grid:
     whole = settings.scale == "paper" and settings.task in TABLE3_TASKS
     names = [t for t in TABLE3_TASKS if t in tasks(settings)] if whole else [settings.task]
     both = [with_sizes(settings).but(distill=which) for which in ("all", "none")]
-    return {name: _over_seeds(on_task(point, name) for point in both) for name in names}
+    return {name: over_seeds(*(on_task(point, name) for point in both)) for name in names}
 
 
 @_taken_to("student")
@@ -321,6 +320,26 @@ def constructions(settings: Settings) -> Grid:
                 points = over_seeds(base.but(n_shared=n, **changes))
                 grid[name + (", none shared" if not n else "")] = points
     return grid
+
+
+@_taken_to("student")
+def controls(settings: Settings) -> Grid:
+    """What the experts are compared with, which the paper lacks; each trained as the student is.
+
+    ``one expert`` and ``half depth`` cost as much as the experts, at the paper's sizes; ``dense
+    trained on`` is the teacher itself, trained for the student's further steps.
+    """
+    base, half = with_sizes(settings), settings.but(student="half-depth")
+    whole = {"n_experts": 1, "expert_size": _width(settings), "n_shared": 0}
+    points = {
+        "experts": base,
+        "experts, task loss only": base.but(distill="none"),
+        "one expert": base.but(n_experts=1),
+        "dense trained on": settings.but(**whole, distill="none"),
+        "half depth": half,
+        "half depth, task loss only": half.but(distill="none"),
+    }
+    return {name: over_seeds(point) for name, point in points.items()}
 
 
 def deals_beside(names: Iterable[str]) -> dict[str, str]:
@@ -432,10 +451,10 @@ def results(settings: Settings, names: Sequence[str]) -> Grid:
     ranked = names if settings.scale == "small" else []
     others = [each[task].but(ranking=name) for task in ranked for name in ("random", "inverse")]
     return {
-        "tables 1 and 2": _over_seeds(each[task] for task in names),
-        "table3": _over_seeds(each[task].but(distill="none") for task in plain),
-        "deals": _over_seeds(others),
-        "table4": _over_seeds(base.on(task, model=LARGE, expert_size=None) for task in large),
+        "tables 1 and 2": over_seeds(*(each[task] for task in names)),
+        "table3": over_seeds(*(each[task].but(distill="none") for task in plain)),
+        "deals": over_seeds(*others),
+        "table4": over_seeds(*(base.on(task, model=LARGE, expert_size=None) for task in large)),
     }
 
 

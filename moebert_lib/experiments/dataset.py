@@ -45,8 +45,9 @@ class Dataset:
 
     Attributes:
         task: The task.
-        splits: ``train``, ``validation`` and ``task.also``: rows for the model, which are windows
-            of examples where answers are spans.
+        splits: ``train``, ``validation``, further sets that models are judged on, and
+            ``held-out``: rows for the model, which are windows of examples where answers are
+            spans.
         examples: The same splits as text.
         tokenizer: Of the model.
         settings: Those that decide a dataset.
@@ -64,6 +65,11 @@ class Dataset:
     def train(self):
         """Rows to train on: a ``datasets.Dataset``."""
         return self.splits["train"]
+
+    @property
+    def judged(self) -> list[str]:
+        """Names of the splits that models are judged on."""
+        return [split for split in self.splits if split not in ("train", "held-out")]
 
     @property
     def validation(self):
@@ -157,6 +163,8 @@ def _dataset(settings: Settings, _root: Path, _digest: str) -> Dataset:
     with_vocabulary = settings.but(model=MINILM) if settings.model == TINY else settings
     tokenizer = AutoTokenizer.from_pretrained(pretrained(with_vocabulary))
     examples = {"train": loaded.train, "validation": loaded.validation, **loaded.also}
+    if loaded.held_out is not None:
+        examples["held-out"] = loaded.held_out
     lengths = {"max_length": settings.max_length, "doc_stride": settings.doc_stride}
     splits = {
         name: loading.encode(rows, loaded.task, tokenizer, **lengths)

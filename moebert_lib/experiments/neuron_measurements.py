@@ -151,13 +151,11 @@ def removal_by_score(store: AnyStore, settings: Settings, *, n_examples: int) ->
 
 def _remove_by_score(store: AnyStore, settings: Settings, n_examples: int, folder: Path) -> dict:
     scores = all_scores(store, settings)
-    tried = [(kind, 0, lowest_first(scores[kind])) for kind in OTHERS]
+    tried = []
+    for kind in OTHERS:
+        highest_first = scores[kind].argsort(dim=-1, descending=True, stable=True)
+        tried.append((kind, 0, highest_first.flip(-1)))
     return _keep(_measure(store, settings, n_examples, tried), n_examples, folder)
-
-
-def lowest_first(scores: Tensor) -> Tensor:
-    """Neurons of each layer by rising score, ``(L, F)`` to ``(L, F)``, int64."""
-    return scores.argsort(dim=-1, descending=True, stable=True).flip(-1)
 
 
 def _keep(rows: pd.DataFrame, n_examples: int, folder: Path) -> dict:

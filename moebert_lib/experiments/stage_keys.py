@@ -19,6 +19,8 @@ DATA = (
     "max_eval_examples",
     "subsample",
     "second_test",
+    "held_out",
+    "evaluate_on",
     "doc_stride",
     "n_best",
     "max_answer_length",
@@ -32,6 +34,7 @@ TEACHER = (
     "max_grad_norm",
     "dropout",
     "dtype",
+    "teacher_warmup",
 )
 IMPORTANCE = ("importance_examples", "importance_split")
 CONVERSION = (
@@ -44,6 +47,7 @@ CONVERSION = (
     "gate_scaling",
     "gate_top_k",
     "gate_start",
+    "student",
 )
 TRAINING = (
     "distill",
@@ -63,6 +67,11 @@ TRAINING = (
     "gate_noise",
     "gate_capacity",
     "gate_assignment",
+    "warmup",
+    "schedule",
+    "score_at",
+    "student_dropout",
+    "hidden_loss_mean",
 )
 #: Settings that are younger than stored results, each with the value that those results had.
 #: No key has a setting at this value, so a new setting leaves every older key as it was. Give the
@@ -77,6 +86,15 @@ LATER: dict[str, Any] = {
     "gate_capacity": None,
     "gate_assignment": "argmax",
     "balance_over": "tokens",
+    "held_out": 0.0,
+    "evaluate_on": "validation",
+    "student": "experts",
+    "teacher_warmup": 0.0,
+    "warmup": 0.0,
+    "schedule": "linear",
+    "score_at": (),
+    "student_dropout": None,
+    "hidden_loss_mean": "tokens",
 }
 
 
@@ -105,3 +123,15 @@ def made_with(store: AnyStore, build: Callable, **more: Any) -> dict[str, Any]:
     Empty where results are only read: those are found by their choices.
     """
     return {"code": code_of(build), **more} if store.makes else {}
+
+
+def dataset_settings(choices: Mapping[str, Any], data_dir: str) -> Settings:
+    """Settings with the dataset of a stored stage, and all else at its default.
+
+    Args:
+        choices: Of the stage and of those before it, by the names of settings.
+        data_dir: Where the data lies.
+    """
+    old = {name: value for name, value in LATER.items() if name in DATA}
+    there = {name: choices[name] for name in DATA if name in choices}
+    return Settings.at("small", data_dir=data_dir, **old | there)

@@ -25,13 +25,15 @@ from moebert_lib.experiments.teacher import (
     checkpoint_folder,
     evaluate_and_save,
     importance_key,
+    logits,
     saved_answers,
     teacher,
     teacher_key,
 )
 from moebert_lib.method import encoder_layouts
+from moebert_lib.method.distillation_loss import teacher_layers
 from moebert_lib.model.accelerate import accelerate_if_exact
-from moebert_lib.model.conversion import to_moebert
+from moebert_lib.model.conversion import half_depth, to_moebert
 from moebert_lib.model.moe_layer import parameter_counts
 from moebert_lib.store.committed_results import AnyStore
 from moebert_lib.store.store import Entry, StageKey
@@ -43,6 +45,7 @@ from moebert_lib.training.trainer import distil
 QUIET = 15  # seconds between two lines of a grid's progress
 GATE_EXAMPLES = 200  # training examples that a gate is fitted to (gate_start="nearest")
 LOAD_EXAMPLES = 200  # validation examples that a gate's loads are counted on
+POINTS = "scored"  # folder of the logits at the points of score_at
 NEAR = 64  # validation examples whose states are compared, layer by layer
 
 
@@ -76,6 +79,9 @@ class Student:
 
 def conversion_key(store: AnyStore, settings: Settings) -> StageKey:
     """What the student depends on before it is trained."""
+    if settings.student == "half-depth":  # no experts, so nothing of how they are made
+        choices = {"teacher": teacher_key(store, settings), **chosen(settings, ("student", "seed"))}
+        return StageKey("converted", choices, made_with(store, _convert))
     expert_size, n_shared = settings.sizes(width(settings))
     choices = {
         **chosen(settings, CONVERSION),
@@ -95,7 +101,9 @@ def width(settings: Settings) -> int:
 
 
 def converted(store: AnyStore, settings: Settings) -> PreTrainedModel:
-    """The teacher converted to a MoEBERT as the settings say, untrained; new on every call."""
+    """The teacher converted to a student as the settings say, untrained; new on every call."""
+    if settings.student == "half-depth":
+        return half_depth(teacher(store, settings).model)
     neurons = expert_partitions.neurons(store, settings)
     return convert(settings, teacher(store, settings).model, neurons)
 
@@ -157,15 +165,21 @@ def states(store: AnyStore, settings: Settings) -> dict[str, np.ndarray]:
     """States of teacher, converted and distilled model for the examples of :func:`distances`.
 
     Returns:
-        Of each ``(L + 1, n, D)``: the mean state of each example's tokens, embeddings first.
+        Of each ``(L + 1, n, D)``: the mean state of each example's tokens, embeddings first; of
+        the teacher those layers that the student's are compared with.
     """
-    dense, untrained = teacher(store, settings).model, converted(store, settings)
     distilled = np.load(student(store, settings).entry.folder / "states.npy")
-    return {
-        "teacher": sentence_states(accelerate_if_exact(dense), _near(settings)),
-        "converted": sentence_states(accelerate_if_exact(untrained), _near(settings)),
-        "distilled": distilled.astype(np.float32),
+    models = {
+        "teacher": teacher(store, settings).model,
+        "converted": converted(store, settings),
     }
+    found = {
+        name: sentence_states(accelerate_if_exact(model), _near(settings))
+        for name, model in models.items()
+    }
+    compared = teacher_layers(len(distilled) - 1, len(found["teacher"]) - 1)
+    found["teacher"] = found["teacher"][compared]
+    return found | {"distilled": distilled.astype(np.float32)}
 
 
 def _near(settings: Settings):
@@ -201,6 +215,7 @@ def _distil(store: AnyStore, settings: Settings, keep_model: bool, folder: Path)
     dense, bundle = teacher(store, settings), dataset(settings)
     metrics_before = conversion(store, settings)
     model = converted(store, settings)
+    points = checkpoint_folder(folder) / POINTS
     set_seed(settings.seed)
     curve = distil(
         model,
@@ -210,6 +225,7 @@ def _distil(store: AnyStore, settings: Settings, keep_model: bool, folder: Path)
         settings,
         folder,
         checkpoints=checkpoint_folder(folder),
+        score=partial(_score_point, settings, points) if settings.score_at else None,
     )
     curve.to_csv(folder / "curve.csv", index=False)
     by_layer = pd.Series(distances(store, settings, model), name="distance")
@@ -225,7 +241,7 @@ def _distil(store: AnyStore, settings: Settings, keep_model: bool, folder: Path)
         "guessing": bundle.guessing(),
         **{f"teacher_{name}": value for name, value in dense.metrics.items()},
         **{f"converted_{name}": value for name, value in metrics_before.items()},
-        **evaluate_and_save(settings, model, folder),
+        **evaluate_and_save(settings, model, folder, _read_points(settings, points)),
         "effective_parameters": counts.effective,
         "stored_parameters": counts.stored,
         "steps": len(curve),
@@ -235,7 +251,7 @@ def _distil(store: AnyStore, settings: Settings, keep_model: bool, folder: Path)
 
 def _evenness(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
     """``busiest`` and ``entropy`` of a gate's loads; empty for a hash, which nothing trains."""
-    if not settings.routing.startswith("gate-"):
+    if settings.student != "experts" or not settings.routing.startswith("gate-"):
         return {}
     batches = dataset(settings).batches("validation", limit=LOAD_EXAMPLES)
     return evenness(expert_loads(model, batches))._asdict()
@@ -247,6 +263,18 @@ def missing(store: AnyStore, named: Mapping[str, list[Settings]]) -> list[Settin
         return []
     points = [point for points in named.values() for point in points]
     return [point for point in points if store.find(student_key(store, point)) is None]
+
+
+def _score_point(settings: Settings, points: Path, epoch: float, model: PreTrainedModel) -> None:
+    """Keep a model's logits beside the checkpoints, for a training that is killed and resumes."""
+    points.mkdir(parents=True, exist_ok=True)
+    np.savez(points / f"{epoch:g}.npz", **logits(settings, model))
+
+
+def _read_points(settings: Settings, points: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Logits by split at each point of ``score_at``, by its name."""
+    names = [f"{epoch:g}" for epoch in settings.score_at]
+    return {name: dict(np.load(points / f"{name}.npz")) for name in names}
 
 
 def answers(store: AnyStore, settings: Settings) -> pd.DataFrame:

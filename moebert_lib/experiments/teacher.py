@@ -5,12 +5,15 @@ library versions that it depends on, so that all ablations share it.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
@@ -18,6 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from moebert_lib.config.file_io import WORK
 from moebert_lib.config.settings import Settings
+from moebert_lib.data import squad
+from moebert_lib.data.loading import digest, load
+from moebert_lib.data.tasks import TASKS
 from moebert_lib.experiments.dataset import (
     data_origin,
     dataset,
@@ -37,6 +43,7 @@ from moebert_lib.training.evaluation import predict
 from moebert_lib.training.trainer import fine_tune
 
 ANSWERS = "answers.csv"
+PREDICTIONS, RIGHT = "predictions.safetensors", "right.safetensors"
 IMPORTANCE_FILE, SCORES_FILE = "importance.safetensors", "scores.safetensors"
 
 
@@ -93,6 +100,8 @@ def _teacher(store: AnyStore, settings: Settings) -> Teacher:
     build = partial(_fine_tune if settings.teacher_epochs else _take_fine_tuned, settings)
     entry = store.make(teacher_key(store, settings), build)
     checkpoints.clear(checkpoint_folder(entry.folder))
+    if store.makes and TASKS[settings.task].kind != "span":
+        right_answers(store, settings)  # with these the answers of all its students can be judged
     print(f"· teacher for {settings.task}: {entry.origin}", flush=True)
     return Teacher(settings.task, entry.row, entry, store)
 
@@ -198,7 +207,7 @@ def _score_all(store: AnyStore, settings: Settings, folder: Path) -> dict:
 
 def evaluate(settings: Settings, model: PreTrainedModel) -> dict[str, float]:
     """The task's metrics of a model on the validation split, and on further ones by suffix."""
-    return evaluate_with_answers(settings, model)[0]
+    return metrics(settings, logits(settings, model))
 
 
 def evaluate_with_answers(
@@ -208,23 +217,69 @@ def evaluate_with_answers(
 
     A prediction is a class index, a value, or a text.
     """
+    by_split = logits(settings, model)
+    return metrics(settings, by_split), dataset(settings).answers(by_split["validation"])
+
+
+def logits(settings: Settings, model: PreTrainedModel) -> dict[str, np.ndarray]:
+    """A model's logits by split, as ``evaluation.predict`` gives them."""
     bundle, model = dataset(settings), accelerate_if_exact(model)
-    metrics: dict[str, float] = {}
-    predictions = {}
-    for split in [split for split in bundle.splits if split != "train"]:
-        logits = predict(model, bundle.batches(split, batch_size=settings.eval_batch_size))
+    return {
+        split: predict(model, bundle.batches(split, batch_size=settings.eval_batch_size))
+        for split in bundle.judged
+    }
+
+
+def metrics(settings: Settings, by_split: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The task's metrics of :func:`logits`; those of further splits have the split's name."""
+    scores: dict[str, float] = {}
+    for split, rows in by_split.items():
         suffix = "" if split == "validation" else f"_{split}"
-        scores = bundle.score(logits, split)
-        metrics |= {f"{name}{suffix}": value for name, value in scores.items()}
-        predictions[split] = bundle.answers(logits, split)
-    return metrics, predictions["validation"]
+        of_split = dataset(settings).score(rows, split)
+        scores |= {f"{name}{suffix}": value for name, value in of_split.items()}
+    return scores
 
 
-def evaluate_and_save(settings: Settings, model: PreTrainedModel, folder: Path) -> dict[str, float]:
-    """:func:`evaluate`, with the predictions saved in a folder for :func:`saved_answers`."""
-    metrics, predictions = evaluate_with_answers(settings, model)
-    pd.DataFrame({"answer": predictions}).to_csv(folder / ANSWERS, index=False)
-    return metrics
+def evaluate_and_save(
+    settings: Settings,
+    model: PreTrainedModel,
+    folder: Path,
+    points: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+) -> dict[str, float]:
+    """:func:`evaluate`; answers and logits are saved for the readers below.
+
+    Args:
+        settings: The experiment.
+        model: Dense or MoEBERT.
+        folder: Of the entry.
+        points: :func:`logits` of the model before, by name, to be scored and saved with it.
+    """
+    bundle, by_split = dataset(settings), logits(settings, model)
+    answers = pd.DataFrame({"answer": bundle.answers(by_split["validation"])})
+    answers.to_csv(folder / ANSWERS, index=False)
+    scores, kept = metrics(settings, by_split), _kept(settings, by_split)
+    for point, before in (points or {}).items():
+        earlier = metrics(settings, before)
+        scores |= {f"{name}_at_{point}": value for name, value in earlier.items()}
+        tensors = _kept(settings, before)
+        kept |= {f"{name}.at_{point}": value for name, value in tensors.items()}
+    save_arrays(kept, folder / PREDICTIONS)
+    return scores
+
+
+def _kept(settings: Settings, by_split: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What is saved of logits; see :func:`predictions`."""
+    bundle = dataset(settings)
+    kept = {}
+    for split, rows in by_split.items():
+        if bundle.task.kind == "span":  # answers are texts, and logits are of all tokens
+            scores = squad.scores(bundle.answers(rows, split), bundle.truths(split))
+            kept |= {f"{split}.{name}": values for name, values in scores.items()}
+        else:
+            answers = bundle.answers(rows, split)
+            small = np.int8 if bundle.task.kind == "classification" else answers.dtype
+            kept |= {f"{split}.answers": answers.astype(small), f"{split}.logits": np.float16(rows)}
+    return kept
 
 
 def saved_answers(entry: Entry) -> pd.Series:
@@ -232,9 +287,40 @@ def saved_answers(entry: Entry) -> pd.Series:
     return pd.read_csv(entry.folder / ANSWERS, keep_default_na=False)["answer"]
 
 
-def truths(settings: Settings) -> list:
-    """The right answers to the validation examples; for spans lists of accepted texts."""
-    return dataset(settings).truths()
+def predictions(entry: Entry) -> dict[str, np.ndarray]:
+    """What is kept of a stored model's predictions, by name; older entries have none.
+
+    ``SPLIT.logits``, ``(n, C)``, float16, and ``SPLIT.answers``, ``(n,)``: class indices, or
+    values. Where answers are spans, ``SPLIT.f1`` and ``SPLIT.exact_match`` of each question, 0 to
+    1. A name that ends in ``.at_EPOCH`` is of an earlier point of the training (``score_at``).
+    """
+    path = entry.folder / PREDICTIONS
+    return load_arrays(path) if path.is_file() else {}
+
+
+def right_key(store: AnyStore, settings: Settings) -> StageKey:
+    """What :func:`right_answers` depends on."""
+    origin = made_with(store, _keep_right, data=digest(settings)) if store.makes else {}
+    return StageKey("right", chosen(settings, DATA), origin)
+
+
+def right_answers(store: AnyStore, settings: Settings) -> dict[str, np.ndarray]:
+    """The right class or value of every example that models are judged on, by split.
+
+    From the store or read now. With :func:`saved_answers` or :func:`predictions` they give every
+    stored metric again, without data. A span task has none: its right answers are texts.
+    """
+    entry = store.make(right_key(store, settings), partial(_keep_right, settings))
+    return load_arrays(entry.folder / RIGHT)
+
+
+def _keep_right(settings: Settings, folder: Path) -> dict:
+    loaded = load(settings)
+    splits = {"validation": loaded.validation, **loaded.also}
+    kind = np.int8 if loaded.task.labels else np.float64
+    labels = {split: np.array(rows["label"][:], dtype=kind) for split, rows in splits.items()}
+    save_arrays(labels, folder / RIGHT)
+    return {"n_examples": sum(map(len, labels.values()))}
 
 
 def checkpoint_folder(folder: Path) -> Path:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moebert_lib.data.batching import Packing
+
 
 def layer_loss(X: Sequence[Tensor], X_tea: Sequence[Tensor]) -> Tensor:
     """``L_trm = sum over l = 0 .. L of MSE(X^l, X_tea^l)``, a scalar.
@@ -23,6 +25,20 @@ def layer_loss(X: Sequence[Tensor], X_tea: Sequence[Tensor]) -> Tensor:
     """
     layers = zip(X, X_tea, strict=True)
     return torch.stack([F.mse_loss(x, x_tea) for x, x_tea in layers]).sum()
+
+
+def layer_loss_by_example(X: Sequence[Tensor], X_tea: Sequence[Tensor], example: Tensor) -> Tensor:
+    """:func:`layer_loss` with each example's mean over its tokens, then the mean over examples.
+
+    Args:
+        X: The student's states of the counted tokens, ``(N, D)`` each.
+        X_tea: The teacher's.
+        example: Which example each token is of, ``(N,)``, int64.
+    """
+    tokens = torch.bincount(example)  # of each example
+    weight = 1 / (tokens[example] * (tokens > 0).sum())  # (N,), sums to 1
+    distances = [(x - x_tea).square().mean(-1) for x, x_tea in zip(X, X_tea, strict=True)]
+    return torch.stack([(weight * distance).sum() for distance in distances]).sum()
 
 
 def prediction_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -82,6 +98,11 @@ def _counted(x: Tensor, x_tea: Tensor, mask: Tensor | None) -> tuple[Tensor, Ten
     return x, x_tea.to(x.dtype)
 
 
+def _example_of(state: Tensor, mask: Tensor) -> Tensor:
+    """Which example each of the tokens in :func:`_counted` is of, ``(N,)``."""
+    return Packing.of(mask).sentence if state.dim() == 2 else mask.nonzero()[:, 0]
+
+
 class DistillationTerms(NamedTuple):
     """The two parts of Eq. 7, each a scalar."""
 
@@ -90,7 +111,7 @@ class DistillationTerms(NamedTuple):
 
 
 def distillation_terms(
-    student, teacher, *, mask: Tensor | None, layers: str = "all"
+    student, teacher, *, mask: Tensor | None, layers: str = "all", mean: str = "tokens"
 ) -> DistillationTerms:
     """Eq. 5 and Eq. 6 for one batch.
 
@@ -99,17 +120,48 @@ def distillation_terms(
     Args:
         student: Model output with ``hidden_states`` and ``logits``, or ``start_logits`` and
             ``end_logits``.
-        teacher: The same of the teacher, without gradient.
-        mask: ``(B, T)``, 1 for tokens whose states count; ``None`` for all. Not used for packed
-            states.
+        teacher: The same of the teacher, without gradient; :func:`teacher_layers` says which of
+            its states the student's are compared with.
+        mask: ``(B, T)``, 1 for tokens whose states count; ``None`` for all. For packed states
+            only ``examples`` needs it.
         layers: ``all``, ``skip`` or ``last`` (Fig. 3b).
+        mean: ``tokens``: Eq. 5's mean is over all counted tokens of the batch, so that a longer
+            example weighs more; ``examples``: over each example's tokens, then over examples.
     """
-    chosen = chosen_layers(len(student.hidden_states) - 1, layers)
-    states = [(student.hidden_states[layer], teacher.hidden_states[layer]) for layer in chosen]
+    n_layers = len(student.hidden_states) - 1
+    compared = teacher_layers(n_layers, len(teacher.hidden_states) - 1)
+    states = [
+        (student.hidden_states[layer], teacher.hidden_states[compared[layer]])
+        for layer in chosen_layers(n_layers, layers)
+    ]
     X, X_tea = zip(*[_counted(*pair, mask) for pair in states], strict=True)
+    if mean == "examples" and mask is not None:
+        hidden = layer_loss_by_example(X, X_tea, _example_of(student.hidden_states[0], mask))
+    else:  # without a mask all examples have as many tokens
+        hidden = layer_loss(X, X_tea)
     logits = zip(_logits(student), _logits(teacher), strict=True)
     predictions = torch.stack([_prediction_distance(*pair) for pair in logits])
-    return DistillationTerms(layer_loss(X, X_tea), predictions.mean())
+    return DistillationTerms(hidden, predictions.mean())
+
+
+def teacher_layers(n_student: int, n_teacher: int) -> list[int]:
+    """The teacher's state that each of the student's ``X^0 .. X^L`` is compared with in Eq. 5.
+
+    The same one; for a student of half the depth (``conversion.half_depth``) the embeddings and
+    every other layer, counted from the last: those that its layers are copies of.
+
+    Raises:
+        ValueError: another number of layers.
+
+    Example:
+        >>> teacher_layers(3, 6)
+        [0, 2, 4, 6]
+    """
+    if n_student == n_teacher:
+        return list(range(n_teacher + 1))
+    if n_student == (n_teacher + 1) // 2:
+        return [0, *sorted(range(n_teacher, 0, -2))]
+    raise ValueError(f"student has {n_student + 1} states, teacher {n_teacher + 1}")
 
 
 def chosen_layers(n_layers: int, which: str) -> list[int]:

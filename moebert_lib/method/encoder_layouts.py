@@ -236,6 +236,17 @@ def longest(model: "nn.Module") -> int:
     return positions.num_embeddings - first
 
 
+def set_dropout(model: "nn.Module", rate: float) -> None:
+    """Give every dropout of a dense model or a MoEBERT the same rate, 0 to 1, in place."""
+    from torch import nn
+
+    for name in family(model.config.model_type.removeprefix("moe")).dropout:
+        setattr(model.config, name, rate)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+
+
 @contextmanager
 def watching(model: "nn.Module", see: "Callable[[int, Tensor], None]") -> Iterator[None]:
     """Inside the block every forward pass calls ``see(layer, h)`` with each layer's activations.

@@ -87,22 +87,29 @@ class Run:
 
     @property
     def converts(self) -> bool:
-        """Whether it has experts."""
+        """Whether it is no longer the teacher."""
         return self.stage in ("converted", "student")
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a MoEBERT, and not a teacher of half the depth."""
+        return self.converts and self.settings.student == "experts"
 
     @property
     def scored(self) -> bool:
         """Whether it needs the teacher's scores: all but a random ranking do."""
-        return self.stage == "importance" or (self.converts and self.settings.ranking != "random")
+        return self.stage == "importance" or (
+            self.has_experts and self.settings.ranking != "random"
+        )
 
     @functools.cached_property
     def choices(self) -> dict[str, Any]:
         """The settings that decide it, without seeds and without where data lies."""
         names = ["model", *DATA, *TEACHER, *(IMPORTANCE if self.scored else ())]
-        names += [*CONVERSION, "grouping"] if self.converts else []
+        names += [*CONVERSION, "grouping"] if self.has_experts else ["student"] * self.converts
         names += TRAINING if self.stage == "student" else ()
         values = {name: getattr(self.settings, name) for name in names if name != "seed"}
-        return without_later(values | (sizes(self.settings) if self.converts else {}))
+        return without_later(values | (sizes(self.settings) if self.has_experts else {}))
 
     @property
     def seeds(self) -> tuple[int | None, ...]:
@@ -111,6 +118,7 @@ class Run:
         drawn = settings.ranking == "random" or settings.grouping.startswith("kmeans")
         if not self.converts:
             return settings.dense_seed, None, None
+        drawn = drawn and self.has_experts
         return settings.dense_seed, settings.seed, settings.split_seed if drawn else None
 
     def key(self) -> tuple:
@@ -167,10 +175,10 @@ def examples(settings: Settings) -> tuple[int, int]:
         validation = sum(counts.values())
     second_test = min(settings.second_test, train)
     train -= second_test
-    return (
-        min(train, settings.max_train_examples or train),
-        min(validation, settings.max_eval_examples or validation) + second_test,
-    )
+    train = min(train, settings.max_train_examples or train)
+    validation = min(validation, settings.max_eval_examples or validation) + second_test
+    held_out = round(settings.held_out * train)
+    return train - held_out, held_out if settings.evaluate_on == "held-out" else validation
 
 
 def estimate(run: Run) -> Cost:
@@ -186,11 +194,14 @@ def estimate(run: Run) -> Cost:
     dense = forward_flops(of, tokens, of.neurons)
     batch, met = SCORING_BATCH, of.neurons
     trained, fixed = 0, parameters(of)[1]
-    if run.converts:
+    if run.has_experts:
         size = sizes(settings)["expert_size"]
         met = size * settings.gate_top_k
         moe = forward_flops(of, tokens, met)
         experts = parameters(of, n_experts=settings.n_experts, expert_size=size)[1]
+    elif run.converts:
+        half = of._replace(layers=(of.layers + 1) // 2)
+        moe, experts = forward_flops(half, tokens, met), parameters(half)[1]
     if run.stage == "teacher":
         batch, trained, fixed = settings.teacher_batch_size, fixed, 0
         flops = dense * (3 * train * settings.teacher_epochs + validation)
@@ -211,6 +222,8 @@ def estimate(run: Run) -> Cost:
 def scored_examples(settings: Settings) -> int:
     """Examples that neurons are scored on."""
     available, validation = examples(settings)
+    if settings.importance_split == "held-out":
+        available = round(settings.held_out / (1 - settings.held_out) * available)
     if settings.importance_split == "validation":  # the first validation set, of MNLI the matched
         available = validation // (1 + len(TASKS[settings.task].also))
     return min(available, settings.importance_examples or available)
@@ -250,7 +263,11 @@ def stored_seconds() -> dict[tuple, float]:
             flat = entry.key.flat(origin=False)
             values = {_setting(name): value for name, value in flat.items()}
             choices = {name: values[name] for name in values.keys() & Settings.model_fields.keys()}
-            plain = sorted(item for item in choices.items() if "seed" not in item[0])
+            plain = sorted(
+                (name, tuple(value) if isinstance(value, list) else value)
+                for name, value in choices.items()
+                if "seed" not in name
+            )
             found[(entry.kind, *plain)].append(entry.seconds)
     return {choices: median(several) for choices, several in found.items()}
 

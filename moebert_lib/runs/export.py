@@ -11,17 +11,20 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, get_args
 
 from moebert_lib.config.errors import UserError, home, nearest
 from moebert_lib.config.file_io import write_bytes
 from moebert_lib.config.provenance import to_json
 from moebert_lib.config.settings import Settings
+from moebert_lib.data.tasks import TASKS
 from moebert_lib.store import committed_results
-from moebert_lib.store.committed_results import Record, key_of
+from moebert_lib.store.committed_results import CommittedResults, Record, key_of
 from moebert_lib.store.store import ORIGIN, RECORD, Store, flat, parse
 
 if TYPE_CHECKING:
+    import numpy as np
     from pandas import DataFrame, Series
 
 SESSIONS = "sessions"  # in runs/: notebooks that were run without the moebert command
@@ -42,6 +45,7 @@ LAST = (
     "data",
     "store",
 )
+JUDGED = ("teacher", "converted", "student")  # stages with answers
 #: What a column is about: the first part of its key, in the order of the columns.
 GROUPS = ("first", "setting", "parameter", "metric", "last")
 #: Names in a key that stand for digests or machinery, which nobody chooses.
@@ -356,6 +360,54 @@ def write_results(folder: Path, homes: Sequence[str | Path] = ()) -> tuple[int, 
     """
     stores = [Store(_root(Path(folder).expanduser())) for folder in homes or [home()]]
     return committed_results.add(folder, stores, stage_table)
+
+
+def add_right_answers(folder: Path, data_dir: str) -> int:
+    """Add the right classes or values of the examples that stored models were judged on.
+
+    Only where they are missing; rows made since they are kept have them. Returns how many
+    datasets they were added for.
+
+    Args:
+        folder: Of results.
+        data_dir: The data that the models were made from, as for ``moebert run``.
+
+    Raises:
+        UserError: the data gives another score than a stored one; as ``loading.load``.
+    """
+    from moebert_lib.experiments.stage_keys import dataset_settings
+    from moebert_lib.experiments.teacher import right_answers, right_key
+
+    results, added = CommittedResults(folder), set()
+    with TemporaryDirectory() as root:
+        store = Store(root)
+        for record in results.records.values():
+            if record["kind"] not in JUDGED:
+                continue
+            settings = dataset_settings(stage_choices(record["key"]), data_dir)
+            if TASKS[settings.task].kind == "span" or results.find(right_key(results, settings)):
+                continue
+            _check_scores(results, record, right_answers(store, settings)["validation"])
+            added.add(right_key(results, settings).digest)
+        if added:
+            write_results(folder, [root])
+    return len(added)
+
+
+def _check_scores(results: CommittedResults, record: Record, right: "np.ndarray") -> None:
+    """Refuse right answers that give other scores than a record has."""
+    from moebert_lib.experiments.teacher import saved_answers
+    from moebert_lib.training.evaluation import score
+
+    task = TASKS[stage_choices(record["key"])["task"]]
+    answers = saved_answers(results.entry(record))
+    for name, value in score(answers, right, task.metrics).items():
+        if value != record["row"][name]:
+            raise UserError(
+                f"{record['kind']} {record['digest'][:8]} on {task.name} has {name} "
+                f"{record['row'][name]}, this data gives {value}; "
+                "expected the data it was made from"
+            )
 
 
 def stage_table(records: Sequence[Record]) -> "DataFrame":

@@ -37,14 +37,15 @@ ROWS, FILES = "rows.parquet", "files.parquet"
 PACKED = {"compression": "zstd", "compression_level": 19, "index": False}
 #: Files of a stage that figures are drawn from; models, tokenizers and states are left out.
 KEPT = {
-    "teacher": ("config.json", "answers.csv"),
+    "teacher": ("config.json", "answers.csv", "predictions.safetensors"),
+    "right": ("right.safetensors",),
     "importance": ("importance.safetensors",),
     "excitation": ("excitation.safetensors", "tokens.json"),
     "removal": ("curves.csv",),
     "scores": ("scores.safetensors",),
     "score_removal": ("curves.csv",),
-    "converted": ("answers.csv",),
-    "student": ("answers.csv", "curve.csv", "distances.csv"),
+    "converted": ("answers.csv", "predictions.safetensors"),
+    "student": ("answers.csv", "predictions.safetensors", "curve.csv", "distances.csv"),
     "about": (),
     "table": ("table.parquet",),
 }
@@ -117,13 +118,13 @@ class CommittedResults:
     def find(self, key: StageKey) -> Entry | None:
         """The stage with the choices of ``key``, or None."""
         record = self.records.get(key.choices_digest)
-        return record and self._entry(record)
+        return record and self.entry(record)
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All stages (of one kind), oldest first."""
         records = [record for record in self.records.values() if kind in (None, record["kind"])]
         records.sort(key=lambda record: (record["created"], record["digest"]))
-        return [self._entry(record) for record in records]
+        return [self.entry(record) for record in records]
 
     def busy(self, key: StageKey) -> bool:
         """No process makes anything here."""
@@ -133,7 +134,8 @@ class CommittedResults:
         """Where the files of a stage are unpacked."""
         return self.root / key.choices_digest[:32]
 
-    def _entry(self, record: dict[str, Any]) -> Entry:
+    def entry(self, record: dict[str, Any]) -> Entry:
+        """The stage of one of :attr:`records`, its files unpacked."""
         folder = self.folder(key_of(record))
         if not folder.is_dir():
             folder.mkdir()

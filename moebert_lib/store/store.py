@@ -109,13 +109,21 @@ class StageKey:
                 choices[name] = value
         return cls(kind, choices, origin)
 
-    def values(self) -> dict[str, Any]:
-        """Choices and origin in one dictionary of JSON values, as a record has them."""
-        return self._choices(StageKey.values) | dict(self.origin)
+    def values(self, *, origin: bool = True) -> dict[str, Any]:
+        """Choices and origin in one dictionary of JSON values, as a record has them.
+
+        Args:
+            origin: False for the choices alone, of earlier stages too.
+        """
+        choices = {
+            name: value.values(origin=origin) if isinstance(value, StageKey) else value
+            for name, value in self.choices.items()
+        }
+        return choices | dict(self.origin) if origin else choices
 
     def flat(self, *, origin: bool = True) -> dict[str, Any]:
         """Values by dotted name, those of earlier stages too; ``origin``: also the origin."""
-        return flat(self.values() if origin else self._choices_alone())
+        return flat(self.values(origin=origin))
 
     def difference(self, other: "StageKey", *, origin: bool = True) -> dict[str, tuple]:
         """Dotted names whose values differ, with both values; None where a key has no value."""
@@ -133,17 +141,7 @@ class StageKey:
     @functools.cached_property
     def choices_digest(self) -> str:
         """SHA-256 of the choices alone, of earlier stages too: which experiment it is."""
-        return digest({"kind": self.kind, "key": self._choices_alone()})
-
-    def _choices_alone(self) -> dict[str, Any]:
-        return self._choices(StageKey._choices_alone)
-
-    def _choices(self, read: Callable[["StageKey"], dict]) -> dict[str, Any]:
-        """The choices by name, with what ``read`` returns for the key of an earlier stage."""
-        return {
-            name: read(value) if isinstance(value, StageKey) else value
-            for name, value in self.choices.items()
-        }
+        return digest({"kind": self.kind, "key": self.values(origin=False)})
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -241,7 +239,9 @@ class Store:
         final = self.folder(key)
         with file_io.writing(self.root), file_io.lock(self.root, final.name, self.cancelled):
             file_io.sweep(final)
-            entry = self._whole(final)
+            entry, damage = self._read(final)
+            if damage:
+                self._set_aside(final, damage)
             if entry and not force:
                 return entry
             return self._build(key, build, final)
@@ -264,13 +264,10 @@ class Store:
 
     def entries(self, kind: str | None = None) -> list[Entry]:
         """All complete entries (of one kind), oldest first; files are not checked."""
-        records = [(path.parent, _parsed_file(path)) for path in self.root.glob(f"*/{RECORD}")]
-        kept = [
-            (record["created"], folder.name, entry_of(record, folder))
-            for folder, record in records
-            if record and kind in (None, record["kind"])
-        ]
-        return [entry for _, _, entry in sorted(kept, key=lambda item: item[:2])]
+        read = [(_parsed_file(path), path.parent) for path in self.root.glob(f"*/{RECORD}")]
+        kept = [(record, folder) for record, folder in read if record]
+        kept.sort(key=lambda pair: (pair[0]["created"], pair[1].name))
+        return [entry_of(*pair) for pair in kept if kind in (None, pair[0]["kind"])]
 
     def _read(self, folder: Path) -> tuple[Entry | None, str]:
         """The entry, or why it cannot be used ("" where there is none)."""
@@ -288,13 +285,6 @@ class Store:
             if file_digest(path) != expected:
                 return None, f"{name} has changed"
         return entry_of(record, folder), ""
-
-    def _whole(self, folder: Path) -> Entry | None:
-        """The entry where it is here and whole; a damaged one is moved away."""
-        entry, damage = self._read(folder)
-        if damage:
-            self._set_aside(folder, damage)
-        return entry
 
     def _set_aside(self, folder: Path, damage: str) -> None:
         aside = self.root / "damaged" / f"{folder.name}-{time.time_ns()}"
@@ -361,14 +351,11 @@ def parse(content: bytes) -> dict[str, Any] | None:
     """The record in the bytes of an ``entry.json``; None: not whole, or altered since."""
     try:
         record = json.loads(content)
-    except (ValueError, RecursionError):
-        return None
-    whole = isinstance(record, dict) and all(
-        isinstance(record.get(name), kind) for name, kind in TYPES.items()
-    )
-    try:
-        return record if whole and record == sealed(record) else None
-    except UnicodeEncodeError:  # half a character, which no file can hold
+        has_all = isinstance(record, dict) and all(
+            isinstance(record.get(name), kind) for name, kind in TYPES.items()
+        )
+        return record if has_all and record == sealed(record) else None
+    except (ValueError, RecursionError):  # also half a character, which no file can hold
         return None
 
 

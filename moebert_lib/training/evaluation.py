@@ -16,7 +16,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor, nn
 
 from moebert_lib.data.batching import without_targets
-from moebert_lib.method.distillation_loss import layer_distances
+from moebert_lib.method.distillation_loss import layer_distances, teacher_layers
 
 #: Metric name to a function of (labels, predictions). GLUE's F1 is of class 1.
 METRICS = {
@@ -86,7 +86,8 @@ def state_distances(
 ) -> Tensor:
     """Mean squared distance of student and teacher at each layer (Eq. 5's terms) over a dataset.
 
-    Padding is left out; every real token weighs the same.
+    Padding is left out; every real token weighs the same. Which of the teacher's states a student
+    of half the depth is compared with says ``distillation_loss.teacher_layers``.
 
     Returns:
         Shape ``(L + 1,)``, embeddings first.
@@ -94,9 +95,10 @@ def state_distances(
     total, tokens, models = torch.zeros(()), 0, (student.eval(), teacher.eval())
     for batch in batches:
         asked = {**without_targets(batch), "output_hidden_states": True}
-        states = [model(**asked).hidden_states for model in models]
+        own, other = (model(**asked).hidden_states for model in models)
+        compared = [other[layer] for layer in teacher_layers(len(own) - 1, len(other) - 1)]
         n = int(batch["attention_mask"].sum())
-        total = total + n * layer_distances(*states, batch["attention_mask"]).cpu()
+        total = total + n * layer_distances(own, compared, batch["attention_mask"]).cpu()
         tokens += n
     return total / tokens
 

@@ -1,14 +1,15 @@
 """Training through transformers' ``Trainer``: fine-tune the teacher, distil the student.
 
 Optimiser, schedule, precision and devices are Trainer's. Ours are the loss, the progress line
-and when to write a checkpoint. AdamW with betas 0.9 and 0.999, linear decay, no warm-up,
-clipping 1.0 (the paper's appendix).
+and when to write a checkpoint. AdamW with betas 0.9 and 0.999, linear decay, clipping 1.0, and no
+warm-up unless it is asked for (the paper's appendix).
 """
 
 import functools
 import gc
 import inspect
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +27,7 @@ from transformers import (
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.batching import HALF, TokenBatches, batches, lengths, without_targets
 from moebert_lib.method.distillation_loss import distillation_terms, total_loss
+from moebert_lib.method.encoder_layouts import set_dropout
 from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
 from moebert_lib.training.checkpoints import keep
 from moebert_lib.training.teacher_states import TeacherStates, cached_states, keep_states
@@ -57,6 +59,25 @@ class Progress(TrainerCallback):
             )
 
 
+class ScoreAt(TrainerCallback):
+    """Calls ``score(epoch, model)`` in the course of a training, with the model in eval mode.
+
+    Args:
+        epochs: After how many epochs, parts of one too: at the nearest step, the first at least.
+        score: It must not draw random numbers, so that the training stays as it is without it.
+    """
+
+    def __init__(self, epochs: Iterable[float], score: Callable[[float, nn.Module], None]):
+        self.epochs, self.score = epochs, score
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        steps_per_epoch = state.max_steps / args.num_train_epochs
+        for epoch in self.epochs:
+            if state.global_step == max(1, round(epoch * steps_per_epoch)):
+                self.score(epoch, model.eval())
+                model.train()
+
+
 class DistillationTrainer(Trainer):
     """Trainer with the paper's objective (Sec. 3.2): task loss plus weighted Eq. 7.
 
@@ -76,6 +97,7 @@ class DistillationTrainer(Trainer):
         teacher: The dense, fine-tuned model.
         distill: ``all``, ``skip``, ``last``, or ``none`` for plain fine-tuning (Table 3).
         weight: ``lambda_distill``.
+        hidden_loss_mean: Of Eq. 5, over ``tokens`` or ``examples``.
         padding_in_loss: Count padding in Eq. 5, as the release does.
         teacher_dropout: Run the teacher in train mode, as the release does.
         max_tokens: Tokens in a batch, instead of the arguments' number of examples.
@@ -96,6 +118,7 @@ class DistillationTrainer(Trainer):
         teacher: nn.Module,
         distill: str = "all",
         weight: float = 1.0,
+        hidden_loss_mean: str = "tokens",
         padding_in_loss: bool = False,
         teacher_dropout: bool = False,
         max_tokens: int | None = None,
@@ -121,6 +144,7 @@ class DistillationTrainer(Trainer):
         teacher = accelerate(teacher, dtype=half) if self.packed else teacher
         self.teacher = teacher.train(teacher_dropout)
         self.distill, self.weight, self.padding_in_loss = distill, weight, padding_in_loss
+        self.hidden_loss_mean = hidden_loss_mean
         self._terms: list[torch.Tensor] = []
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -137,7 +161,7 @@ class DistillationTrainer(Trainer):
             teacher = cached.output(inputs, self.teacher) if cached else self.run_teacher(inputs)
             mask = None if self.padding_in_loss else inputs["attention_mask"]
             hidden, prediction = distillation_terms(
-                student, teacher, mask=mask, layers=self.distill
+                student, teacher, mask=mask, layers=self.distill, mean=self.hidden_loss_mean
             )
             loss = total_loss(task, hidden, prediction, self.weight)
         if model.training:
@@ -274,30 +298,36 @@ def distil(
     folder: Path,
     *,
     checkpoints: Path | None = None,
+    score: Callable[[float, nn.Module], None] | None = None,
 ) -> pd.DataFrame:
     """Train the student in place; returns the loss terms by step.
 
     Args:
-        student: From ``convert.to_moebert``.
+        student: From ``conversion.to_moebert``, or ``half_depth``.
         teacher: The dense model it came from.
         encoded: Training set from ``data.encode``.
         tokenizer: Pads batches.
         settings: Training, distillation and switch settings.
         folder: For Trainer's own files; nothing is left there.
         checkpoints: As in :func:`fine_tune`.
+        score: As in :class:`ScoreAt`, for the epochs of ``score_at``. A training that resumes
+            does not call it again for what was scored before its checkpoint.
     """
+    if settings.student_dropout is not None:
+        set_dropout(student, settings.student_dropout)
     states, is_new = None, False
     if settings.cache_teacher and settings.distill != "none":
         states, is_new = cached_states(teacher, encoded, folder, half=in_half(settings))
     trainer = DistillationTrainer(
         student,
         training_arguments(folder, settings, seed=settings.seed),
-        callbacks=[Progress("student")],
+        callbacks=[Progress("student"), *([ScoreAt(settings.score_at, score)] if score else [])],
         train_dataset=_numbered(encoded) if states else encoded,
         data_collator=_collator(tokenizer, settings),
         teacher=teacher,
         distill=settings.distill,
         weight=settings.distill_weight,
+        hidden_loss_mean=settings.hidden_loss_mean,
         padding_in_loss=settings.padding_in_loss,
         teacher_dropout=settings.teacher_dropout,
         max_tokens=settings.tokens_per_batch,
@@ -336,7 +366,7 @@ def in_half(settings: Settings) -> bool:
 def training_arguments(
     folder: Path, settings: Settings, *, seed: int, of: str = ""
 ) -> TrainingArguments:
-    """Trainer's arguments for a teacher or a student: quiet, on one device, no warm-up.
+    """Trainer's arguments for a teacher or a student: quiet, on one device.
 
     Batches are of examples of similar length, which spares padding; the release mixes lengths.
 
@@ -346,6 +376,7 @@ def training_arguments(
         seed: Of data order and dropout.
         of: ``teacher_`` for the settings of the teacher's training, empty for the student's.
     """
+    constant = not of and settings.schedule == "constant"
     arguments = TrainingArguments(
         output_dir=str(folder),
         seed=seed,
@@ -355,8 +386,8 @@ def training_arguments(
         learning_rate=getattr(settings, f"{of}learning_rate"),
         weight_decay=getattr(settings, f"{of}weight_decay"),
         max_grad_norm=settings.max_grad_norm,
-        lr_scheduler_type="linear",
-        warmup_steps=0,
+        lr_scheduler_type="constant_with_warmup" if constant else "linear",
+        warmup_steps=getattr(settings, f"{of}warmup"),
         train_sampling_strategy="group_by_length",
         save_strategy="no",
         logging_strategy="no",
