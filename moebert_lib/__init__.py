@@ -21,7 +21,7 @@ except PackageNotFoundError:  # run from a checkout that is not installed
 #: Public names, and the module that holds each.
 PUBLIC = {
     "Importance": "method.importance",
-    "ffn_importance": "method.importance",
+    "ffn_importance": "model.accelerate",
     "deal_neurons": "method.partition",
     "to_moebert": "model.conversion",
     "MoEBertConfig": "model.modeling",

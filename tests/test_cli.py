@@ -189,6 +189,19 @@ def test_doctor_says_whether_the_processor_has_bfloat16(supported, monkeypatch):
     assert doctor.bfloat16().startswith("processor has" if supported else "processor lacks")
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_plan_in_bfloat16_says_whether_it_is_slow(home, supported, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    capabilities = {"avx2": True, "avx512_bf16": supported}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities, raising=False)
+    asked = ["run", "03", "--scale", "smoke", "--plan"]
+    for dtype, lines in (("bfloat16", 1), ("float32", 0)):
+        assert main.main([*asked, "-p", f"dtype={dtype}"]) == 0
+        about = [line for line in capsys.readouterr().out.splitlines() if "dtype=bf" in line]
+        about = [line for line in about if "this device" in line]
+        assert len(about) == lines and all(("slower" in line) != supported for line in about)
+
+
 def test_convert_makes_a_model_that_transformers_loads(tmp_path, tiny_bert, monkeypatch, capsys):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

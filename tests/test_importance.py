@@ -7,6 +7,7 @@ import torch
 from tiny_spans import span_batch, span_bert
 from torch import nn
 
+import moebert_lib
 from moebert_lib import accelerate
 from moebert_lib.experiments.neuron_measurements import without
 from moebert_lib.method.encoder_layouts import ffns
@@ -325,3 +326,15 @@ def test_the_digest_by_hand_and_what_it_depends_on(tiny_bert):
 def test_a_model_without_ffn_layers_is_refused():
     with pytest.raises(ValueError, match="no dense feed-forward layers to score of BERT"):
         ffn_importance(torch.nn.Linear(2, 2), [])
+
+
+def test_the_public_name_leaves_padding_out_and_gives_the_same(tiny_bert, tiny_batch, monkeypatch):
+    model, batch, seen = tiny_bert().train(), tiny_batch(), []
+    model.bert.embeddings.register_forward_hook(lambda _m, _a, states: seen.append(states.shape))
+    expected = ffn_importance(model, [batch]).scores
+    given = moebert_lib.ffn_importance(model, [batch])
+    assert torch.allclose(given.scores, expected, rtol=1e-9, atol=0)
+    n_real = int(batch["attention_mask"].sum())
+    assert seen[0].numel() > seen[1].numel() == n_real * model.config.hidden_size
+    assert all(module.training for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())

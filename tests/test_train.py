@@ -1,9 +1,14 @@
 """The objective, the teacher's place, and repeatability of training."""
 
+import dataclasses
+import inspect
+
 import datasets
 import pytest
 import torch
-from transformers import AutoTokenizer, Trainer
+import torch.nn.functional as F
+from tiny_spans import span_bert
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from moebert_lib.config.presets import MINILM
 from moebert_lib.config.settings import Settings
@@ -251,3 +256,131 @@ def test_batches_are_padded_to_max_length_only_where_padding_counts():
         settings = SETTINGS.but(padding_in_loss=counted, max_length=16)
         shapes[counted] = tuple(train._collator(tokenizer, settings)(rows)["input_ids"].shape)
     assert shapes == {False: (2, 3), True: (2, 16)}
+
+
+def head(tiny_bert, **changes):
+    dry = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    teacher = tiny_bert(dtype=torch.float32, **dry)
+    return to_moebert(teacher, RANKING, **changes), teacher
+
+
+def arguments(folder, **changes):
+    options = dict(per_device_train_batch_size=4, num_train_epochs=1, learning_rate=1e-3)
+    options |= dict(use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True)
+    return TrainingArguments(str(folder), **{**options, **changes})
+
+
+#: Each name of the installed Trainer and TrainingArguments that is about loss, labels or logits.
+OF_THE_LOSS = {
+    "average_tokens_across_devices": "nothing to average: a mean over each device's batch",
+    "compute_loss_func": "refused",
+    "label_names": "honoured",
+    "label_smoothing_factor": "honoured, or refused without classes",
+    "liger_kernel_config": "refused with use_liger_kernel",
+    "neftune_noise_alpha": "honoured, without packing",
+    "prediction_loss_only": "honoured",
+    "preprocess_logits_for_metrics": "honoured",
+    "use_liger_kernel": "refused",
+}
+
+
+def test_every_argument_about_the_loss_is_honoured_or_refused():
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    names = fields | {*inspect.signature(Trainer.__init__).parameters}
+    words = ("loss", "label", "logits", "noise", "across", "liger")
+    assert {n for n in names if any(word in n for word in words)} <= set(OF_THE_LOSS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(compute_loss_func=lambda *_: None), "compute_loss_func"),
+        (dict(model_init=lambda: None), "model_init"),
+    ],
+)
+def test_what_would_replace_the_objective_is_refused(tiny_bert, tmp_path, changes, named):
+    student, teacher = head(tiny_bert)
+    with pytest.raises(ValueError, match=f"{named}.*expected"):
+        DistillationTrainer(student, arguments(tmp_path), teacher=teacher, **changes)
+
+
+def test_a_loss_function_by_position_is_refused_too(tiny_bert, tmp_path):
+    student, teacher = head(tiny_bert)
+    others = (None, None, None, None, None, lambda *_: None)
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        DistillationTrainer(student, arguments(tmp_path), *others, teacher=teacher)
+
+
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
+@pytest.mark.parametrize("distill", ["all", "none"])
+def test_labels_are_smoothed(tiny_bert, tiny_batch, tmp_path, routing, distill):
+    student, teacher = head(tiny_bert, routing=routing, router_aux_loss_coef=0.5)
+    batch, losses = tiny_batch(), []
+    for smoothing in (0.0, 0.3):
+        options = arguments(tmp_path, label_smoothing_factor=smoothing)
+        made = DistillationTrainer(student, options, teacher=teacher, distill=distill)
+        losses.append(made.compute_loss(made.model.train(), dict(batch)))
+        assert "labels" in batch
+    logits = student(**batch).logits
+    plain = F.cross_entropy(logits, batch["labels"])
+    smooth = F.cross_entropy(logits, batch["labels"], label_smoothing=0.3)
+    assert torch.allclose(losses[1] - losses[0], smooth - plain, atol=1e-5)
+    assert (smooth - plain).abs() > 1e-3
+
+
+def test_smoothing_labels_of_spans_is_refused(tiny_bert, tmp_path):
+    teacher = span_bert(tiny_bert()).float()
+    options = arguments(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.1"):
+        DistillationTrainer(to_moebert(teacher, RANKING), options, teacher=teacher)
+
+
+def test_noise_on_embeddings_is_that_of_a_padded_batch(tiny_bert, encoded, tmp_path):
+    student, teacher = head(tiny_bert)
+    options = arguments(tmp_path, neftune_noise_alpha=5.0)
+    made = DistillationTrainer(
+        student, options, teacher=teacher, train_dataset=encoded, data_collator=Pad().pad
+    )
+    assert not made.packed
+    made.train()
+
+
+@pytest.mark.parametrize("routing", ["hash-random", "gate-token"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_evaluation_gives_logits_and_the_objective(
+    tiny_bert, encoded, tmp_path, routing, gradients
+):
+    student, teacher = head(tiny_bert, routing=routing)
+    seen = []
+
+    def metrics(predicted):
+        seen.append(predicted)
+        return {"right": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+    made = DistillationTrainer(
+        student,
+        arguments(tmp_path, gradient_checkpointing=gradients, eval_strategy="epoch"),
+        teacher=teacher,
+        train_dataset=encoded,
+        eval_dataset=encoded,
+        data_collator=Pad().pad,
+        compute_metrics=metrics,
+    )
+    made.train()
+    measured = made.evaluate()
+    assert seen[-1].predictions.shape == (16, 2) and seen[-1].label_ids.shape == (16,)
+    given = {name: torch.tensor(encoded[name][:]) for name in encoded.column_names}
+    with torch.no_grad():
+        logits = student.eval()(given["input_ids"], given["attention_mask"]).logits
+    assert torch.allclose(torch.tensor(seen[-1].predictions), logits, atol=1e-5)
+    assert set(measured) >= {"eval_loss", "eval_right"} and measured["eval_loss"] > 0
+    assert len(made.curve()) == 4  # steps of training, none of evaluation
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_not_trained(tiny_bert, tmp_path, encoded, dtype):
+    student, teacher = head(tiny_bert)
+    with pytest.raises(ValueError, match=f"{dtype}.*float"):
+        DistillationTrainer(student.to(dtype), arguments(tmp_path), teacher=teacher)
+    with pytest.raises(ValueError, match=f"{dtype}.*float"):
+        fine_tune(teacher.to(dtype), encoded, Pad(), SETTINGS, tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moebert_lib.config.errors import CHECKOUT, UserError, home
 from moebert_lib.config.presets import MINILM, MPNET
-from moebert_lib.config.provenance import cores
+from moebert_lib.config.provenance import cores, has_bfloat16
 from moebert_lib.config.settings import Settings
 
 MEMORY = 6  # GiB, the most that a run at scale quick takes
@@ -48,8 +48,7 @@ def bfloat16() -> str:
     """Whether the processor computes in bfloat16 or emulates it."""
     import torch
 
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    in_hardware = any(capabilities[name] for name in capabilities if name.endswith("bf16"))
+    in_hardware = has_bfloat16()
     advice = "-p dtype=bfloat16 is faster" if in_hardware else "leave dtype at float32"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return f"processor {'has' if in_hardware else 'lacks'} it: {advice}; GPU: {gpu}"

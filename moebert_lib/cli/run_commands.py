@@ -80,8 +80,19 @@ def _print_plan(jobs: "Sequence[Job]", *, why: bool) -> int:
         states = ["to run" if action == "run" else reason for _, action, reason in preview]
         for line in cost.lines(jobs, states):
             say(line)
+        if any(job.settings and job.settings.dtype == "bfloat16" for job in jobs):
+            say(_bfloat16_line())
     say(f"{len(jobs)} notebook runs planned, nothing was executed")
     return 0
+
+
+def _bfloat16_line() -> str:
+    """What bfloat16 means on the device that trainings run on."""
+    from moebert_lib.training.trainer import has_fast_bfloat16  # torch takes seconds to import
+
+    if has_fast_bfloat16():
+        return "dtype=bfloat16: this device computes in it"
+    return "dtype=bfloat16: this device emulates it, about 9 times slower than float32"
 
 
 def _add_sweep(commands: Any) -> None:

@@ -8,7 +8,7 @@ CPU, linear layers run through ``cpu_kernels``.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.data.batching import Packing, attention
+from moebert_lib.method import importance
 from moebert_lib.method.importance import over_tokens
 from moebert_lib.model.cpu_kernels import (
     Kernels,
@@ -60,7 +61,8 @@ def accelerate(
 
     Args:
         model: A BERT or MoEBERT of transformers with any head, or without one.
-        dtype: To compute in without gradient on a CPU, such as ``torch.bfloat16``; what comes out
+        dtype: To compute in without gradient on a CPU, such as ``torch.bfloat16`` where the
+            processor has it (``moebert doctor`` says so; others are slow in it); what comes out
             keeps the model's dtype, and layers with several experts a token compute in it. On a
             GPU use ``model.to(torch.bfloat16)``, and for training autocast, as
             ``Trainer(bf16=True)``.
@@ -123,6 +125,14 @@ def accelerate_if_exact(model: PreTrainedModel) -> PreTrainedModel:
     padding_counts = has_spans or getattr(model.config, "padding_in_balance", False)
     other_family = not isinstance(model.base_model, BertModel)
     return model if padding_counts or other_family else accelerate(model)
+
+
+@functools.wraps(importance.ffn_importance)
+def ffn_importance(
+    model: nn.Module, batches: Iterable[dict[str, Tensor]], **options: Any
+) -> importance.Importance:
+    """:func:`importance.ffn_importance`, without padding where the model allows it."""
+    return importance.ffn_importance(accelerate_if_possible(model), batches, **options)
 
 
 class PackedBert:

@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from moebert_lib.config.provenance import has_bfloat16
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.batching import HALF, TokenBatches, batches, lengths, without_targets
 from moebert_lib.method.distillation_loss import distillation_terms, total_loss
@@ -359,8 +360,15 @@ def _collator(tokenizer, settings: Settings) -> DataCollatorWithPadding:
 def in_half(settings: Settings) -> bool:
     """Whether trainings compute in bfloat16: as asked, or by default on a GPU that has it."""
     if settings.dtype == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.is_available() and has_fast_bfloat16()
     return settings.dtype == "bfloat16"
+
+
+def has_fast_bfloat16() -> bool:
+    """Whether the device that trainings run on computes in bfloat16, rather than emulating it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return has_bfloat16()
 
 
 def training_arguments(
