@@ -377,16 +377,16 @@ def beyond_routers(settings: Settings) -> Grid:
 
 
 #: Remedies against the collapse of a gate, each alone. The balance loss has our default weight
-#: and ten times that; capacity 1.25 is Switch Transformer's.
+#: and ten times that, noise V-MoE's deviation for four experts, capacity Switch Transformer's.
 REMEDIES: dict[str, dict[str, Any]] = {
     "no remedy": {"balance_weight": 0.0},
-    "balance loss, 0.01": {"balance_weight": 0.01},
-    "balance loss, 0.1": {"balance_weight": 0.1},
+    "balance loss 0.01": {"balance_weight": 0.01},
+    "balance loss 0.1": {"balance_weight": 0.1},
     "noise": {"balance_weight": 0.0, "gate_noise": 0.25},
     "capacity": {"balance_weight": 0.0, "gate_capacity": 1.25},
     "balanced assignment": {"balance_weight": 0.0, "gate_assignment": "balanced"},
-    "start: experts' weights": {"balance_weight": 0.0, "gate_start": "experts"},
-    "start: nearest expert": {"balance_weight": 0.0, "gate_start": "nearest"},
+    "started from the experts": {"balance_weight": 0.0, "gate_start": "experts"},
+    "fitted to the nearest": {"balance_weight": 0.0, "gate_start": "nearest"},
 }
 
 
