@@ -114,7 +114,7 @@ def removal_curves(store: AnyStore, settings: Settings, *, n_examples: int) -> p
 def _remove_in_order(store: AnyStore, settings: Settings, n_examples: int, folder: Path) -> dict:
     ranking = importance(store, settings).ranking
     tried = orders(ranking, settings.n_random_splits)
-    return _keep(_measure(store, settings, n_examples, tried), n_examples, folder)
+    return _measure(store, settings, n_examples, tried, folder)
 
 
 def score_removal_key(store: AnyStore, settings: Settings, n_examples: int) -> StageKey:
@@ -155,12 +155,7 @@ def _remove_by_score(store: AnyStore, settings: Settings, n_examples: int, folde
     for kind in OTHERS:
         highest_first = scores[kind].argsort(dim=-1, descending=True, stable=True)
         tried.append((kind, 0, highest_first.flip(-1)))
-    return _keep(_measure(store, settings, n_examples, tried), n_examples, folder)
-
-
-def _keep(rows: pd.DataFrame, n_examples: int, folder: Path) -> dict:
-    rows.to_csv(folder / "curves.csv", index=False)
-    return {"n_examples": n_examples, "points": len(rows)}
+    return _measure(store, settings, n_examples, tried, folder)
 
 
 def _read(name: str, entry: Entry) -> pd.DataFrame:
@@ -173,8 +168,9 @@ def _measure(
     settings: Settings,
     n_examples: int,
     tried: Sequence[tuple[str, int, Tensor]],
-) -> pd.DataFrame:
-    """The rows of :func:`removal_curves` for some of :func:`orders`."""
+    folder: Path,
+) -> dict:
+    """Store the rows of :func:`removal_curves` for some of :func:`orders`."""
     bundle, model = dataset(settings), teacher(store, settings).model
     guess = bundle.guessing(n_examples)
 
@@ -198,7 +194,8 @@ def _measure(
         rows.append({**whole, "order": name, "draw": draw})
         rows += [row(name, draw, part, neurons[:, : round(part * width)]) for part in FRACTIONS]
         print(f"· removal, {name} {draw + 1 if name == 'random' else ''}".rstrip(), flush=True)
-    return pd.DataFrame(rows)
+    pd.DataFrame(rows).to_csv(folder / "curves.csv", index=False)
+    return {"n_examples": n_examples, "points": len(rows)}
 
 
 def _loss(logits: np.ndarray, rows) -> float:
