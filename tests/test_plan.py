@@ -112,6 +112,17 @@ def notebook(folder, cells, name="mine"):
     return path
 
 
+def test_a_setting_of_several_values_reaches_the_notebook_as_it_was_given(tmp_path):
+    from papermill.translators import translate_parameters
+
+    values = {"score_at": [0.25, 1]}
+    (job,) = plan.plan([notebook(tmp_path, [])], scale="smoke", parameters=values)
+    space = {}
+    exec(translate_parameters("python3", "python", job.given, "Parameters"), {}, space)
+    assert Settings.at(job.settings.scale, **space["overrides"]) == job.settings
+    assert job.settings.score_at == (0.25, 1.0)
+
+
 def points(cells, folder, **parameters):
     """What a plan reads in the cells of a notebook."""
     (job,) = plan.plan([notebook(folder, cells)], scale="smoke", parameters=parameters)

@@ -368,8 +368,8 @@ def _settings(defaults: dict, own: dict, others: dict) -> tuple[Settings, dict[s
     basic = {name: (defaults | own)[name] for name in ("scale", "task", "seed") if name in defaults}
     named = {name: own[name] for name in own if name in Settings.model_fields}
     settings, usual = Settings.at(**(basic | named | others)), Settings.at(**basic)
-    values = {name: getattr(settings, name) for name in others}
-    return settings, {name: v for name, v in values.items() if v != getattr(usual, name)}
+    values, before = (each.model_dump(mode="json") for each in (settings, usual))  # as cells write
+    return settings, {name: values[name] for name in others if values[name] != before[name]}
 
 
 def _hint(parameter: Parameter) -> str:
