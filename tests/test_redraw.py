@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import smoke_runs
 import yaml
-from checkout import NOTEBOOKS
+from checkout import NOTEBOOKS, ROOT, files
 from stored import put
 
 from moebert_lib.cli import main
@@ -46,9 +46,8 @@ def test_a_notebook_drawn_from_results_makes_the_bytes_of_its_run(path, home, tm
     grid = {"scale": "smoke", "points": [{"notebook": path.stem}]}
     (folder / report.WORKBOOK).write_text(yaml.safe_dump(grid))
     jobs_before = len(Store().entries("teacher"))
-    with report._environment(MOEBERT_FROM=str(folder)):
-        (job,) = report.plan(folder, tmp_path / "figures")
-        local_pool.run([job])
+    (job,) = report.plan(folder, tmp_path / "figures")
+    local_pool.run([job])
     drawn = {file.name: file.read_bytes() for file in (tmp_path / "figures").iterdir()}
     drawn.pop("provenance.json")
     assert made and drawn == made
@@ -196,6 +195,68 @@ def test_a_workbook_is_drawn_and_every_file_that_differs_is_named(workbook, tmp_
         "follows/row.json: missing from figures/",
         "old.png: nothing draws it",
     ]
+
+
+@pytest.mark.parametrize(("kind", "start"), [("pdf", b"%PDF-"), ("svg", b"<?xml")])
+def test_vectors_are_drawn_beside_the_pictures_and_not_into_figures(
+    kind, start, workbook, tmp_path, capsys
+):
+    home = tmp_path / "home"
+    shutil.copy(ROOT / "notebooks" / "00_the_idea.ipynb", home / "notebooks")
+    grid = {"points": [{"notebook": "00"}]}
+    (workbook / report.WORKBOOK).write_text(yaml.safe_dump(grid))
+    assert main.main(["report", "--from", str(workbook), "--format", kind]) == 0
+    folder = home / "runs" / f"figures-{kind}"
+    assert (folder / f"00_deal.{kind}").read_bytes().startswith(start)
+    assert (folder / "00_deal.png").is_file() and not (home / "figures").exists()
+    assert f"figures-{kind}" in capsys.readouterr().out
+    assert [path for path in files() if path.suffix in (".pdf", ".svg") and "figures" in path.parts] == []
+
+
+DOCUMENT = "# A\n\n<!-- table: figures/{} -->\n{}<!-- end of table -->\n\nText.\n"
+
+
+def test_marked_tables_are_filled_and_one_that_differs_is_named(workbook, tmp_path):
+    home = tmp_path / "home"
+    readme, guide = home / "README.md", home / "notebooks" / "guide.md"
+    readme.write_text(DOCUMENT.format("figure0.csv", "") + DOCUMENT.format("t.md", "| old |\n"))
+    guide.write_text("# No table\n")
+    (home / "figures").mkdir()
+    (home / "figures" / "t.md").write_text("A caption.\n\n| a |\n|--:|\n| 1 |\n")
+    figures = report.draw(workbook)
+    rows = ["|   x |   y |", "|----:|----:|", "|   1 | 2.5 |"]
+    csv = "".join(f"{row}\n" for row in rows)
+    md = "| a |\n|--:|\n| 1 |\n"
+    filled = DOCUMENT.format("figure0.csv", csv) + DOCUMENT.format("t.md", md)
+    assert readme.read_text() == filled and guide.read_text() == "# No table\n"
+    (figures / "t.md").unlink()
+    readme.write_text(DOCUMENT.format("figure0.csv", csv.replace("2.5", "9.9")))
+    assert report.check(workbook) == ["README.md: its tables are not those in figures/"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (DOCUMENT.format("gone.md", ""), "README.md: no file figures/gone.md"),
+        ("<!-- table: a.md -->\n" + DOCUMENT.format("t.md", ""), "has no '<!-- end of table -->'"),
+    ],
+)
+def test_a_marked_table_that_cannot_be_filled_is_refused(text, said, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEBERT_HOME", str(tmp_path))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "t.md").write_text("| a |\n")
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(UserError, match=said):
+        report.filled_documents()
+
+
+def test_the_committed_documents_have_the_committed_tables(monkeypatch):
+    monkeypatch.setenv("MOEBERT_HOME", str(ROOT))
+    documents = report.filled_documents()
+    assert {path.name: path.read_text("utf-8") for path in documents} == {
+        path.name: text for path, text in documents.items()
+    }
+    assert sum(text.count("<!-- table:") for text in documents.values()) >= 2
 
 
 def test_provenance_of_what_is_drawn_is_the_same_on_any_machine(workbook, tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -228,32 +229,56 @@ def _plain_log(ax: Axes, *, base: int = 10) -> None:
 
 
 def page(records: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """How many times as fast as its baseline every variant is, a panel for each setting.
+    """How many times as fast as its baseline every variant is: a row of panels per benchmark.
 
-    Speeds are ratios within a round: each round is a point, their median a bar.
+    Speeds are ratios within a round: each round is a point, their median a bar and a number.
 
     Args:
-        records: By name of the benchmark.
+        records: By name of the benchmark; each of its settings is a panel.
     """
-    parts = []
-    for name, record in records.items():
-        timings, base = pd.DataFrame(record["timings"]), baseline(record)
-        for setting, timed in timings.groupby("setting", sort=False):
-            seconds = timed.pivot(index="repeat", columns="variant", values="seconds")
-            ratio = seconds[[base]].to_numpy() / seconds[timed["variant"].unique()]
-            label = f"{name}, {setting}".replace(" x ", " × ")
-            parts.append(ratio.melt(value_name="ratio").assign(panel=label))
+    ratios = {name: _ratios(record) for name, record in records.items()}
+    heights = [0.95 + 0.23 * frame["variant"].nunique() for frame in ratios.values()]
+    figure = plt.figure(figsize=(WIDE[0], sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(records), height_ratios=heights, squeeze=False).flat
+    for part, (name, record) in zip(parts, records.items(), strict=True):
+        part.suptitle(fastest_in_words(name, record), x=0.01, ha="left")
+        part.supxlabel(f"times as fast, median beside it ({origin(record)})", fontsize=9)
+        _ratio_panels(part, ratios[name])
+    return figure
 
-    def draw(ax: Axes, rows: pd.DataFrame) -> None:
-        _rows(ax, rows, "variant", "ratio", "{:.2f}".format)
-        ax.tick_params(axis="y", labelsize=8)
+
+def _ratios(record: Mapping[str, Any]) -> pd.DataFrame:
+    """Columns ``setting``, ``variant``, ``ratio``: speed over the baseline's in the same round."""
+    timings, base = pd.DataFrame(record["timings"]), baseline(record)
+    of_baseline = timings[timings["variant"] == base].set_index(["setting", "repeat"])["seconds"]
+    rounds = pd.MultiIndex.from_frame(timings[["setting", "repeat"]])
+    return timings.assign(ratio=of_baseline[rounds].to_numpy() / timings["seconds"])
+
+
+def _ratio_panels(part: SubFigure, frame: pd.DataFrame) -> None:
+    """A panel for each setting, with one row of points for each variant; the names stand left."""
+    by_setting = frame.groupby("setting", sort=False)["variant"].unique()
+    variants = list(dict.fromkeys([*max(by_setting, key=len), *frame["variant"]]))
+    colors = {variant: variant_color(variant) for variant in variants}
+    axes = part.subplots(1, len(by_setting), sharex=True, sharey=True, squeeze=False).flat
+    for ax, setting in zip(axes, by_setting.index, strict=True):
+        rows = frame[frame["setting"] == setting]
+        style.strip(
+            ax, rows, "variant", "ratio", colors=colors, rows=True, middle="median", order=variants
+        )
+        beside = {"transform": ax.get_yaxis_transform(), "ha": "right", "va": "center"}
+        for variant, median in rows.groupby("variant")["ratio"].median().items():
+            ax.text(0.99, variants.index(variant), f"{median:.2f}", **beside)
         ax.axvline(1, color=COLORS["other"], lw=0.7, zorder=0)
-
-    machines = "\n".join(f"{name}: {origin(record)}" for name, record in records.items())
-    labels = (f"times as fast (beside each name: median)\n{machines}", "")
-    title = ". ".join(fastest_in_words(name, record) for name, record in records.items())
-    look = {"per_row": 2, "height": 2.7, "side": "right", "sharex": False, "sharey": False}
-    return style.facets(pd.concat(parts), "panel", draw, title=title, labels=labels, **look)
+        ax.set(xlabel="", ylabel="")
+        ax.set_title(setting.replace(" x ", " × "), fontsize=10, pad=4)
+        ax.set_yticks(range(len(variants)), map(variant_name, variants), fontsize=10)
+        ax.tick_params(axis="y", length=0)
+    right = frame["ratio"].max() * 1.7 ** len(by_setting)  # room for the numbers
+    ax.set(xscale="log", xlim=(0.8 * frame["ratio"].min(), right))  # of all: they share it
+    ax.xaxis.set_major_locator(LogLocator(base=2))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
 
 
 def baseline(record: Mapping[str, Any]) -> str:

@@ -356,6 +356,7 @@ def strip(
     hollow: Iterable = (),
     rows: bool = False,
     middle: str | None = "mean",
+    order: Sequence = (),
 ) -> list:
     """Draw every run as a point, side by side in its category, and their mean as a short bar.
 
@@ -364,6 +365,7 @@ def strip(
         frame: One row per run.
         place: Column of the categories, drawn in the order of the rows.
         value: Column of the values.
+        order: All categories in order, where some have no runs here.
         colors: Colours of categories; those not named are drawn as MoEBERT.
         markers: Markers of categories; those not named have circles.
         hollow: Categories whose points are drawn hollow.
@@ -373,13 +375,13 @@ def strip(
     Returns:
         The categories, at 0, 1, 2, ... on their axis.
     """
-    names = list(dict.fromkeys(frame[place]))
+    names = list(order or dict.fromkeys(frame[place]))
     color = {name: (colors or {}).get(name, COLORS["moebert"]) for name in names}
     run = frame.groupby(place, sort=False).cumcount()  # side by side in this order
     axis = {"x": value, "y": place} if rows else {"x": place, "y": value}
     axis |= {"order": names, "orient": "h" if rows else "v", "legend": False, "ax": ax}
     points = {"dodge": True, "jitter": False, "alpha": 0.75, "size": 4.5}
-    for name in names:
+    for name in dict.fromkeys(frame[place]):
         here, before = frame[place] == name, len(ax.collections)
         points["palette"] = [color[name]] * here.sum()
         points["marker"] = (markers or {}).get(name, "o")

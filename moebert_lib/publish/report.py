@@ -13,11 +13,13 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+import pandas as pd
 
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import write_bytes
@@ -44,6 +46,10 @@ UNDRAWN = {"runs", "bench"}  # folders of figures/ whose files no notebook draws
 FINDINGS, FOUND = "09_what_we_found", "found.md"
 #: Cells of the findings notebook that its page leaves out.
 LEFT_OUT = ("exercise", "parameters", "notebook-only")
+TABLE = re.compile(
+    r"(?P<start><!-- table: (?P<file>\S+) -->)(?:(?!<!-- table:).)*?(?P<end><!-- end of table -->)",
+    re.DOTALL,
+)
 NOTEBOOK_LINK = re.compile(r"\]\(([\w-]+\.(?:ipynb|md))")
 
 
@@ -157,8 +163,6 @@ def _table(path: Path) -> dict[str, Any]:
 
 def _csv_table(path: Path) -> Any:
     """The first rows of a CSV file as an HTML table, numbers with four digits."""
-    import pandas as pd
-
     frame = pd.read_csv(path)
     more = len(frame) - MOST_ROWS
     note = f"<p>... {more} more rows in the file</p>" if more > 0 else ""
@@ -431,27 +435,30 @@ def draw(
         UserError: the folder holds no results, or they lack what a notebook asks for.
         NotebookFailed: a notebook does not run on them.
     """
-    usual = home() / "runs" / f"figures-{vectors}" if vectors else home() / "figures"
-    into = into or usual
-    with _environment(MOEBERT_FROM=str(results.resolve()), MOEBERT_FORMATS=vectors):
-        committed_results.verify(results, export.stage_table)  # once, and not in each kernel
-        jobs = plan(results, into)
-        entries = local_pool.run(jobs, engine=side_by_side(jobs), echo=echo)
-    for entry in entries:
+    committed = home() / "figures"
+    into = into or (home() / "runs" / f"figures-{vectors}" if vectors else committed)
+    committed_results.verify(results, export.stage_table)  # once, and not in each kernel
+    jobs = plan(results, into, formats=vectors)
+    for entry in local_pool.run(jobs, engine=side_by_side(jobs), echo=echo):
         if entry.key.choices["notebook"] == FINDINGS:
             write_found(entry, into)
+    if into == committed:
+        for document, text in filled_documents().items():
+            write_bytes(document, text.encode())
     return into
 
 
-def plan(results: Path, into: Path) -> list[Job]:
+def plan(results: Path, into: Path, *, formats: str = "") -> list[Job]:
     """The notebook runs of a folder of results, each with its place below ``into``."""
+    store = committed_results.committed_results(str(results.resolve()))
     grid = results / WORKBOOK
     if not grid.is_file():
         raise UserError(f"no {WORKBOOK} in '{results}'; expected the grid of its notebook runs")
     jobs, seen = [], set()
-    for job in sweep.read(grid).jobs:
+    for job in sweep.read(grid, store=store).jobs:
         further = job.settings.task if job.name in seen and job.settings else ""
-        jobs.append(dataclasses.replace(job, place=str((into / further).resolve())))
+        place = str((into / further).resolve())
+        jobs.append(dataclasses.replace(job, place=place, formats=formats))
         seen.add(job.name)
     return jobs
 
@@ -482,7 +489,8 @@ def write_found(entry: Entry, into: Path) -> None:
 def check(results: Path, *, echo: Callable[[str], Any] = print) -> list[str]:
     """Draw everything into another folder; returns what differs from ``figures/``.
 
-    Each line names a file and says how: it has other bytes, is missing, or nothing draws it.
+    Each line names a file and says how: it has other bytes, is missing, or nothing draws it. A
+    document is named whose tables are not those in ``figures/``.
     """
     with tempfile.TemporaryDirectory(prefix="moebert-") as place:
         drawn = digests(draw(results, into=Path(place), echo=echo))
@@ -492,7 +500,13 @@ def check(results: Path, *, echo: Callable[[str], Any] = print) -> list[str]:
     }
     missing = dict.fromkeys(drawn.keys() - there.keys(), "missing from figures/")
     undrawn = dict.fromkeys(there.keys() - drawn.keys(), "nothing draws it")
-    return [f"{name}: {how}" for name, how in sorted((differing | missing | undrawn).items())]
+    outdated = {
+        path.name: "its tables are not those in figures/"
+        for path, text in filled_documents().items()
+        if path.read_text("utf-8") != text
+    }
+    lines = differing | missing | undrawn | outdated
+    return [f"{name}: {how}" for name, how in sorted(lines.items())]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -502,16 +516,36 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.as_posix(): file_digest(folder / path) for path in drawn}
 
 
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables inside the block, also of the kernels that are started there."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+
+# Tables in documents: each stands between ``<!-- table: FILE -->`` and ``<!-- end of table -->``.
+
+
+def filled_documents() -> dict[Path, str]:
+    """The README and the guides by path, as text with every marked table as it is in its file.
+
+    Raises:
+        UserError: a file that a marker names is missing, or a table has no end.
+    """
+    documents = [home() / "README.md", *sorted((home() / "notebooks").glob("*.md"))]
+    return {path: _filled(path) for path in documents if path.is_file()}
+
+
+def _filled(document: Path) -> str:
+    text = document.read_text("utf-8")
+    filled, n_tables = TABLE.subn(partial(_table_between, document), text)
+    if n_tables != text.count("<!-- table:"):
+        raise UserError(f"{document.name}: a table has no '<!-- end of table -->'")
+    return filled
+
+
+def _table_between(document: Path, match: re.Match) -> str:
+    """A marker's table: the rows of a Markdown file, or a CSV file as Markdown."""
+    file = home() / match["file"]
+    if not file.is_file():
+        raise UserError(f"{document.name}: no file {match['file']}; expected a table of a run")
+    if file.suffix == ".csv":
+        table = pd.read_csv(file).to_markdown(index=False)
+    else:
+        lines = file.read_text("utf-8").splitlines()
+        table = "\n".join(line for line in lines if line.startswith("|"))
+    return f"{match['start']}\n{table}\n{match['end']}"

@@ -18,7 +18,7 @@ from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.file_io import Unwritable, read_json, write_json
 from moebert_lib.config.provenance import code_digests, digest, library_modules
 from moebert_lib.runs.plan import Job
-from moebert_lib.store import run_outputs
+from moebert_lib.store import committed_results, run_outputs
 from moebert_lib.store.store import Entry, StageKey, Store
 
 WARNING = "moebert: "  # begins a line of the library, such as a damaged file that is made again
@@ -344,7 +344,8 @@ def make(
         figures.mkdir()
         offline = job.settings.offline if job.settings and not job.results else True
         try:
-            whole = run_outputs.kernel_environment(figures, offline=offline, changes=environment)
+            changes = {**(environment or {}), **_sources(job)}
+            whole = run_outputs.kernel_environment(figures, offline=offline, changes=changes)
             how = {"parameters": job.given, "environment": whole}
             execute(job.name, job.runs(), folder, **how, say=say, kernels=kernels)
         except NotebookFailed as failure:
@@ -364,6 +365,12 @@ def make(
     entry = store.make(key, build, force=force)
     shutil.rmtree(failure_folder(job), ignore_errors=True)
     return entry
+
+
+def _sources(job: Job) -> dict[str, str]:
+    """Variables that name the results a job is drawn from, and the formats of its figures."""
+    values = {committed_results.FROM: job.results, run_outputs.FORMATS: job.formats}
+    return {name: value for name, value in values.items() if value}
 
 
 def _library_changed(key: StageKey, since: float) -> bool:

@@ -38,7 +38,8 @@ from moebert_lib.experiments import ablations
 from moebert_lib.experiments.stage_keys import without_later
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.encoder_layouts import shape
-from moebert_lib.store.committed_results import committed_results, open_store
+from moebert_lib.store.committed_results import AnyStore, committed_results, open_store
+from moebert_lib.store.run_outputs import FORMATS
 from moebert_lib.store.store import StageKey
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
@@ -59,6 +60,7 @@ class Job:
         origin: Tells notebooks of one name in different folders apart; decides no result.
         place: A folder below ``figures/`` where it is not the usual one; decides no result.
         results: The folder of committed results that it is drawn from; "" where it makes its own.
+        formats: Vector formats that its figures are written in too, such as "pdf".
     """
 
     name: str
@@ -69,6 +71,7 @@ class Job:
     origin: str = ""
     place: str = ""
     results: str = ""
+    formats: str = ""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -153,8 +156,8 @@ class Job:
             "code": code_digests(*modules),
             "versions": versions(),
         }
-        if formats := os.environ.get("MOEBERT_FORMATS"):
-            origin["formats"] = formats
+        if self.formats:
+            origin["formats"] = self.formats
         return StageKey("notebook", choices, origin)
 
 
@@ -164,6 +167,7 @@ def plan(
     scale: str = "quick",
     parameters: dict[str, Any] | None = None,
     data_dir: str = "",
+    store: AnyStore | None = None,
 ) -> list[Job]:
     """Validated jobs for notebooks at a scale; computes nothing and writes nothing.
 
@@ -172,6 +176,7 @@ def plan(
         scale: smoke, quick, small, base or paper.
         parameters: Values by name: a notebook's own parameter, or any setting.
         data_dir: Folder with GLUE-format files.
+        store: Where the experiments are; by default what :func:`open_store` returns.
 
     Raises:
         UserError: unknown or ill-typed value, settings that do not fit, data that is not there,
@@ -188,9 +193,10 @@ def plan(
     known = {path: parameters_of(path) for path in paths}
     _check_names(values, known)
     jobs = [_job(path, known[path], values) for path in paths]
-    store = open_store()
-    if not store.makes:
-        jobs = [replace(job, results=str(store.source)) for job in jobs]
+    store = store or open_store()
+    results = "" if store.makes else str(store.source)
+    formats = os.environ.get(FORMATS, "")
+    jobs = [replace(job, results=results, formats=formats) for job in jobs]
     _check_inputs(jobs)
     return jobs
 

@@ -37,6 +37,7 @@ from moebert_lib.runs import plan as planning
 from moebert_lib.runs.execution import NotebookFailed
 from moebert_lib.runs.local_pool import Local
 from moebert_lib.runs.plan import Job
+from moebert_lib.store.committed_results import AnyStore
 from moebert_lib.store.store import Entry, Store
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def sweep(grid: Mapping[str, Any] | str | Path, *, name: str = "sweep", **how: A
     return table(planned.jobs, run(planned, **how))
 
 
-def read(path: Path, *, data_dir: str = "") -> Sweep:
+def read(path: Path, *, data_dir: str = "", store: AnyStore | None = None) -> Sweep:
     """The sweep that a YAML file describes, named after the file; its data may lie elsewhere.
 
     Raises:
@@ -94,11 +95,15 @@ def read(path: Path, *, data_dir: str = "") -> Sweep:
     grid = file_io.parse(path.read_text("utf-8", errors="replace"), str(path))
     if data_dir and isinstance(grid, Mapping):
         grid = {**grid, "data_dir": data_dir}
-    return plan(grid, name=path.stem, where=f"{path}: ")
+    return plan(grid, name=path.stem, where=f"{path}: ", store=store)
 
 
-def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
+def plan(
+    grid: Any, *, name: str = "sweep", where: str = "", store: AnyStore | None = None
+) -> Sweep:
     """A grid's jobs, each validated, doubles left out; computes and writes nothing.
+
+    ``store`` is where the experiments are, as for :func:`plan.plan`.
 
     Raises:
         UserError: an unknown name, a point whose values do not fit, data not there.
@@ -124,7 +129,7 @@ def plan(grid: Any, *, name: str = "sweep", where: str = "") -> Sweep:
         elif takes_settings and grid.get("seeds") is not None:
             values = {"n_seeds": 1, **values}
         try:
-            (job,) = planning.plan(paths, parameters=values, **given)
+            (job,) = planning.plan(paths, parameters=values, store=store, **given)
         except UserError as error:
             words = "".join(f" {name}={value}" for name, value in values.items())
             point = f"point{words}: " if words else ""

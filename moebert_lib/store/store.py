@@ -46,7 +46,9 @@ TYPES = {
     "files": dict,
 }
 #: Names in a key that say what a result was made with, or what was kept of it.
-ORIGIN = frozenset({"weights", "data", "device", "code", "versions", "inputs", "keep_model"})
+ORIGIN = frozenset(
+    {"weights", "data", "device", "code", "versions", "inputs", "formats", "keep_model"}
+)
 #: Names in a key under which the key of an earlier stage stands, and the kind of that stage.
 PARENTS = {
     "teacher": "teacher",
