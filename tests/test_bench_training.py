@@ -43,7 +43,7 @@ def test_a_step_that_computes_something_else_is_not_timed(steps):
     ids = steps[PACKED].batch["input_ids"]
     wrong = steps[PACKED].batch | {"input_ids": (ids + 1) % TINY["vocab_size"]}
     made = {**steps, PACKED: dataclasses.replace(steps[PACKED], batch=wrong)}
-    with pytest.raises(training.UserError, match="the loss of 'packed' is") as refusal:
+    with pytest.raises(training.UserError, match="losses of 'packed' differ") as refusal:
         training.check_losses(made)
     assert "\n" not in str(refusal.value)
 
@@ -61,7 +61,7 @@ def test_the_cached_teachers_file_leaves_no_name(steps, tmp_path):
     assert list(tmp_path.iterdir()) == [] and training.check_losses(steps)[CACHED] > 0
 
 
-def test_each_setting_is_timed_and_compared_with_the_release(moebert_home, capsys):
+def test_each_setting_is_timed_and_compared_with_the_release(moebert_home):
     benchmark = training.training(shape=TINY, repeats=2, scale=4)
     assert harness.run(benchmark)
     record = harness.read(Store(), "training")
@@ -71,9 +71,7 @@ def test_each_setting_is_timed_and_compared_with_the_release(moebert_home, capsy
     assert table.loc[table["variant"] == RELEASE, "ratio"].tolist() == [1, 1]
     dry = table[table["setting"] == DRY].set_index("variant")
     assert dry.loc[[*benchmark.limits], "of_limit"].notna().all()
-    judged = [(row["setting"], row["variant"]) for row in record["targets"]]
-    assert judged == [(DRY, PACKED), (DRY, HALF)]
-    assert "packed has" in capsys.readouterr().out
+    assert record["main"] == PACKED
 
 
 def test_sentences_are_padded_and_labelled():

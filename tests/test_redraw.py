@@ -210,7 +210,9 @@ def test_vectors_are_drawn_beside_the_pictures_and_not_into_figures(
     assert (folder / f"00_deal.{kind}").read_bytes().startswith(start)
     assert (folder / "00_deal.png").is_file() and not (home / "figures").exists()
     assert f"figures-{kind}" in capsys.readouterr().out
-    assert [path for path in files() if path.suffix in (".pdf", ".svg") and "figures" in path.parts] == []
+    assert [
+        path for path in files() if path.suffix in (".pdf", ".svg") and "figures" in path.parts
+    ] == []
 
 
 DOCUMENT = "# A\n\n<!-- table: figures/{} -->\n{}<!-- end of table -->\n\nText.\n"

@@ -46,7 +46,7 @@ class Benchmark:
         settings: By name, what builds a setting's calls when its turn comes.
         baseline: The variant whose speed is 1.
         limits: By variant, the variant that bounds its speed.
-        targets: By variant, the share of its limit's speed that it should reach.
+        main: The variant whose speed the title of a figure states.
         check: Gets what each call of the untimed round returned; raises UserError if it is wrong.
         examples: Examples in one call, by setting where they differ.
         repeats: Timed rounds; by default 5 to 21, about a minute.
@@ -59,7 +59,7 @@ class Benchmark:
     settings: Mapping[Any, Callable[[], Calls]]
     baseline: str = "dense"
     limits: Mapping[str, str] = field(default_factory=dict)
-    targets: Mapping[str, float] = field(default_factory=dict)
+    main: str = ""
     check: Check | None = None
     examples: int | Mapping[Any, int] = 1
     repeats: int | None = None
@@ -74,7 +74,7 @@ class Benchmark:
 
 
 def run(benchmark: Benchmark, *, out: Path | None = None) -> bool:
-    """Time all settings, print their tables and targets, and save the record.
+    """Time all settings, print their tables, and save the record.
 
     Args:
         benchmark: What to time.
@@ -107,20 +107,14 @@ def run(benchmark: Benchmark, *, out: Path | None = None) -> bool:
         print("\nstopped; the finished settings are kept", flush=True)
     timings = pd.concat(frames, ignore_index=True)
     table = summarise(timings)
-    judged = judge(table, benchmark)
-    for row in judged:
-        print(
-            f"{row['setting']}: {row['variant']} has {row['reached']:.2f} of the speed of "
-            f"{row['against']}; wanted {row['wanted']}: {'met' if row['met'] else 'NOT met'}"
-        )
     record = {
         "what": benchmark.name,
+        "main": benchmark.main,
         "complete": len(frames) == len(benchmark.settings),
         "conditions": conditions,
         **benchmark.facts,
         "summary": as_json(table),
         "timings": as_json(timings),
-        "targets": judged,
         **(benchmark.finish(timings, table) if benchmark.finish else {}),
     }
     save(record, out=out)
@@ -158,6 +152,37 @@ def time_interleaved(
                 print(f"· round {repeat + 1}, {variant}: {seconds:.1f} s", flush=True)
         repeat += 1
     return pd.DataFrame(timed, columns=["variant", "repeat", "seconds"])
+
+
+def check_equal(
+    what: str,
+    values: Mapping[str, torch.Tensor],
+    origins: Mapping[str, str],
+    *,
+    exact: float,
+    half: float,
+) -> None:
+    """Refuse a variant that computes something else than the variant that it should equal.
+
+    Args:
+        what: What the values are, such as "logits".
+        values: By variant.
+        origins: By variant, the one that it should equal.
+        exact: The largest difference in float32, as a part of the origin's largest value.
+        half: The same in bfloat16, as in variants with "bf16" in their names.
+
+    Raises:
+        UserError: they differ by more, or are NaN.
+    """
+    for name, origin in origins.items():
+        in_half = "bf16" in name or values[origin].dtype == torch.bfloat16
+        tolerance, expected = half if in_half else exact, values[origin].float()
+        difference = float((values[name].float() - expected).abs().max() / expected.abs().max())
+        if not difference <= tolerance:  # or NaN
+            raise UserError(
+                f"{what} of '{name}' differ from those of '{origin}' by {difference:.2g} of the "
+                f"largest, expected at most {tolerance}; nothing is timed that computes otherwise"
+            )
 
 
 def _rounds(done: int, seconds: float) -> int:
@@ -218,24 +243,6 @@ def speed_ratio(rounds: pd.DataFrame, variant: str, other: str | None) -> tuple[
     if other not in rounds:
         return (math.nan,) * 3
     return tuple((rounds[other] / rounds[variant]).quantile(QUARTILES))
-
-
-def judge(table: pd.DataFrame, benchmark: Benchmark) -> list[dict[str, Any]]:
-    """Compare a :func:`summary` with a benchmark's targets.
-
-    Returns:
-        Rows ``setting``, ``variant``, ``against`` (the limit), ``wanted``, ``reached`` with
-        quartiles ``low`` and ``high``, and ``met``.
-    """
-    judged = []
-    for row in as_json(table):
-        wanted, limit = (each.get(row["variant"]) for each in (benchmark.targets, benchmark.limits))
-        if wanted is not None and row["of_limit"] is not None:
-            target = {"setting": row["setting"], "variant": row["variant"], "against": limit}
-            target |= {"wanted": wanted, "reached": row["of_limit"]}
-            target |= {"low": row["of_limit_low"], "high": row["of_limit_high"]}
-            judged.append({**target, "met": target["reached"] >= wanted})
-    return judged
 
 
 def show(table: pd.DataFrame) -> None:

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from moebert_lib.bench import roofline
-from moebert_lib.bench.harness import Benchmark, as_json
+from moebert_lib.bench.harness import Benchmark, as_json, check_equal
 from moebert_lib.config.errors import UserError
 from moebert_lib.method.routing import random_table
 from moebert_lib.model.accelerate import accelerate
@@ -53,7 +53,6 @@ TINY = sizes(32, layers=2, heads=4, width=64, vocab=99)  # for tests
 LIMIT, RELEASE = "equal FLOPs", "release style"
 HASH, GATE = "moebert hash-random", "moebert gate-sentence"
 FAST, HALF, COMPILED = ", accelerated", ", accelerated, bf16", ", compiled"
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # as a part of the largest logit
 
 
 def inference(
@@ -98,7 +97,7 @@ def inference(
         batches,
         name=name,
         title=f"a forward pass, hidden size {shape['hidden_size']}, {where}",
-        targets={HASH + FAST: 0.85},
+        main=HASH + FAST,
         repeats=repeats,
         facts=facts,
         **options,
@@ -156,21 +155,11 @@ def check_logits(logits: Mapping[str, Tensor]) -> None:
     """Refuse logits of "X, ..." that differ from those of "X", and RELEASE's from HASH's.
 
     Raises:
-        UserError: they differ by more than :data:`TOLERANCE`, or are NaN.
+        UserError: as :func:`~moebert_lib.bench.harness.check_equal`.
     """
-    for name, values in logits.items():
-        origin = HASH if name == RELEASE else _model(name)
-        if origin == name or origin not in logits:
-            continue
-        half = "bf16" in name or logits[origin].dtype == torch.bfloat16
-        tolerance = TOLERANCE[torch.bfloat16 if half else torch.float32]
-        expected = logits[origin].float()
-        difference = float((values.float() - expected).abs().max() / expected.abs().max())
-        if not difference <= tolerance:
-            raise UserError(
-                f"logits of '{name}' differ from those of '{origin}' by {difference:.2g} of the "
-                f"largest, expected at most {tolerance}; nothing is timed that computes otherwise"
-            )
+    models = {name: HASH if name == RELEASE else _model(name) for name in logits}
+    origins = {name: model for name, model in models.items() if name != model and model in logits}
+    check_equal("logits", logits, origins, exact=1e-4, half=0.1)
 
 
 def _roofline(

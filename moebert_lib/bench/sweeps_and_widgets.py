@@ -92,8 +92,8 @@ def redrawing(*, repeats: int = 11) -> Benchmark:
 
     def calls() -> dict[str, Callable[[], None]]:
         torch.set_num_threads(1)
-        moves = {name: make() for name, make in WIDGETS.items()}
-        return {name: partial(_next, move, itertools.count()) for name, move in moves.items()}
+        moves = {name: map(make(), itertools.count()) for name, make in WIDGETS.items()}
+        return {name: partial(next, move) for name, move in moves.items()}
 
     def finish(timings: pd.DataFrame, _table: pd.DataFrame) -> dict[str, object]:
         torch.set_num_threads(threads)
@@ -110,10 +110,6 @@ def redrawing(*, repeats: int = 11) -> Benchmark:
         repeats=repeats,
         finish=finish,
     )
-
-
-def _next(move: Callable[[int], None], counter: itertools.count) -> None:
-    move(next(counter))
 
 
 def explorer_moves(columns: int) -> Callable[[int], None]:

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from moebert_lib.bench.harness import Benchmark, as_json
+from moebert_lib.bench.harness import Benchmark, as_json, check_equal
 from moebert_lib.bench.inference import (
     BASE,
     LIMIT,
@@ -49,7 +49,6 @@ LIMITS = tuple(f"{LIMIT}, {how}" for how in ("padded", "packed", "packed bf16"))
 CACHED = "packed, cached teacher"
 DRY, WET = "GLUE-like, dropout 0", "GLUE-like, dropout 0.1"
 WITH_DROPOUT = (RELEASE, PACKED, HALF)  # few: attention with dropout has no fast kernel on a CPU
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}  # relative difference of losses
 
 
 def training(*, shape: Sizes = BASE, repeats: int = 5, scale: int = 1) -> Benchmark:
@@ -85,7 +84,7 @@ def training(*, shape: Sizes = BASE, repeats: int = 5, scale: int = 1) -> Benchm
         settings={DRY: dry, WET: wet},
         baseline=RELEASE,
         limits={RELEASE: LIMITS[0], **dict(zip(VARIANTS, LIMITS, strict=True))},
-        targets={PACKED: 0.9, HALF: 0.9},
+        main=PACKED,
         examples=n,
         repeats=repeats,
         facts={"shape": shape, "tokens": {DRY: tokens, WET: tokens}},
@@ -198,18 +197,12 @@ def check_losses(made: Mapping[str, Step]) -> dict[str, float]:
     """Losses of all variants without padding and dropout: the same for the same student.
 
     Raises:
-        UserError: they differ.
+        UserError: as :func:`~moebert_lib.bench.harness.check_equal`.
     """
-    losses = {name: float(step.loss(padding=False).detach()) for name, step in made.items()}
-    for name, step in made.items():
-        origin = LIMITS[0] if name in LIMITS else RELEASE
-        tolerance = TOLERANCE[torch.bfloat16 if step.half else torch.float32]
-        if not abs(losses[name] - losses[origin]) <= tolerance * abs(losses[origin]):  # or NaN
-            raise UserError(
-                f"the loss of '{name}' is {losses[name]:.6g}, that of '{origin}' "
-                f"{losses[origin]:.6g}; nothing is timed that computes otherwise"
-            )
-    return losses
+    losses = {name: step.loss(padding=False).detach() for name, step in made.items()}
+    origins = {name: LIMITS[0] if name in LIMITS else RELEASE for name in made}
+    check_equal("losses", losses, origins, exact=1e-3, half=2e-2)
+    return {name: float(loss) for name, loss in losses.items()}
 
 
 # Scoring neurons by Eq. 4. A loop makes one backward for each example and reads the gradients of
@@ -243,7 +236,7 @@ def importance(
         settings={setting: partial(scorings, model, batch) for setting, batch in batches.items()},
         baseline=LOOP,
         limits={name: FORWARD_PACKED for name in (ONE_BACKWARD, PACKED, HALF)},
-        targets={PACKED: 0.303},  # as long as 3.3 forward passes
+        main=PACKED,
         check=check_scores,
         examples=n,
         repeats=repeats,
@@ -314,19 +307,15 @@ def gradients_by_walks(model: nn.Module, loss: Tensor) -> list[Tensor]:
 
 
 def check_scores(scores: Mapping[str, Tensor]) -> None:
-    """Refuse scores that differ from those of the loop.
+    """Refuse scores that differ from those of the loop, as parts of each layer's highest score.
 
     Raises:
-        UserError: they differ by more than a part of the layer's highest score.
+        UserError: as :func:`~moebert_lib.bench.harness.check_equal`.
     """
-    for name in (WALKS, ONE_BACKWARD, PACKED, HALF):
-        differences = (scores[name] - scores[LOOP]).abs() / scores[LOOP].amax((1, 2), keepdim=True)
-        difference, tolerance = float(differences.max()), 0.1 if name == HALF else 1e-4
-        if not difference <= tolerance:  # or NaN
-            raise UserError(
-                f"the scores of '{name}' differ from those of '{LOOP}' by {difference:.2g} of the "
-                f"highest, expected at most {tolerance}; nothing is timed that computes otherwise"
-            )
+    highest = scores[LOOP].amax((1, 2), keepdim=True)
+    others = (WALKS, ONE_BACKWARD, PACKED, HALF)
+    parts = {name: scores[name] / highest for name in (LOOP, *others)}
+    check_equal("the scores", parts, dict.fromkeys(others, LOOP), exact=1e-4, half=0.1)
 
 
 def rank_error(preset: str, *, n_examples: int = 256) -> list[dict[str, float]]:

@@ -32,14 +32,15 @@ def _add_report(commands: Any) -> None:
         "report",
         help="gather figures, tables and runs in one HTML page",
         description="Write runs/report.html, one file that needs no network. With --from, first "
-        "draw all figures and tables from committed results; no model is needed or trained.",
+        "draw all figures and tables from committed results, and fill the marked tables of the "
+        "README and the guides; no model is needed or trained.",
         example="moebert report\n  moebert report --from figures/runs\n"
         "  moebert report --from figures/runs --format pdf",
     )
     option = command.add_argument
     results = "results of moebert export --results, with a workbook.yaml"
     option("--from", dest="results", type=Path, metavar="DIR", help=results)
-    check = "with --from: compare with figures/, write nothing"
+    check = "with --from: compare with figures/, README and guides; write nothing"
     option("--check", action="store_true", help=check)
     vectors = "with --from: draw the figures as vectors too, into runs/figures-pdf or -svg"
     option("--format", choices=("pdf", "svg"), help=vectors)

@@ -290,11 +290,12 @@ def baseline(record: Mapping[str, Any]) -> str:
 def fastest_in_words(name: str, record: Mapping[str, Any]) -> str:
     """A benchmark's result in one sentence: the range of its main variant over the settings.
 
-    The main variant is that of the first target, or the fastest one without targets.
+    The main variant is the one that the record names, else the fastest. Old records have a list
+    of targets, whose first is of the main variant.
     """
     table = pd.DataFrame(record["summary"])
-    targets = record["targets"]
-    variant = targets[0]["variant"] if targets else table.loc[table["ratio"].idxmax(), "variant"]
+    named = [record.get("main"), *(row["variant"] for row in record.get("targets", ()))]
+    variant = next(filter(None, named), table.loc[table["ratio"].idxmax(), "variant"])
     ratios = table.loc[table["variant"] == variant, "ratio"]
     times = " to ".join(dict.fromkeys(f"{ratio:.1f}" for ratio in (ratios.min(), ratios.max())))
     base = variant_name(baseline(record))

@@ -73,18 +73,20 @@ def write_report(figures: Path | None = None) -> Path:
         if counts[section["title"]] > 1:  # several runs of one notebook
             section["title"] += f" · {section['about']}"
     n_results, results = _results()
-    newest = entries[-1].record()
+    sweeps = [each for each in status.recorded() if (each["folder"] / status.TABLE).is_file()]
+    helpers = {"link": _link, "label": label, "page_of": notebook_page, "changed": _changed}
+    helpers |= {"csv_table": _csv_table, "markdown_table": _markdown_table}
     page = template("report.html.jinja").render(
         title="MoEBERT workbook",
         sections=sections,
-        runs=[_run(entry) for entry in entries],
-        failed=[_failed(run) for run in execution.failed_runs()],
-        newest=_minute(newest["created"]),
+        runs=[(entry, entry.record()) for entry in entries],
+        failed=execution.failed_runs(),
         n_results=n_results,
         results=results,
-        sweeps=[sweep for record in status.recorded() for sweep in _sweep(record)],
-        versions=newest["versions"],
-        machine=newest["machine"],
+        sweeps=sweeps,
+        status=status,
+        Path=Path,
+        **helpers,
     )
     target = home() / "runs" / "report.html"
     write_bytes(target, page.encode())
@@ -98,7 +100,7 @@ def figures_folder() -> Path:
 
 def _sections(folder: Path, entries: list[Entry]) -> Iterator[dict[str, Any]]:
     """For each notebook with files in ``folder``: its figures, tables and executed copy."""
-    files = {name: about for name, about in read_provenance(folder).items()}
+    files = read_provenance(folder)
     where = Path(os.path.relpath(folder, home())).as_posix()
     for notebook in sorted({about["notebook"] for about in files.values()}):
         names = sorted(name for name, about in files.items() if about["notebook"] == notebook)
@@ -106,18 +108,14 @@ def _sections(folder: Path, entries: list[Entry]) -> Iterator[dict[str, Any]]:
         about = files[names[0]] if names else {"run": "", "settings": {}}
         entry = next((entry for entry in entries if run_of(entry) == about["run"]), None)
         node = read(entry.folder / "notebook.ipynb") if entry else {"cells": []}
-        figures = [_figure(folder / name, node) for name in names if name.endswith(".png")]
-        tables = [_table(folder / name) for name in names if name.endswith(".md")]
         yield {
             "id": f"{where}-{notebook}".replace("/", "-"),
             "folder": where,
             "title": title(node) if node["cells"] else notebook,
             "about": _variant(about["settings"], entry),
             "link": _link(notebook_page(entry)) if entry else "",
-            "figures": figures,
-            "tables": tables,
-            "n_figures": len(figures),
-            "n_tables": len(tables),
+            "figures": [_figure(folder / name, node) for name in names if name.endswith(".png")],
+            "tables": [folder / name for name in names if name.endswith(".md")],
         }
 
 
@@ -126,13 +124,11 @@ def _figure(png: Path, node: Any) -> dict[str, Any]:
     text = unescape(re.sub(r"<[^>]*>", "", caption))
     has_numbers = numbers.is_file()
     return {
-        "id": f"{png.parent.name}-{png.stem}",
-        "label": label(png.stem),
+        "png": png,
         "caption": trusted(caption),
         "alt": f"{label(png.stem)}. {text}" + " The numbers follow as a table." * has_numbers,
         "source": f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}",
-        "numbers": _csv_table(numbers) if has_numbers else None,
-        "csv": _link(numbers),
+        "numbers": numbers if has_numbers else None,
     }
 
 
@@ -155,10 +151,9 @@ def _last_paragraph(cell: Any) -> str:
     return next((block for block in reversed(prose) if not block.startswith("Move the")), "")
 
 
-def _table(path: Path) -> dict[str, Any]:
-    text = escape(path.read_text("utf-8"), quote=False)
-    html = trusted(_html(text))
-    return {"id": f"{path.parent.name}-{path.stem}", "label": label(path.stem), "html": html}
+def _markdown_table(path: Path) -> Any:
+    """A file with a table in Markdown as HTML, what it says escaped."""
+    return trusted(_html(escape(path.read_text("utf-8"), quote=False)))
 
 
 def _csv_table(path: Path) -> Any:
@@ -189,42 +184,6 @@ def _results() -> tuple[int, Any]:
     return len(frame), trusted(_frame_html(frame if len(frame) == 1 else shown))
 
 
-def _sweep(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The section of a sweep that has a table, which it has once it came to its end."""
-    folder = record["folder"]
-    table, means = folder / status.TABLE, folder / status.MEANS
-    if table.is_file():
-        counts = status.count_states(state for _, state, _ in status.states(record))
-        yield {
-            "id": f"sweep-{folder.name}",
-            "title": f"Sweep {folder.name}",
-            "about": f"{len(record['points'])} runs: {counts}.",
-            "link": _link(table),
-            "means": _csv_table(means) if means.is_file() else None,
-            "table": _csv_table(table),
-        }
-
-
-def _run(entry: Entry) -> dict[str, str]:
-    choices, record = entry.key.choices, entry.record()
-    settings = choices.get("settings") or {}
-    return {
-        "notebook": choices["notebook"],
-        "link": _link(notebook_page(entry)),
-        "scale": settings.get("scale", ""),
-        "task": settings.get("task", ""),
-        "changed": _changed(settings, entry),
-        "created": _minute(record["created"]),
-        "minutes": f"{entry.seconds / 60:.1f}",
-        "commit": re.sub(r"^(.{8})[^-]*", r"\1", record["commit"] or ""),
-    }
-
-
-def _failed(run: dict[str, Any]) -> dict[str, Any]:
-    executed = Path(run["folder"]) / "notebook.ipynb"
-    return run | {"link": _link(executed) if executed.is_file() else ""}
-
-
 def _variant(settings: dict[str, Any], entry: Entry | None) -> str:
     """Scale, task and changed settings, as text."""
     usual = f"scale {settings['scale']}, task {settings['task']}" if settings else ""
@@ -250,10 +209,6 @@ def _link(path: Path) -> str:
     return quote(Path(os.path.relpath(path, home() / "runs")).as_posix())
 
 
-def _minute(created: str) -> str:
-    return created.replace("T", " ")[:16]
-
-
 # Notebooks as pages: formulas become MathML, which browsers draw without a script, and a sentence
 # stands for each widget, which would need a kernel.
 
@@ -271,16 +226,24 @@ def write_page(notebook: Path, target: Path) -> None:
     """Write an executed ``.ipynb`` as one HTML file that asks nothing of other hosts."""
     from nbconvert import HTMLExporter
 
-    node = read(notebook)
-    for cell in node.cells:
-        if cell.cell_type == "markdown":
-            cell.source = with_mathml(NOTEBOOK_LINK.sub(r"](../../notebooks/\1", cell.source))
-        elif cell.cell_type == "code":
-            cell.outputs = without_widgets(cell.outputs)
-    node.metadata.pop("widgets", None)
+    def markdown(source: str) -> str:
+        return with_mathml(NOTEBOOK_LINK.sub(r"](../../notebooks/\1", source))
+
+    node = for_reading(read(notebook), markdown)
     body, _ = HTMLExporter(template_name="basic").from_notebook_node(node)
     page = template("page.html.jinja").render(title=title(node), body=trusted(body))
     write_bytes(target, page.encode())
+
+
+def for_reading(node: Any, markdown: Callable[[str], str]) -> Any:
+    """An executed notebook without widgets, its text through ``markdown``; changed in place."""
+    for cell in node.cells:
+        if cell.cell_type == "markdown":
+            cell.source = markdown(cell.source)
+        elif cell.cell_type == "code":
+            cell.outputs = without_widgets(cell.outputs)
+    node.metadata.pop("widgets", None)
+    return node
 
 
 def read(notebook: Path) -> Any:
@@ -514,7 +477,6 @@ def digests(folder: Path) -> dict[str, str]:
     paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     drawn = [path for path in paths if path.parts[0] not in UNDRAWN]
     return {path.as_posix(): file_digest(folder / path) for path in drawn}
-
 
 
 # Tables in documents: each stands between ``<!-- table: FILE -->`` and ``<!-- end of table -->``.

@@ -235,13 +235,8 @@ def shown(run: Run) -> Any:
     node = report.with_saved_pictures(run.node, run.names(".png"), partial(_picture, run))
     for cell in node.cells:
         cell.metadata = type(cell.metadata)(tags=cell.metadata.get("tags", []))
-        if cell.cell_type == "markdown":
-            cell.source = markdown(cell.source)
-        else:
-            cell.outputs = report.without_widgets(cell.outputs)
-    node.metadata.pop("widgets", None)
     node.metadata.pop("papermill", None)
-    return node
+    return report.for_reading(node, markdown)
 
 
 def _picture(run: Run, name: str) -> dict[str, str]:
