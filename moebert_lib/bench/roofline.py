@@ -135,20 +135,18 @@ def work(model: nn.Module, inputs: Mapping[str, Tensor]) -> Work:
         mask = torch.ones_like(ids)
     lengths = mask.sum(1).tolist()
     dtype = (packed and base.kernels.dtype) or model.dtype
-    routers = [module.router for module in model.modules() if hasattr(module, "router")]
     D, K = config.hidden_size, _width(config)
-    flops = numbers = 0
-    for index in range(config.num_hidden_layers):
+    parts = []
+    for index, router in enumerate(_routers(model)):
         first = packed and index == config.num_hidden_layers - 1
-        router = routers[index] if routers else None
         gated = router is not None and not isinstance(router, HashRouter)
         columns = slice(1) if first and not gated else slice(None)
         experts = _visited(router, ids[:, columns], mask[:, columns])
         queries = [1] * len(ids) if first and not gated else lengths
         tokens = len(ids) if first else sum(lengths)
-        parts = attention_work(D, lengths, queries=queries), ffn_work(D, K, tokens, experts=experts)
-        flops += sum(part[0] for part in parts)
-        numbers += sum(part[1] for part in parts)
+        parts.append(attention_work(D, lengths, queries=queries))
+        parts.append(ffn_work(D, K, tokens, experts=experts))
+    flops, numbers = map(sum, zip(*parts, strict=True))
     head = D * D + D * config.num_labels
     moved = numbers * dtype.itemsize + head * model.dtype.itemsize
     return Work(flops + 2 * len(ids) * head, moved, dtype)
@@ -158,6 +156,12 @@ def _width(config: Any) -> int:
     """Neurons that a token uses; DistilBERT has a name of its own for them."""
     names = ("expert_size", "intermediate_size", "hidden_dim")
     return next(getattr(config, name) for name in names if hasattr(config, name))
+
+
+def _routers(model: nn.Module) -> list[nn.Module | None]:
+    """The router of each layer; None in a dense model."""
+    routers = [module.router for module in model.modules() if hasattr(module, "router")]
+    return routers or [None] * model.config.num_hidden_layers
 
 
 def _visited(router: nn.Module | None, ids: Tensor, mask: Tensor) -> int:
@@ -263,11 +267,8 @@ def _feed_forward(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
 
 
 def _layers_work(model: nn.Module, ids: Tensor) -> Work:
-    flops = numbers = 0
-    for layer in model.base_model.encoder.layer:
-        router = getattr(layer.output, "router", None)
-        experts = _visited(router, ids, torch.ones_like(ids))
-        D, K = model.config.hidden_size, _width(model.config)
-        more = ffn_work(D, K, len(ids), experts=experts)
-        flops, numbers = flops + more[0], numbers + more[1]
+    D, K, everywhere = model.config.hidden_size, _width(model.config), torch.ones_like(ids)
+    visited = [_visited(router, ids, everywhere) for router in _routers(model)]
+    parts = [ffn_work(D, K, len(ids), experts=experts) for experts in visited]
+    flops, numbers = map(sum, zip(*parts, strict=True))
     return Work(flops, numbers * model.dtype.itemsize, model.dtype)

@@ -110,7 +110,8 @@ def from_scores(model: str, scores: Importance, **sizes: object) -> ConvertedMod
     longest = encoder_layouts.longest(dense)
     options = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
     batch = dict(tokenizer(*map(list, sentences), **options))
-    facts = {"settings": sizes, "dense_digest": pretrained_weights.digest(model), **_names(model)}
+    digest = pretrained_weights.digest(model)
+    facts = {"settings": sizes, "dense_digest": digest, "base": _name_on_hub(model)}
     return _converted(dense, tokenizer, scores, untrained, untrained, batch, facts)
 
 
@@ -160,7 +161,8 @@ def from_task(
         "dense_digest": pretrained_weights.digest(
             model or str(fine_tuned.entry.folder), hub=not settings.offline
         ),
-        **_names(settings.model, fine_tuned_here=not model),
+        "base": _name_on_hub(settings.model),
+        "fine_tuned": "" if model else settings.model,
     }
     batch = without_targets(next(iter(bundle.batches("validation", limit=CHECKED))))
     return _converted(dense, bundle.tokenizer, scores, untrained, moebert, batch, facts)
@@ -236,13 +238,9 @@ def _read(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return dense, tokenizer
 
 
-def _names(model: str, *, fine_tuned_here: bool = False) -> dict[str, str]:
-    """What the card calls the dense model; ``base`` only if it has a name on the hub."""
-    on_the_hub = not Path(model).expanduser().is_dir() and model != TINY
-    base = model if on_the_hub else ""
-    if fine_tuned_here:
-        return {"base": base, "source": f"`{model}`, fine-tuned on this task"}
-    return {"base": base, "source": f"`{base}`" if base else "a fine-tuned model"}
+def _name_on_hub(model: str) -> str:
+    """The name of a dense model on the hub; "" of a folder, and of the tiny model of the tests."""
+    return "" if model == TINY or Path(model).expanduser().is_dir() else model
 
 
 def _converted(
@@ -257,21 +255,18 @@ def _converted(
     """All of it together, with those facts that the models and scores themselves give."""
     names = ("n_experts", "expert_size", "n_shared", "routing", "num_experts_per_tok")
     config = {name: getattr(model.config, name) for name in names}
-    counts, score_name = parameter_counts(model), scores.meta.get("score", "importance")
-    by_paper = score_name == "importance"
-    n_own = config["expert_size"] - config["n_shared"]
+    counts = parameter_counts(model)
     own = {
         "config": config,
-        "kept": config["n_shared"] + config["n_experts"] * n_own,
         "spans": hasattr(model, "qa_outputs"),
-        "ranked_by": "importance (Eq. 4)" if by_paper else f"`{score_name}`, not the paper's score",
+        "score": scores.meta.get("score", "importance"),
         "scored_on": scores.meta.get("split", ""),
         "n_scored": scores.n_examples,
         "used": counts.effective,
         "stored": counts.stored,
         "n_sentences": len(batch["input_ids"]),
     }
-    unknown = {"task": "", "steps": None, "metrics": [], "data": ""}
+    unknown = {"task": "", "steps": None, "metrics": [], "data": "", "fine_tuned": ""}
     batch = {name: torch.as_tensor(values).to(model.device) for name, values in batch.items()}
     facts = {**unknown, **own, **facts}
     return ConvertedModel(dense, tokenizer, scores, untrained, model, batch, facts)
@@ -285,9 +280,11 @@ def _compared(bundle: Dataset, metric: str, dense: np.ndarray, moebert: np.ndarr
         "moebert": of_moebert,
         "difference": lambda rows: of_moebert(rows) - of_dense(rows),
     }
-    n, values = len(dense), {}
-    for name, measure in measures.items():
-        values[name] = [float(measure(np.arange(n))), *resampled(measure, n)]
+    n = len(dense)
+    values = {
+        name: [float(measure(np.arange(n))), *resampled(measure, n)]
+        for name, measure in measures.items()
+    }
     return {"metric": metric, **values}
 
 
