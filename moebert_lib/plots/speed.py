@@ -276,7 +276,7 @@ def _ratio_panels(part: SubFigure, frame: pd.DataFrame) -> None:
         ax.tick_params(axis="y", length=0)
     right = frame["ratio"].max() * 1.7 ** len(by_setting)  # room for the numbers
     ax.set(xscale="log", xlim=(0.8 * frame["ratio"].min(), right))  # of all: they share it
-    ax.xaxis.set_major_locator(LogLocator(base=2))
+    ax.xaxis.set_major_locator(LogLocator(base=4, numticks=9))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
 
