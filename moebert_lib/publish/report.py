@@ -406,7 +406,7 @@ def draw(
         if entry.key.choices["notebook"] == FINDINGS:
             write_found(entry, into)
     if into == committed:
-        for document, text in filled_documents().items():
+        for document, text in outdated_documents().items():
             write_bytes(document, text.encode())
     return into
 
@@ -463,11 +463,8 @@ def check(results: Path, *, echo: Callable[[str], Any] = print) -> list[str]:
     }
     missing = dict.fromkeys(drawn.keys() - there.keys(), "missing from figures/")
     undrawn = dict.fromkeys(there.keys() - drawn.keys(), "nothing draws it")
-    outdated = {
-        path.name: "its tables are not those in figures/"
-        for path, text in filled_documents().items()
-        if path.read_text("utf-8") != text
-    }
+    names = [document.name for document in outdated_documents()]
+    outdated = dict.fromkeys(names, "its tables are not those in figures/")
     lines = differing | missing | undrawn | outdated
     return [f"{name}: {how}" for name, how in sorted(lines.items())]
 
@@ -482,22 +479,21 @@ def digests(folder: Path) -> dict[str, str]:
 # Tables in documents: each stands between ``<!-- table: FILE -->`` and ``<!-- end of table -->``.
 
 
-def filled_documents() -> dict[Path, str]:
-    """The README and the guides by path, as text with every marked table as it is in its file.
+def outdated_documents() -> dict[Path, str]:
+    """README and guides whose tables are not those in their files: by path, the text with these.
 
     Raises:
         UserError: a file that a marker names is missing, or a table has no end.
     """
-    documents = [home() / "README.md", *sorted((home() / "notebooks").glob("*.md"))]
-    return {path: _filled(path) for path in documents if path.is_file()}
-
-
-def _filled(document: Path) -> str:
-    text = document.read_text("utf-8")
-    filled, n_tables = TABLE.subn(partial(_table_between, document), text)
-    if n_tables != text.count("<!-- table:"):
-        raise UserError(f"{document.name}: a table has no '<!-- end of table -->'")
-    return filled
+    outdated = {}
+    for path in [*home().glob("README.md"), *sorted((home() / "notebooks").glob("*.md"))]:
+        text = path.read_text("utf-8")
+        filled, n_tables = TABLE.subn(partial(_table_between, path), text)
+        if n_tables != text.count("<!-- table:"):
+            raise UserError(f"{path.name}: a table has no '<!-- end of table -->'")
+        if filled != text:
+            outdated[path] = filled
+    return outdated
 
 
 def _table_between(document: Path, match: re.Match) -> str:
