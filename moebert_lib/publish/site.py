@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from moebert_lib.config.errors import CHECKOUT, UserError, home
+from moebert_lib.config.file_io import replacing
 from moebert_lib.config.provenance import library_modules
 from moebert_lib.publish import report
 from moebert_lib.runs.plan import notebooks
@@ -120,13 +121,10 @@ def build(target: Path | None = None, *, figures: Path | None = None) -> Path:
         raise UserError(f"{target} holds something that is no site; name another folder")
     runs = executed(figures or report.figures_folder())
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        source, pages = Path(scratch, "source"), Path(scratch, "html")
+    with tempfile.TemporaryDirectory() as scratch, replacing(target) as pages:
+        source = Path(scratch, "source")
         write_source(source, Path(scratch, "files"), runs)
         _run_sphinx(source, pages)
-        if target.exists():
-            os.replace(target, Path(scratch, "old"))
-        os.replace(pages, target)
     return target / "index.html"
 
 
@@ -214,7 +212,7 @@ def _run_sphinx(source: Path, pages: Path) -> None:
     """Build ``source`` into ``pages``; a warning of Sphinx is an error."""
     from sphinx.application import Sphinx
 
-    messages, work = io.StringIO(), pages.with_name("doctrees")
+    messages, work = io.StringIO(), source.with_name("doctrees")
     with warnings.catch_warnings():
         for kind in (DeprecationWarning, PendingDeprecationWarning):  # Sphinx to its extensions
             warnings.simplefilter("ignore", kind)
