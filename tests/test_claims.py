@@ -7,7 +7,7 @@ import pytest
 from moebert_lib.config import paper_numbers
 from moebert_lib.config.settings import Settings
 from moebert_lib.evidence import claims
-from moebert_lib.evidence.claims import ARMS, CLAIMS, Comparison
+from moebert_lib.evidence.claims import ARMS, CLAIMS, CONTROLS, PRIMARY, Comparison
 from moebert_lib.experiments import ablations
 
 COMPARISONS = [one for claim in CLAIMS for one in claim.comparisons]
@@ -113,3 +113,34 @@ def test_runs_whose_teacher_is_no_better_than_guessing_do_not_count():
     runs = pd.DataFrame([{**p.model_dump(), **SCORES, "guessing": g} for p, g in rows])
     frame = claims.collect(SETTINGS, ["library"], WIDTH, points=points, runs=runs)
     assert set(frame["seed"]) == {1}
+
+
+def test_primary_comparisons_name_arms_tasks_and_claims_that_there_are():
+    comparisons = {str(one) for one in COMPARISONS}
+    for comparison, tasks, claim in PRIMARY:
+        if claim:
+            assert str(comparison) in comparisons
+            one = next(each for each in CLAIMS if each.key == claim)
+            assert comparison in one.comparisons
+        else:
+            assert comparison.second in CONTROLS and comparison.first in ARMS
+        assert tasks and {*tasks} <= paper_numbers.TABLE7.keys()
+    assert len({str(one.comparison) for one in PRIMARY}) == len(PRIMARY)
+    table = claims.primary_table()
+    assert len(table) == len(PRIMARY) and {*table["margin"]} == {0.45}
+    assert table["comparison"].iloc[0] == "importance > random"
+
+
+def test_the_margin_is_half_of_the_papers_step_by_importance():
+    step = Comparison("importance", "random").printed
+    assert claims.MARGIN == pytest.approx(step / 2, abs=0.02)
+
+
+def test_controls_are_experiments_of_scale_base():
+    base = Settings.at("base")
+    trained_on = claims.point("dense trained on", base, 3072)
+    assert (trained_on.n_experts, trained_on.expert_size, trained_on.distill) == (1, 3072, "none")
+    half = claims.point("half depth", base, 3072)
+    assert half.student == "half-depth" and half.distill == base.distill
+    with pytest.raises(KeyError):
+        claims.point("no such arm", base, 3072)

@@ -3,7 +3,9 @@ import random
 
 import datasets
 import glue_files
+import pandas as pd
 import pytest
+from checkout import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +14,9 @@ from moebert_lib.config.settings import Settings
 from moebert_lib.data import loading
 from moebert_lib.data.subsample import CAP, HELD_OUT, SECOND_TEST, draw, normalised, text_hashes
 from moebert_lib.data.tasks import TASKS
+from moebert_lib.experiments import dataset, teacher
 
+RESULTS = ROOT / "figures" / "runs"
 FROM_FILES = [name for name, task in TASKS.items() if task.source != "built-in"]
 
 
@@ -93,6 +97,12 @@ def test_the_second_test_set_shares_no_text_with_training_and_is_not_limited(tin
 def test_a_second_test_set_works_for_built_in_tasks_too():
     loaded = loading.load(Settings.at("smoke", task="library", second_test=10))
     assert len(loaded.also["second_test"]) == 10 and len(loaded.train) == 64
+
+
+def test_models_are_judged_on_the_second_test_set_too():
+    asked = Settings.at("smoke", task="library", second_test=10)
+    metrics = teacher.evaluate(asked, dataset.new_model(asked, TASKS["library"]))
+    assert {*metrics} == {"accuracy", "accuracy_second_test"}
 
 
 def test_a_second_test_set_that_takes_most_of_training_is_refused_by_the_check(tiny_glue):
@@ -207,3 +217,105 @@ def test_a_held_out_part_that_is_not_there_is_refused(changes):
     (name,) = changes
     with pytest.raises(UserError, match=f"^{name}='held-out' .*; expected held_out above 0"):
         Settings.at("smoke", **changes)
+
+
+# Manifests: the part that results were made from, out of the hub's dataset.
+
+
+def hub(monkeypatch, folder, *, lost=0):
+    """A stand-in for the hub: the files of a folder, without the first ``lost`` examples."""
+
+    def load_dataset(name, *part, split, revision):
+        task = part[0] if part else name.rpartition("/")[2]
+        rows = [json.loads(line) for line in (folder / task / f"{split}.jsonl").open()]
+        return datasets.Dataset.from_list(rows[lost:])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+@pytest.mark.parametrize("task", FROM_FILES)
+@pytest.mark.parametrize(
+    "part",
+    [
+        dict(subsample="position", second_test=0),
+        dict(subsample="hash", second_test=16),
+        dict(subsample="hash", second_test=16, held_out=0.1, importance_split="held-out"),
+    ],
+)
+def test_a_part_is_rebuilt_out_of_the_hubs_dataset(task, part, tiny_glue, tmp_path, monkeypatch):
+    """The results were made from a shuffled copy whose rows differ from the hub's."""
+    copy = changed_copy(task, tiny_glue, tmp_path / "copy")
+    made_from = settings(task, copy, max_eval_examples=20, **part).but(max_train_examples=30)
+    path = loading.add_to_manifest(made_from, tmp_path)
+    hub(monkeypatch, tiny_glue)
+    written = loading.rebuild(tmp_path, made_from, tmp_path / "again")
+    assert {p.name for p in written} == {p.name for p in (copy / task).iterdir()}
+    again = loading.load(made_from.but(data_dir=str(tmp_path / "again")))
+    before = loading.load(made_from)
+    assert again.train.to_dict() == before.train.to_dict()
+    assert len(again.train) == (27 if "held_out" in part else 30)
+    if before.held_out:
+        assert again.held_out.to_dict() == before.held_out.to_dict()
+    assert again.validation.to_dict() == before.validation.to_dict()
+    assert again.also.keys() == before.also.keys()
+    for name in again.also:
+        assert again.also[name].to_dict() == before.also[name].to_dict()
+    assert b"the small" not in path.read_bytes()  # hashes, no text
+
+
+def test_the_number_of_missing_examples_is_named(tiny_glue, tmp_path, monkeypatch):
+    made_from = settings("rte", tiny_glue)
+    loading.add_to_manifest(made_from, tmp_path)
+    hub(monkeypatch, tiny_glue, lost=3)
+    with pytest.raises(UserError, match="^3 of 64 examples of rte are not in the 61 of nyu-mll/gl"):
+        loading.rebuild(tmp_path, made_from, tmp_path / "again")
+    assert not (tmp_path / "again" / "rte" / "train.jsonl").exists()
+
+
+def test_a_part_that_is_not_listed_is_refused_with_those_that_are(tiny_glue, tmp_path):
+    asked = settings("rte", tiny_glue)
+    with pytest.raises(UserError, match="no examples.parquet in"):
+        loading.rebuild(tmp_path, asked, tmp_path)
+    for changes in (dict(), dict(max_eval_examples=9)):
+        loading.add_to_manifest(asked.but(**changes), tmp_path)
+        loading.add_to_manifest(asked.but(**changes), tmp_path)  # replaces, does not double
+    with pytest.raises(UserError, match="subsample=hash; subsample=hash, max_eval_examples=9$"):
+        loading.rebuild(tmp_path, asked.but(subsample="position"), tmp_path)
+    with pytest.raises(UserError, match="none of task 'sst2'"):
+        loading.rebuild(tmp_path, asked.but(task="sst2"), tmp_path)
+    rows = pd.read_parquet(tmp_path / "examples.parquet")
+    assert len(rows) == 2 * 64 + 32 + 9
+    with pytest.raises(UserError, match="'library' is built in"):
+        loading.add_to_manifest(Settings.at("smoke"), tmp_path)
+
+
+def test_copies_in_the_dataset_are_told_apart_by_their_labels(tmp_path, monkeypatch):
+    rows = [{"sentence": text, "label": k} for text in ("A film.", "a film", "b") for k in (0, 1)]
+    (tmp_path / "sst2").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "sst2" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows * 2)))
+    part = settings("sst2", tmp_path, subsample="position").but(max_train_examples=8)
+    loading.add_to_manifest(part, tmp_path)
+    hub(monkeypatch, tmp_path)
+    loading.rebuild(tmp_path, part, tmp_path / "again")
+    first = loading.load(part).train
+    again = loading.load(part.but(data_dir=str(tmp_path / "again"))).train
+    assert contents(first, "sst2") == contents(again, "sst2")
+
+
+def test_the_data_of_every_committed_result_is_listed():
+    """A committed summary of a dataset says how many examples it had."""
+    committed = pd.read_parquet(RESULTS / "rows.parquet").query("kind == 'teacher'")
+    rows = pd.read_parquet(RESULTS / "examples.parquet")
+    counts = rows.groupby(["task", "part", "use"]).size()
+    for row in committed.itertuples():
+        limits = {"max_train_examples": row.max_train_examples}
+        limits = {name: int(n) for name, n in limits.items() if pd.notna(n)}
+        part = loading.part_name(
+            Settings.at("small", task=row.task, subsample="position").but(
+                **{"max_train_examples": None, **limits}
+            )
+        )
+        assert counts[row.task, part, "train"] > 1000
+        assert counts[row.task, part, "validation"] > 200
+    assert {len(value) for value in rows["hash"]} == {8}

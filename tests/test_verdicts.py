@@ -228,6 +228,18 @@ def test_tables_quote_the_paper_and_end_with_ours():
     assert list(four.index) == [("quoted", "BERT-large"), ("quoted", "MoEBERT-large")]
 
 
+def test_the_second_test_set_has_its_own_column_and_is_called_phrases():
+    scores = dict(accuracy=[0.75], accuracy_second_test=[0.5])
+    frame = runs("sst2", **scores, **{f"teacher_{name}": [0.5] for name in scores})
+    beside = verdicts.beside_paper(frame)
+    assert beside["metric"].tolist() == ["accuracy", "accuracy, second test set (phrases)"]
+    one = verdicts.beneath(1, beside, source="here").loc[("here", "MoEBERT")]
+    assert one["SST-2 Acc"] == 75
+    assert one["sst2 accuracy, second test set (phrases), here only"] == 50
+    gaps = verdicts.gaps(frame).query("source == 'here'").set_index("task")["gap"]
+    assert gaps["sst2 accuracy, second test set (phrases), here"] == 0
+
+
 def test_bert_large_has_a_table_of_its_own():
     frame = runs("rte", "bert-large-uncased", accuracy=[0.5], teacher_accuracy=[0.75])
     beside = verdicts.beside_paper(frame)

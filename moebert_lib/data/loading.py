@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from moebert_lib.config import provenance
 from moebert_lib.config.errors import UserError, nearest
+from moebert_lib.config.file_io import write_bytes
 from moebert_lib.config.settings import Settings
-from moebert_lib.data import builtin_corpus, squad
+from moebert_lib.data import builtin_corpus, squad, subsample
 from moebert_lib.data.subsample import CAP, HELD_OUT, SECOND_TEST, draw
 from moebert_lib.data.tasks import TASKS, Task, build
 
@@ -258,6 +259,89 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             datasets.enable_progress_bars()
+
+
+# Parts of datasets that results were made from, and how to get them again.
+
+
+def part_name(settings: Settings) -> str:
+    """The settings that decide which examples a part has, as a manifest names it."""
+    names = ("subsample", "max_train_examples", "max_eval_examples", "second_test")
+    values = {name: getattr(settings, name) for name in names}
+    return ", ".join(f"{name}={value}" for name, value in values.items() if value)
+
+
+def add_to_manifest(settings: Settings, results: Path) -> Path:
+    """List the examples of the settings' data in the manifest of a folder of results.
+
+    Rows of the same task and part that are there are replaced.
+
+    Returns:
+        The manifest's path, ``RESULTS/examples.parquet``.
+
+    Raises:
+        UserError: as :func:`load`; or a built-in task, which needs no manifest.
+    """
+    import pandas as pd
+
+    task = TASKS[settings.task]
+    if task.source == "built-in":
+        raise UserError(f"task '{task.name}' is built in: its examples come with the libraries")
+    whole = dict(held_out=0.0, evaluate_on="validation", importance_split="train")
+    loaded = load(settings.but(**whole))  # a held-out part is drawn again from the training part
+    parts = {"train": loaded.train, "validation": loaded.validation, **loaded.also}
+    names = splits(task) | {"second_test": "train"}
+    added = subsample.manifest(parts, names, task, part_name(settings))
+    path = results / subsample.MANIFEST
+    if path.is_file():
+        there = pd.read_parquet(path)
+        same = (there["task"] == task.name) & (there["part"] == part_name(settings))
+        added = pd.concat([there[~same], added], ignore_index=True)
+    write_bytes(path, added.to_parquet(index=False, compression="zstd"))
+    return path
+
+
+def rebuild(results: Path, settings: Settings, folder: Path) -> list[Path]:
+    """Write the data files that results were made from, out of the hub's pinned revision.
+
+    Use them with ``data_dir=FOLDER`` and the same settings. Examples of the second test set follow
+    those to train on in ``train.jsonl``; a run finds them there.
+
+    Args:
+        results: Folder with a manifest, such as ``figures/runs``.
+        settings: The task, and what decides the part: ``subsample``, limits, ``second_test``.
+        folder: Files are written to ``FOLDER/<task>/``; they must not be there yet.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        UserError: no manifest, no such part in it, a file is there already, the hub cannot be
+            reached, or it lacks examples.
+    """
+    import pandas as pd
+
+    task, part, path = TASKS[settings.task], part_name(settings), results / subsample.MANIFEST
+    if not path.is_file():
+        raise UserError(f"no {subsample.MANIFEST} in {results}; expected figures/runs or similar")
+    rows = pd.read_parquet(path)
+    parts = rows.loc[rows["task"] == task.name, "part"].unique()
+    if part not in parts:
+        there = "; ".join(parts) or f"none of task '{task.name}'"
+        raise UserError(f"{path} has no part '{part}' of task '{task.name}'; it has {there}")
+    rows = rows[(rows["task"] == task.name) & (rows["part"] == part)]
+    written = []
+    for split, wanted in rows.groupby("split", sort=False):
+        target = folder / task.name / f"{split}.jsonl"
+        if target.exists():
+            raise UserError(f"{target} exists already; give another folder")
+        source = " at revision ".join(_hub(task).values())
+        examples = subsample.select(downloaded(task, split), wanted, task, source).to_list()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in examples)
+        write_bytes(target, "".join(lines).encode())
+        written.append(target)
+    return written
 
 
 # Local files.

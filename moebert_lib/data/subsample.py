@@ -5,14 +5,22 @@ differs for each purpose. A draw of ``n`` takes the ``n`` lowest hashes: a small
 of a larger one, and draws with unlike salts are independent of each other. Punctuation, spaces,
 capitals, accents and the column ``idx`` do not count, so copies of a dataset that differ in them
 give the same examples.
+
+A *manifest* lists the examples of the parts that results were made from, so that anyone can take
+the same parts out of the hub's datasets (``loading.rebuild``).
 """
 
 import hashlib
 import json
 import re
 import unicodedata
-from typing import TYPE_CHECKING
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from moebert_lib.config.errors import UserError
 from moebert_lib.data.tasks import Task
 
 if TYPE_CHECKING:
@@ -61,3 +69,82 @@ def draw(examples: "Dataset", n: int, salt: str, task: Task) -> "tuple[Dataset, 
     rest = [place for place, value in enumerate(hashes) if value not in drawn]
     select = examples.select
     return select(order[:n], keep_in_memory=True), select(rest, keep_in_memory=True)
+
+
+# Manifests: which examples a part of a dataset has, as hashes and without their text.
+
+MANIFEST = "examples.parquet"  # beside committed results
+COLUMNS = ["task", "part", "split", "use", "hash", "changes"]
+WITHOUT_FULL_STOPS = "full stops removed from the text columns"
+OTHER_COLUMNS = "columns such as idx, id and title left out"
+
+
+def row_hashes(examples: "Dataset", task: Task) -> list[bytes]:
+    """8 bytes of each example's text and right answer: what a manifest knows it by."""
+    texts = text_hashes(examples, task, "manifest")
+    answers = map(_answer, examples[task.columns[-1]])
+    pairs = (text + answer.encode() for text, answer in zip(texts, answers, strict=True))
+    return [hashlib.sha256(pair).digest()[:8] for pair in pairs]
+
+
+def _answer(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(sorted({normalised(text) for text in value["text"]}))
+    return f"{value:.2f}"
+
+
+def manifest(
+    parts: "Mapping[str, Dataset]", splits: Mapping[str, str], task: Task, part: str
+) -> pd.DataFrame:
+    """One row an example, in the order of each part.
+
+    Args:
+        parts: Examples by use: ``train``, ``validation``, ``second_test``, ``mismatched``.
+        splits: The hub's split by use.
+        task: Of the examples.
+        part: A name of these parts.
+
+    Returns:
+        :data:`COLUMNS`: ``hash`` of :func:`row_hashes`, and ``changes``, how the examples differ
+        from the hub's rows.
+    """
+    frames = []
+    for use, examples in parts.items():
+        texts = [text for name in task.fields for text in examples[name]]
+        changes = [OTHER_COLUMNS]
+        if not any("." in text for text in texts):
+            changes.append(WITHOUT_FULL_STOPS)
+        values = {"task": task.name, "part": part, "split": splits[use], "use": use}
+        frame = pd.DataFrame({"hash": row_hashes(examples, task)})
+        frames.append(frame.assign(**values, changes="; ".join(changes)))
+    return pd.concat(frames, ignore_index=True)[COLUMNS]
+
+
+def select(examples: "Dataset", wanted: pd.DataFrame, task: Task, source: str) -> "Dataset":
+    """The examples that rows of a manifest name, in their order and changed as they say.
+
+    Args:
+        examples: All that the source has of a split.
+        wanted: Rows of :func:`manifest` of one split.
+        task: Of the examples.
+        source: Name of the source, for the message.
+
+    Raises:
+        UserError: the source lacks some of them; it says how many.
+    """
+    places: dict[bytes, list[int]] = defaultdict(list)
+    for place, value in reversed([*enumerate(row_hashes(examples, task))]):
+        places[value].append(place)
+    found = [places[value].pop() for value in wanted["hash"] if places[value]]
+    if missing := len(wanted) - len(found):
+        split = wanted["split"].iloc[0]
+        raise UserError(
+            f"{missing:,} of {len(wanted):,} examples of {task.name} are not in the "
+            f"{len(examples):,} of {source}, split '{split}'; expected the same version of it"
+        )
+    chosen = examples.select(found, keep_in_memory=True).select_columns([*task.columns])
+    if WITHOUT_FULL_STOPS not in wanted["changes"].iloc[0]:
+        return chosen
+    rows = chosen.to_list()
+    cut = [{name: row[name].replace(".", "") for name in task.fields} for row in rows]
+    return type(examples).from_list([row | texts for row, texts in zip(rows, cut, strict=True)])

@@ -62,6 +62,17 @@ class Task:
         """Columns of its data: the fields, and ``label``, or ``answers`` for a span."""
         return (*self.fields, "answers" if self.kind == "span" else "label")
 
+    def metric_title(self, column: str) -> str:
+        """A metric's name in tables; the second test set of SST-2 has phrases, not sentences.
+
+        Example:
+            >>> TASKS["sst2"].metric_title("accuracy_second_test")
+            'accuracy, second test set (phrases)'
+        """
+        metric, suffix, _ = column.partition("_second_test")
+        phrases = " (phrases)" if self.name == "sst2" else ""
+        return f"{metric}, second test set{phrases}" if suffix else column
+
 
 _SPAN = ("question", "context")
 

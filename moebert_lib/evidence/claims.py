@@ -17,6 +17,7 @@ from moebert_lib.config import paper_numbers
 from moebert_lib.config.presets import FFN_WIDTHS, LARGE
 from moebert_lib.config.settings import Settings
 from moebert_lib.data.tasks import TASKS
+from moebert_lib.evidence.decision_rule import MARGIN
 from moebert_lib.experiments import ablations
 
 #: What the paper says of the first arm of a comparison, and its sign.
@@ -90,6 +91,12 @@ def _table_arms() -> dict[str, Arm]:
 
 
 ARMS: dict[str, Arm] = {**_figure_arms(), **_table_arms()}
+#: Controls that the paper lacks: its BERT trained for as many further steps as the student, and
+#: every other layer of it, distilled in the same way at the same cost.
+CONTROLS: dict[str, Arm] = {
+    "dense trained on": Arm({"n_experts": 1, "fraction": 1, "distill": "none"}, float("nan")),
+    "half depth": Arm({"student": "half-depth"}, float("nan")),
+}
 
 
 class Comparison(NamedTuple):
@@ -159,12 +166,64 @@ def _claim(row: str) -> Claim:
 CLAIMS = tuple(_claim(row) for row in _TABLE.strip().splitlines())
 
 
+class Primary(NamedTuple):
+    """A comparison that was named before the runs at scale ``base``, and its tasks.
+
+    Attributes:
+        comparison: Of arms of :data:`ARMS` or :data:`CONTROLS`.
+        tasks: The estimate is the mean of their differences.
+        claim: The paper's claim that it tests: a key of :data:`CLAIMS`; "" for a control.
+    """
+
+    comparison: Comparison
+    tasks: tuple[str, ...]
+    claim: str
+
+
+#: The paper's claim, tasks, and arms. Each example of the validation set counts once and, where
+#: there is a second test set, each of its examples too. Holm's correction is over these; every
+#: other comparison is exploratory.
+_PRIMARY = """
+importance   | sst2 qnli mnli      | importance > random
+inverse      | sst2                | random > inverse
+several      | sst2 qnli           | 4 experts > 1 expert
+distillation | sst2 qnli mnli cola | distilled > not distilled
+keeps up     | sst2 qnli mnli cola | MoEBERT ≥ its BERT
+             | sst2                | MoEBERT > dense trained on
+             | sst2                | MoEBERT > half depth
+"""
+
+
+def _primary(row: str) -> Primary:
+    claim, tasks, order = (cell.strip() for cell in row.split("|"))
+    (comparison,) = _comparisons(order)
+    return Primary(comparison, tuple(tasks.split()), claim)
+
+
+PRIMARY = tuple(_primary(row) for row in _PRIMARY.strip("\n").splitlines())
+
+
+def primary_table() -> pd.DataFrame:
+    """The primary comparisons: one row each, with tasks, claim and margin in points."""
+    statements = {claim.key: f"{claim.shown_in}: {claim.statement}" for claim in CLAIMS}
+    rows = [
+        {
+            "comparison": str(comparison),
+            "tasks": ", ".join(tasks),
+            "claim": statements.get(claim, "a control that the paper lacks"),
+            "margin": MARGIN,
+        }
+        for comparison, tasks, claim in PRIMARY
+    ]
+    return pd.DataFrame(rows)
+
+
 def point(arm: str, base: Settings, width: int) -> Settings | None:
     """An arm's settings, or None if a layer of ``width`` neurons has too few for its experts.
 
     Sizes follow ``ablations.ablations``: where the width of experts varies, two thirds are shared.
     """
-    changes = dict(ARMS[arm].changes)
+    changes = dict((ARMS | CONTROLS)[arm].changes)
     if "model" in changes:
         base = base.on(base.task, model=changes.pop("model"), expert_size=None)
         width = FFN_WIDTHS[base.model]

@@ -217,7 +217,8 @@ def beside_paper(runs: pd.DataFrame) -> pd.DataFrame:
         teacher = 100 * group[f"teacher_{metric}"].mean()
         level = _level(group[metric])
         ours = (*level, teacher, level.mean - teacher, guess)
-        rows.append((model, task, metric, *ours, paper, level.mean - paper, paper - bert))
+        title = TASKS[task].metric_title(metric)
+        rows.append((model, task, title, *ours, paper, level.mean - paper, paper - bert))
     names = "model task metric ours low high n teacher gap guessing paper"
     return pd.DataFrame(rows, columns=[*names.split(), "over paper", "paper gap"])
 
@@ -289,7 +290,7 @@ def beneath(n: int, beside: pd.DataFrame, *, source: str) -> pd.DataFrame:
             continue
         column = paper_numbers.column(row.task, row.metric, table=n)
         if not paper_numbers.column(row.task, row.metric):
-            if row.metric != TASKS[row.task].metric:
+            if row.metric.partition(",")[0] != TASKS[row.task].metric:  # on any set
                 continue
         column = column or f"{row.task} {row.metric}, here only"
         teacher[column], student_row[column] = row.teacher, row.ours
@@ -319,7 +320,8 @@ def gaps(runs: pd.DataFrame) -> pd.DataFrame:
     frames = [printed.rename_axis("task").reset_index(name="gap").assign(source="paper")]
     for _, task, metric, group in _by_metric(runs):
         gap = 100 * (group[metric] - group[f"teacher_{metric}"])
-        column = paper_numbers.column(task, metric) or f"{task} {metric}, here"
+        title = TASKS[task].metric_title(metric)
+        column = paper_numbers.column(task, metric) or f"{task} {title}, here"
         prefix = "SQuAD " if paper_numbers.column(task, metric, table=2) else ""
         frames.append(pd.DataFrame({"task": prefix + column, "gap": gap, "source": "here"}))
     return pd.concat(frames, ignore_index=True)
