@@ -125,6 +125,15 @@ def test_whatever_goes_wrong_the_run_has_a_result_and_the_others_go_on(error, st
     assert all(isinstance(found[n], Entry) for n in (0, 2, 3))
 
 
+def test_a_slot_that_dies_before_its_run_starts_ends_the_batch_and_does_not_hang(monkeypatch):
+    def take(self):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(local_pool._Queue, "take", take)
+    with pytest.raises(OSError, match="Input/output"):
+        results(Pool(2), [done] * 3)
+
+
 def test_a_full_disk_ends_the_batch_with_one_line():
     found = results(Pool(1), [fails(Unwritable("runs cannot be written: no space"))])
     assert type(found[0]) is UserError and "no space" in str(found[0])

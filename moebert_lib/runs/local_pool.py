@@ -75,12 +75,13 @@ class Local:
             slots.put(slot)
 
         def run_next() -> None:
-            slot, index = slots.get(), queue.take()
+            index = queue.take()
             events.put((index, None))
 
             def say(line: str) -> None:
                 events.put((index, line))
 
+            slot = slots.get()
             make = partial(self.make, jobs[index], slot=slot, since=since, force=force)
             result = _attempt(jobs[index], make, attempts, say=say, kernels=kernels)
             slots.put(slot)
@@ -94,6 +95,9 @@ class Local:
                 try:  # a wait without an end cannot be interrupted in a Ray task
                     index, event = events.get(timeout=0.5)
                 except Empty:
+                    for future in futures:
+                        if future.done():
+                            future.result()  # raises what a slot itself has died of
                     continue
                 n_left -= isinstance(event, Result)
                 yield index, event

@@ -73,7 +73,11 @@ class Ray(Local):
         with NamedTemporaryFile(dir=store.root, prefix="cluster-", suffix=".tmp") as file:
             marker = Path(file.name).name
             pending = task.remote(job, key.digest, home(), marker, self.environment(slot), force)
-            self._wait(pending, kernels)
+            deadline = None
+            while not self._ray.wait([pending], timeout=0.5)[0]:
+                if kernels.stopped.is_set():
+                    deadline = deadline or time.monotonic() + PATIENCE
+                    self._ray.cancel(pending, force=time.monotonic() > deadline)
             try:
                 result = self._ray.get(pending)
             except RayTaskError as error:  # such as a library that the node does not have
@@ -86,14 +90,6 @@ class Ray(Local):
         if entry is None:
             raise NotebookFailed(job.name, None, "its entry cannot be read", "not run")
         return replace(entry, reused=result)
-
-    def _wait(self, pending: Any, kernels: Kernels) -> None:
-        """Wait for a task's end; cancel it when this batch is stopped."""
-        deadline = None
-        while not self._ray.wait([pending], timeout=0.5)[0]:
-            if kernels.stopped.is_set():
-                deadline = deadline or time.monotonic() + PATIENCE
-                self._ray.cancel(pending, force=time.monotonic() > deadline)
 
 
 def run_on_node(
