@@ -225,7 +225,7 @@ def test_an_unsupported_model_is_refused_in_a_line_that_names_the_supported():
     with pytest.raises(ValueError, match=f"cannot convert a BertForMaskedLM; {known}"):
         to_moebert(tiny_encoder(BertForMaskedLM), RANKING)
     for score in (ffn_importance, lambda model, given: encoder_layouts.width(model.config)):
-        with pytest.raises(ValueError, match="BERT, MiniLM, RoBERTa, ELECTRA, DistilBERT"):
+        with pytest.raises(ValueError, match="BERT, MiniLM, RoBERTa, ELECTRA, MPNet, DistilBERT"):
             score(gated, [{}])
 
 
@@ -250,7 +250,7 @@ def test_an_encoder_whose_layers_have_berts_names_is_not_scored_for_them():
 def test_the_longest_input_is_taken_and_no_longer_one(kind):
     dense = tiny_encoder(kind)
     longest = encoder_layouts.longest(dense)
-    assert longest == {"roberta": 62}.get(dense.config.model_type, 64)
+    assert longest == {"roberta": 62, "mpnet": 62}.get(dense.config.model_type, 64)
     dense(torch.full((1, longest), 5))
     with pytest.raises((IndexError, RuntimeError)):
         dense(torch.full((1, longest + 1), 5))

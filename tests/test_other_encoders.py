@@ -8,6 +8,8 @@ from transformers import (
     DistilBertModel,
     GPT2Config,
     GPT2Model,
+    MPNetConfig,
+    MPNetModel,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -58,24 +60,18 @@ def tokenizer(kind):
     )
 
 
-@pytest.fixture(params=["roberta", "distilbert"])
+@pytest.fixture(params=["roberta", "mpnet", "distilbert"])
 def folder(request, tmp_path, moebert_home):
     """A random encoder and its tokenizer, saved; nothing of another test in memory."""
     for cached in (teachers._teacher, teachers._importance, dataset._dataset):
         cached.cache_clear()
     own = tokenizer(request.param)
     size = dict(vocab_size=len(own), pad_token_id=1, max_position_embeddings=24)
+    layers = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     if request.param == "roberta":
-        model = RobertaModel(
-            RobertaConfig(
-                **size,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=64,
-                type_vocab_size=1,
-            )
-        )
+        model = RobertaModel(RobertaConfig(**size, **layers, type_vocab_size=1))
+    elif request.param == "mpnet":
+        model = MPNetModel(MPNetConfig(**size, **layers))
     else:
         sizes = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64)
         model = DistilBertModel(DistilBertConfig(**size, **sizes))
@@ -93,7 +89,7 @@ def test_it_is_shipped_with_a_receipt_whose_checks_hold(folder, tmp_path):
 
 
 def test_more_tokens_than_it_has_positions_for_are_refused(folder, capsys):
-    longest = {"roberta": 22}.get(folder.name, 24)  # of 24 embeddings
+    longest = {"roberta": 22, "mpnet": 22}.get(folder.name, 24)  # of 24 embeddings
     settings = Settings.at("smoke", model=str(folder))
     dense = new_model(settings, tasks.TASKS["library"])
     share_model._check_fit(dense, tasks.TASKS["library"], settings.but(max_length=longest))
@@ -133,7 +129,9 @@ def test_a_model_that_cannot_be_converted_is_refused_before_anything_runs(folder
         encoder_layouts.check(Settings.at("smoke", model=str(folder), expert_size=65))
     other = tmp_path / "gpt2"
     GPT2Model(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9)).save_pretrained(other)
-    known = "type 'gpt2' cannot be converted; supported: BERT, MiniLM, RoBERTa, ELECTRA, Distil"
+    known = (
+        "type 'gpt2' cannot be converted; supported: BERT, MiniLM, RoBERTa, ELECTRA, MPNet, Distil"
+    )
     with pytest.raises(UserError, match=known):
         encoder_layouts.check(Settings.at("smoke", model=str(other)))
     with pytest.raises(ValueError, match=known):

@@ -70,6 +70,7 @@ FAMILIES = {
         Family("bert", "BERT, MiniLM"),
         Family("roberta", "RoBERTa"),
         Family("electra", "ELECTRA"),
+        Family("mpnet", "MPNet"),
         Family(
             "distilbert",
             "DistilBERT",

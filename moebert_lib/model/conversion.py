@@ -74,7 +74,7 @@ def to_moebert(
     context count as one sentence and go to one expert.
 
     Args:
-        model: Fine-tuned, of a family in ``encoder_layouts`` (BERT, RoBERTa, ELECTRA,
+        model: Fine-tuned, of a family in ``encoder_layouts`` (BERT, RoBERTa, ELECTRA, MPNet,
             DistilBERT), with a head for sequence classification or question answering.
         importance: Scores of this model's neurons from :func:`ffn_importance`, or a ranking
             ``(L, F)`` of integers, most important neuron first: a tensor, an array or lists.

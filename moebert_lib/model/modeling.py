@@ -35,6 +35,10 @@ from transformers import (
     ElectraForQuestionAnswering,
     ElectraForSequenceClassification,
     ElectraModel,
+    MPNetConfig,
+    MPNetForQuestionAnswering,
+    MPNetForSequenceClassification,
+    MPNetModel,
     PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -342,7 +346,7 @@ class MoEBertForQuestionAnswering(MoESpans, BertForQuestionAnswering):
 register(MoEBertConfig, MoEBertModel, MoEBertForSequenceClassification, MoEBertForQuestionAnswering)
 
 
-# MoEBERTs of the other families: RoBERTa, ELECTRA and DistilBERT.
+# MoEBERTs of the other families: RoBERTa, ELECTRA, MPNet and DistilBERT.
 # Each has four classes with names, as BERT's in ``modeling``, which does the work.
 
 
@@ -405,6 +409,31 @@ class MoEElectraForQuestionAnswering(MoESpans, ElectraForQuestionAnswering):
 
 
 @strict
+class MoEMPNetConfig(ExpertsConfig, MPNetConfig):
+    """MPNet's configuration plus that of the experts."""
+
+    model_type = "moempnet"
+
+
+class MoEMPNetModel(MoEEncoder, MPNetModel):
+    """``MPNetModel`` with experts for feed-forward layers."""
+
+    config_class = MoEMPNetConfig
+
+
+class MoEMPNetForSequenceClassification(MoEClassifier, MPNetForSequenceClassification):
+    """``MPNetForSequenceClassification`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEMPNetConfig, MoEMPNetModel
+
+
+class MoEMPNetForQuestionAnswering(MoESpans, MPNetForQuestionAnswering):
+    """``MPNetForQuestionAnswering`` with experts for feed-forward layers."""
+
+    config_class, encoder = MoEMPNetConfig, MoEMPNetModel
+
+
+@strict
 class MoEDistilBertConfig(ExpertsConfig, DistilBertConfig):
     """DistilBERT's configuration plus that of the experts; BERT's names are understood."""
 
@@ -457,6 +486,12 @@ register(
     MoEElectraModel,
     MoEElectraForSequenceClassification,
     MoEElectraForQuestionAnswering,
+)
+register(
+    MoEMPNetConfig,
+    MoEMPNetModel,
+    MoEMPNetForSequenceClassification,
+    MoEMPNetForQuestionAnswering,
 )
 register(
     MoEDistilBertConfig,
