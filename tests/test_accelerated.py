@@ -18,8 +18,8 @@ from transformers import (
     BertLMHeadModel,
     BertModel,
     BertTokenizerFast,
-    DistilBertConfig,
-    DistilBertModel,
+    DebertaV2Config,
+    DebertaV2Model,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -28,6 +28,7 @@ from transformers import (
 
 from moebert_lib import accelerate
 
+SMALL = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
 INPUTS = batch([7, 12, 3, 7])
 MODELS = {
     "dense": dense,
@@ -227,8 +228,8 @@ def test_transformers_trainer_takes_the_same_steps(routing, tmp_path):
     [
         (lambda: BertLMHeadModel(tiny(is_decoder=True)), "not a decoder"),
         (
-            lambda: DistilBertModel(DistilBertConfig(dim=32, n_layers=1, n_heads=2)),
-            "DistilBertModel",
+            lambda: DebertaV2Model(DebertaV2Config(**SMALL, intermediate_size=8, vocab_size=9)),
+            "BERT, MiniLM, RoBERTa, ELECTRA, MPNet, DistilBERT, .* not a DebertaV2Model",
         ),
         (lambda: torch.nn.Linear(2, 2), "not a Linear"),
         (lambda: moebert(padding_in_balance=True), "padding_in_balance=False"),

@@ -22,7 +22,7 @@ from moebert_lib.method.importance import ffn_importance
 from moebert_lib.method.other_scores import ffn_scores
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.method.routing import ROUTINGS
-from moebert_lib.model.accelerate import accelerate, accelerate_if_exact
+from moebert_lib.model.accelerate import PackedEncoder, accelerate_if_exact
 from moebert_lib.model.conversion import load_dense, to_moebert
 from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import RoutingCall, moe_layers
@@ -191,13 +191,11 @@ def test_removed_neurons_are_zeros_in_their_rows(kind):
     assert excite(dense, [rows])["mean"].shape == (2, 64)
 
 
-@all_but_bert
-def test_what_packs_berts_refuses_others_and_faster_leaves_them(kind):
+@every_family
+def test_accelerate_takes_each_family(kind):
     dense = tiny_encoder(kind)
     for model in (dense, converted(dense)):
-        assert accelerate_if_exact(model) is model
-        with pytest.raises(ValueError, match="accelerate takes a BERT or MoEBERT"):
-            accelerate(model)
+        assert isinstance(accelerate_if_exact(model).base_model, PackedEncoder)
 
 
 def test_the_table_of_the_notebook_has_each_family_and_holds():

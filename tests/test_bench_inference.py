@@ -9,7 +9,7 @@ import torch
 from moebert_lib.bench import harness, inference, roofline
 from moebert_lib.cli import main
 from moebert_lib.config.errors import UserError
-from moebert_lib.model.accelerate import PackedBert
+from moebert_lib.model.accelerate import PackedEncoder
 from moebert_lib.model.moe_layer import moe_layers, parameter_counts
 from moebert_lib.store.store import Store
 
@@ -61,7 +61,7 @@ def test_tokens_are_as_uneven_as_words():
 def test_accelerated_models_share_the_parameters_of_the_ordinary_ones():
     found = inference.cpu_models(TINY)
     for name, model in found.items():
-        assert isinstance(model.base_model, PackedBert) == ("accelerated" in name)
+        assert isinstance(model.base_model, PackedEncoder) == ("accelerated" in name)
         if "accelerated" in name:
             origin = found[name.partition(", ")[0]]
             assert {*map(id, model.parameters())} == {*map(id, origin.parameters())}

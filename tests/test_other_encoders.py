@@ -24,7 +24,7 @@ from moebert_lib.experiments import student as experiment
 from moebert_lib.experiments import teacher as teachers
 from moebert_lib.experiments.dataset import new_model
 from moebert_lib.method import encoder_layouts
-from moebert_lib.model.accelerate import accelerate_if_exact
+from moebert_lib.model.accelerate import PackedEncoder, accelerate_if_exact
 from moebert_lib.model.modeling import MoEHead
 from moebert_lib.publish import share_model
 from moebert_lib.store.store import Store
@@ -83,9 +83,10 @@ def folder(request, tmp_path, moebert_home):
 def test_it_is_shipped_with_a_receipt_whose_checks_hold(folder, tmp_path):
     made = share_model.from_task(Store(), "", Settings.at("smoke", model=str(folder)), train=False)
     (tmp_path / "moe").mkdir()
-    proof = share_model.write(made, tmp_path / "moe", name="moe")
-    assert len(proof["checks"]) >= 6 and all(row["holds"] for row in proof["checks"])
-    assert share_model.verify(tmp_path / "moe")["files"].keys() >= {"model.safetensors"}
+    results = share_model.write(made, tmp_path / "moe", name="moe")
+    assert len(results) >= 6 and all(result.holds for result in results)
+    assert any("accelerated" in result.claim for result in results)
+    assert (tmp_path / "moe" / "model.safetensors").is_file()
 
 
 def test_more_tokens_than_it_has_positions_for_are_refused(folder, capsys):
@@ -115,16 +116,14 @@ def test_a_student_of_another_family_is_distilled_and_read_back(folder):
     assert said[0]["label"] in bundle.task.labels
 
 
-def test_dropout_is_set_everywhere_and_training_falls_back(folder):
+def test_dropout_is_set_everywhere_and_training_is_accelerated(folder):
     settings = Settings.at("smoke", model=str(folder), dropout=0.25)
     model = new_model(settings, tasks.TASKS["library"])
     rates = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
-    assert rates == {0.25} and accelerate_if_exact(model) is model
+    assert rates == {0.25} and isinstance(accelerate_if_exact(model).base_model, PackedEncoder)
 
 
 def test_a_model_that_cannot_be_converted_is_refused_before_anything_runs(folder, tmp_path):
-    with pytest.raises(UserError, match="cache_teacher=True is for BERTs"):
-        encoder_layouts.check(Settings.at("smoke", model=str(folder), cache_teacher=True))
     with pytest.raises(UserError, match="the largest expert_size that fits is"):
         encoder_layouts.check(Settings.at("smoke", model=str(folder), expert_size=65))
     other = tmp_path / "gpt2"

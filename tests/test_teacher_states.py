@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
+from test_adapters import every_family
 from test_checkpoints import Pad, sentences
 
 from moebert_lib.config.errors import UserError
@@ -16,6 +17,7 @@ from moebert_lib.data import batching, loading
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.model.accelerate import accelerate
 from moebert_lib.model.conversion import to_moebert
+from moebert_lib.teaching.checks import tiny_encoder
 from moebert_lib.training import teacher_states
 from moebert_lib.training.teacher_states import STATES, TeacherStates
 from moebert_lib.training.trainer import distil
@@ -61,6 +63,17 @@ def test_what_is_kept_is_what_the_teacher_says_in_any_other_batch(
             own, other = found.hidden_states[layer].double(), wanted.hidden_states[layer].double()
             assert own.shape == other.shape and torch.allclose(own, other, rtol=close, atol=close)
         assert torch.allclose(found.logits, wanted.logits, rtol=0, atol=10 * close)
+
+
+@every_family
+def test_kept_states_and_the_head_give_the_logits_of_every_family(kind, tmp_path):
+    teacher = accelerate(tiny_encoder(kind))
+    states = filled(tmp_path, teacher, layers=[0, 2], dtype=torch.float64)
+    for batch in batches(7, sort=False):
+        kept, expected = states.output(batch, teacher), asked(teacher, batch)
+        assert torch.allclose(kept.logits, expected.logits, rtol=0, atol=1e-10)
+        last = expected.hidden_states[2]
+        assert torch.allclose(kept.hidden_states[2], last, rtol=0, atol=1e-10)
 
 
 def test_the_same_batch_gives_the_same_bytes(tiny_bert, tmp_path):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moebert_lib.bench.harness import time_interleaved
 from moebert_lib.data.batching import Packing
 from moebert_lib.method.routing import HashRouter
-from moebert_lib.model.accelerate import PackedBert
+from moebert_lib.model.accelerate import PackedEncoder
 from moebert_lib.model.cpu_kernels import Kernels, PreparedLayer
 from moebert_lib.model.moe_layer import RoutingCall
 
@@ -130,7 +130,7 @@ def work(model: nn.Module, inputs: Mapping[str, Tensor]) -> Work:
     """
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     base, config = model.base_model, model.config
-    packed = isinstance(base, PackedBert)
+    packed = isinstance(base, PackedEncoder)
     if not packed or mask is None:
         mask = torch.ones_like(ids)
     lengths = mask.sum(1).tolist()

@@ -204,11 +204,19 @@ class Packing:
         return self._kept["alike"]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, dropout: float = 0.0) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packing: Packing,
+    *,
+    dropout: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Softmax attention of every sentence to itself.
 
-    On a GPU in half precision this is torch's kernel for sequences of several lengths; else
-    sentences of one length go together through ``scaled_dot_product_attention``.
+    On a GPU in half precision this is torch's kernel for sequences of several lengths; else, and
+    with a bias, sentences of one length go together through ``scaled_dot_product_attention``.
 
     Args:
         q: Queries of ``H`` heads, ``(N, H, d)``; or of each sentence's first token alone,
@@ -217,12 +225,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, dropout: flo
         v: Values, likewise.
         packing: Whose sentences.
         dropout: Of attention's probabilities.
+        bias: Added to the scores of a query's and a key's place, ``(H, T, T)``.
 
     Returns:
         A row for each query, ``H * d`` wide.
     """
     first = len(q) != len(k)
-    if q.is_cuda and q.dtype in HALF and not dropout and _has_varlen(q.device, q.shape[-1]):
+    varlen = q.is_cuda and q.dtype in HALF and not dropout and bias is None
+    if varlen and _has_varlen(q.device, q.shape[-1]):
         from torch.nn.attention.varlen import varlen_attn
 
         longest, starts = packing.lengths[-1], packing.starts
@@ -233,7 +243,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, dropout: flo
         wide, end = 1 if first else T, start + n * T
         mine = q[asked : asked + n * wide].unflatten(0, (n, wide)).transpose(1, 2)  # (n, H, T, d)
         others = (x[start:end].unflatten(0, (n, T)).transpose(1, 2) for x in (k, v))
-        context = F.scaled_dot_product_attention(mine, *others, dropout_p=dropout)
+        added = None if bias is None else bias[None, :, :wide, :T].to(q.dtype)
+        context = F.scaled_dot_product_attention(mine, *others, added, dropout_p=dropout)
         pieces.append(context.transpose(1, 2).reshape(n * wide, -1))
         asked, start = asked + n * wide, end
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -31,6 +31,30 @@ class FFN(NamedTuple):
     norm: "nn.LayerNorm"  #: after the residual
 
 
+class Attention(NamedTuple):
+    """Where a layer has the parts of its attention, as paths below the layer."""
+
+    module: str  #: it has the size of a head, and the dropout of probabilities
+    query: str
+    key: str
+    value: str
+    output: str
+    norm: str  #: after the residual
+    dropout: str  #: of the output; empty where there is none
+
+
+#: BERT's, RoBERTa's and ELECTRA's.
+SELF_ATTENTION = Attention(
+    "attention.self",
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output.dense",
+    "attention.output.LayerNorm",
+    "attention.output.dropout",
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """One kind of encoder.
@@ -40,6 +64,7 @@ class Family:
         name: As people write it.
         layers: Where the encoder has its list of layers.
         parts: Where a layer has the parts of an :class:`FFN`.
+        attention: Where it has those of its attention.
         bypassed: The part of a layer that does nothing any more once experts are in place.
         replaced: The part of a layer that the experts replace; it is called after ``bypassed``.
         config: Configuration names, by BERT's, where they are others.
@@ -50,6 +75,7 @@ class Family:
     name: str
     layers: str = "encoder.layer"
     parts: FFN = FFN("intermediate.dense", "intermediate", "output.dense", "output.LayerNorm")
+    attention: Attention = SELF_ATTENTION
     bypassed: str = "intermediate"
     replaced: str = "output"
     config: dict[str, str] = field(default_factory=dict)
@@ -61,7 +87,16 @@ class Family:
 
     def layers_of(self, encoder: "nn.Module") -> "nn.ModuleList":
         """The layers of an encoder without head, first to last."""
-        return _at(encoder, self.layers)
+        return at(encoder, self.layers)
+
+    def stack_of(self, encoder: "nn.Module") -> "nn.Module":
+        """The part of an encoder that calls its layers."""
+        return at(encoder, self.layers.rpartition(".")[0])
+
+    @property
+    def normed_last(self) -> bool:
+        """Whether the experts replace a LayerNorm of ``ffn(a) + a``, as in DistilBERT."""
+        return self.replaced == self.parts.norm
 
 
 FAMILIES = {
@@ -70,12 +105,33 @@ FAMILIES = {
         Family("bert", "BERT, MiniLM"),
         Family("roberta", "RoBERTa"),
         Family("electra", "ELECTRA"),
-        Family("mpnet", "MPNet"),
+        Family(
+            "mpnet",
+            "MPNet",
+            attention=Attention(
+                "attention.attn",
+                "attention.attn.q",
+                "attention.attn.k",
+                "attention.attn.v",
+                "attention.attn.o",
+                "attention.LayerNorm",
+                "attention.dropout",
+            ),
+        ),
         Family(
             "distilbert",
             "DistilBERT",
             layers="transformer.layer",
             parts=FFN("ffn.lin1", "ffn.activation", "ffn.lin2", "output_layer_norm"),
+            attention=Attention(
+                "attention",
+                "attention.q_lin",
+                "attention.k_lin",
+                "attention.v_lin",
+                "attention.out_lin",
+                "sa_layer_norm",
+                "",
+            ),
             bypassed="ffn",
             replaced="output_layer_norm",
             config={
@@ -197,17 +253,12 @@ def check(settings: Settings) -> None:
         settings.fit(config[family(config.get("model_type")).key("intermediate_size")])
     except ValueError as error:
         raise UserError(str(error)) from None
-    if settings.cache_teacher and config["model_type"] != "bert":
-        raise UserError(
-            f"cache_teacher=True is for BERTs, and {folder} is a model of type "
-            f"'{config['model_type']}'; expected cache_teacher=False"
-        )
 
 
 def ffn(layer: "nn.Module") -> FFN | None:
     """A layer's dense feed-forward network; ``None`` where a module has none."""
     for row in FAMILIES.values():
-        parts = [_at(layer, path) for path in row.parts]
+        parts = [at(layer, path) for path in row.parts]
         if None not in parts:
             return FFN(*parts)
     return None
@@ -267,7 +318,8 @@ def watching(model: "nn.Module", see: "Callable[[int, Tensor], None]") -> Iterat
             hook.remove()
 
 
-def _at(module: Any, path: str) -> Any:
+def at(module: Any, path: str) -> Any:
+    """The part of a module at a path of names; None where there is none."""
     for name in path.split("."):
         module = getattr(module, name, None)
     return module

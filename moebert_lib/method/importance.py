@@ -176,7 +176,7 @@ def ffn_importance(
     Args:
         model: Of a family in ``encoder_layouts``, with a head whose forward returns the mean
             ``loss``. ``accelerate(model)`` is scored without its padding, which is faster; the
-            ``ffn_importance`` of ``moebert_lib`` itself does that for every BERT.
+            ``ffn_importance`` of ``moebert_lib`` itself does that.
         batches: Dictionaries of model inputs with ``labels``, or with ``start_positions`` and
             ``end_positions`` inside the input; on the model's device. ``index`` is ignored.
         meta: Stored with the result, beside the digest of the scored weights.

@@ -2,8 +2,8 @@
 
 ``accelerate`` returns a model that shares its parameters with the original. A batch is packed once
 (``batching.Packing``). Embeddings, LayerNorms, experts and the head remain the same modules, so it
-works alike for a dense BERT and a MoEBERT, hash or gate, in training or not. Without gradient on a
-CPU, linear layers run through ``cpu_kernels``.
+works alike for a dense encoder of any family and for its MoEBERT, hash or gate, in training or not.
+Without gradient on a CPU, linear layers run through ``cpu_kernels``.
 """
 
 import copy
@@ -14,17 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertModel,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
-from transformers.utils.generic import can_return_tuple
 
 from moebert_lib.data.batching import Packing, attention
 from moebert_lib.method import importance
+from moebert_lib.method.encoder_layouts import FAMILIES, Family, at, supported
 from moebert_lib.method.importance import over_tokens
 from moebert_lib.model.cpu_kernels import (
     Kernels,
@@ -33,7 +28,12 @@ from moebert_lib.model.cpu_kernels import (
     has_user_hook,
     hooks_of,
 )
+from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import RoutingCall
+
+#: transformers' heads that read an encoder's first state only, and those that find spans.
+SENTENCES = tuple(kind for kind in HEADS if kind.__name__.endswith("SequenceClassification"))
+SPANS = tuple(kind for kind in HEADS if kind.__name__.endswith("QuestionAnswering"))
 
 
 def accelerate(
@@ -48,10 +48,10 @@ def accelerate(
 
     It is fast in eval mode without gradient (``torch.inference_mode()``), and in training. The
     ordinary forward does what packing cannot: ``inputs_embeds``, attention maps, hooks on whole
-    layers or attentions, a mask that hides first tokens or is no ``(B, T)``, and training a span
-    head on padded batches, whose loss counts the padding. (Without gradient, a span head's logits
-    at padding are those of a zero state, and so its loss on padded batches differs.) Gradient
-    checkpointing is not done.
+    layers or attentions, a mask that hides first tokens or is no ``(B, T)``, for MPNet a mask with
+    holes, and training a span head on padded batches, whose loss counts the padding. (Without
+    gradient, a span head's logits at padding are those of a zero state, and so its loss on padded
+    batches differs.) Gradient checkpointing is not done.
 
     Weights rearranged for the processor follow optimisers, loading and moving; after writing to
     ``parameter.data`` in place, which torch does not count, call ``eval()`` of the accelerated
@@ -60,7 +60,8 @@ def accelerate(
     grouped product serves all experts then.
 
     Args:
-        model: A BERT or MoEBERT of transformers with any head, or without one.
+        model: An encoder of transformers of a family in ``encoder_layouts``, dense or MoEBERT,
+            with any head, or without one.
         dtype: To compute in without gradient on a CPU, such as ``torch.bfloat16`` where the
             processor has it (``moebert doctor`` says so; others are slow in it); what comes out
             keeps the model's dtype, and layers with several experts a token compute in it. On a
@@ -69,37 +70,41 @@ def accelerate(
         prepack: Keep linear layers' weights a second time, rearranged for oneDNN. CPU only.
 
     Raises:
-        ValueError: no BERT, a decoder, layers of another kind (hooks and other linear layers are
-            welcome), no floating dtype, or ``padding_in_balance=True``, which needs the padding.
+        ValueError: no such encoder, a decoder, layers of another kind (hooks and other linear
+            layers are welcome), no floating dtype, or ``padding_in_balance=True``, which needs the
+            padding.
 
     Example:
         >>> import moebert_lib
         >>> model = moebert_lib.accelerate(model)  # doctest: +SKIP
     """
-    bert = getattr(model, "base_model", None)
-    bert = bert.ordinary if isinstance(bert, PackedBert) else bert
-    if not isinstance(bert, BertModel) or bert.config.is_decoder:
-        kind = "a decoder" if isinstance(bert, BertModel) else f"a {type(model).__name__}"
-        raise ValueError(f"accelerate takes a BERT or MoEBERT encoder of transformers, not {kind}")
-    for name, module in _replaced(bert):
-        if not _is_berts_own(module):
+    encoder = getattr(model, "base_model", None)
+    encoder = encoder.ordinary if isinstance(encoder, PackedEncoder) else encoder
+    family = _family(encoder)
+    if family is None or getattr(encoder.config, "is_decoder", False):
+        kind = f"a {type(model).__name__}" if family is None else "a decoder"
+        raise ValueError(
+            f"accelerate takes an encoder of transformers ({supported()}, or a MoEBERT of one), "
+            f"not {kind}"
+        )
+    for name, module in _replaced(encoder, family):
+        if not _is_known(module):
             kind, name = type(module).__name__, name or "the model"
             raise ValueError(
-                f"accelerate does the work of BERT's layers, and {name} is a {kind} "
+                f"accelerate does the work of transformers' layers, and {name} is a {kind} "
                 "with a forward of its own"
             )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r}: expected a floating dtype such as torch.bfloat16")
-    if getattr(bert.config, "padding_in_balance", False):
+    if getattr(encoder.config, "padding_in_balance", False):
         raise ValueError(
             "accelerate drops padding, and padding_in_balance=True counts it; "
             "expected padding_in_balance=False"
         )
-    usual = isinstance(model, BertForSequenceClassification) and _is_berts_own(model)
-    head = "first" if usual else ""
-    head = "padding" if isinstance(model, BertForQuestionAnswering) else head
-    packed = _packed(bert, Kernels(dtype=dtype, prepack=prepack), head)
-    if isinstance(model, BertModel):
+    head = "first" if isinstance(model, SENTENCES) and _is_known(model) else ""
+    head = "padding" if isinstance(model, SPANS) else head
+    packed = _packed(encoder, Kernels(dtype=dtype, prepack=prepack), head)
+    if model.base_model is model:
         return packed
     twin = _twin(model)
     twin._modules[model.base_model_prefix] = packed
@@ -118,13 +123,11 @@ def accelerate_if_exact(model: PreTrainedModel) -> PreTrainedModel:
     """:func:`accelerate`'s model where padding changes no result, else the model itself.
 
     Padding counts where gates balance it too, and in the logits of spans, which are one
-    distribution over all places of a padded batch. Families that ``accelerate`` does not know
-    come back as they are, too.
+    distribution over all places of a padded batch.
     """
     has_spans = hasattr(model, "qa_outputs")
     padding_counts = has_spans or getattr(model.config, "padding_in_balance", False)
-    other_family = not isinstance(model.base_model, BertModel)
-    return model if padding_counts or other_family else accelerate(model)
+    return model if padding_counts else accelerate(model)
 
 
 @functools.wraps(importance.ffn_importance)
@@ -135,8 +138,8 @@ def ffn_importance(
     return importance.ffn_importance(accelerate_if_possible(model), batches, **options)
 
 
-class PackedBert:
-    """``BertModel.forward`` over packed tokens; a mix-in before the model's class.
+class PackedEncoder:
+    """An encoder's forward over packed tokens; a mix-in before the model's class.
 
     Attributes:
         kernels: Linear layers without gradient.
@@ -150,19 +153,23 @@ class PackedBert:
     reads: str
 
     @property
-    def ordinary(self) -> BertModel:
+    def ordinary(self) -> PreTrainedModel:
         """The original model, with the same parameters."""
         return self._ordinary[0]
+
+    @property
+    def family(self) -> Family:
+        """Where layers have their parts."""
+        return _family(self)
 
     def __reduce_ex__(self, protocol: int):
         return _packed, (self.ordinary, self.kernels, self.reads)  # copies and pickles
 
-    def train(self, mode: bool = True) -> "PackedBert":
+    def train(self, mode: bool = True) -> "PackedEncoder":
         """As ``nn.Module.train``; weights are prepared again."""
         self.prepared.clear()
         return super().train(mode)
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -171,18 +178,19 @@ class PackedBert:
         output_hidden_states: bool | str | None = None,
         **others: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """As ``BertModel.forward``; see :func:`accelerate`."""
+        """As the ordinary encoder's; see :func:`accelerate`."""
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         call = RoutingCall.of(attention_mask)
         attention_mask = call.mask
         if self._needs_ordinary(input_ids, attention_mask, others):
             routed = hasattr(self, "routed_layer")  # a dense encoder knows no call
+            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             output = self.ordinary(
                 input_ids,
                 attention_mask=call if routed else attention_mask,
-                token_type_ids=token_type_ids,
                 output_hidden_states=bool(output_hidden_states),
+                **types,
                 **others,
             )
             if output_hidden_states == "packed":
@@ -201,9 +209,10 @@ class PackedBert:
             last = packing.unpack(states[-1])
         if output_hidden_states is True:
             states = [packing.unpack(state) for state in states]
+        pooler = getattr(self, "pooler", None)
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=last,
-            pooler_output=None if self.pooler is None else self.pooler(last),
+            pooler_output=pooler and pooler(last),
             hidden_states=tuple(states) if output_hidden_states else None,
         )
 
@@ -241,15 +250,21 @@ class PackedBert:
         unpacked = ("inputs_embeds", "position_ids", "past_key_values", "encoder_hidden_states")
         if input_ids is None or any(others.get(name) is not None for name in unpacked):
             return True
-        if others.get("output_attentions", self.config.output_attentions):
+        if others.get("return_dict", self.config.return_dict) is False:
             return True
-        tables = (hooks for module in _passed_over(self.encoder) for hooks in hooks_of(module))
+        maps = others.get("output_attentions")
+        if self.config.output_attentions if maps is None else maps:
+            return True
+        passed_over = _passed_over(self, self.family)
+        tables = (hooks for module in passed_over for hooks in hooks_of(module))
         if any(map(has_user_hook, tables)):
             return True
         if mask is None:
             return False
         if mask.shape != input_ids.shape or not bool(mask[:, 0].all()):
             return True
+        if self._has_bias and bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any()):
+            return True  # the bias is of distances in a sentence without holes
         return self.reads == "padding" and torch.is_grad_enabled() and not bool(mask.all())
 
     def _states(
@@ -262,102 +277,152 @@ class PackedBert:
         all_rows: bool | str,
     ) -> list[Tensor]:
         """``X^0 .. X^L`` of Eq. 5, each ``(N, D)``; the last of first tokens only, if allowed."""
-        ids = packing.pack(input_ids)
-        types = None if types is None else packing.pack(types)[None]
-        positions = packing.position[None]
-        x = self.embeddings(input_ids=ids[None], token_type_ids=types, position_ids=positions)[0]
-        call = call.of_tokens(ids[None], packing)
-        on_cpu = x.device.type == "cpu"
-        fast = on_cpu and not (torch.is_grad_enabled() or self.encoder.training)
+        x, family = self._embedded(packing, input_ids, types), self.family
+        bias = self._bias(packing, x)
+        call = call.of_tokens(packing.pack(input_ids)[None], packing)
+        on_cpu, layers = x.device.type == "cpu", family.layers_of(self)
+        fast = on_cpu and not (torch.is_grad_enabled() or family.stack_of(self).training)
         fast = fast and not torch.is_autocast_enabled("cpu")  # mixes dtypes; kernels want one
         states, dtype = [x], x.dtype
-        for index, layer in enumerate(self.encoder.layer):
-            last = index == len(self.encoder.layer) - 1
+        for index, layer in enumerate(layers):
+            last = index == len(layers) - 1
             first = last and self.reads == "first" and not all_rows
-            single = getattr(layer.output, "top_k", 1) == 1  # all that a prepared layer knows
+            # several experts a token are more than a prepared layer knows
+            single = getattr(at(layer, family.replaced), "top_k", 1) == 1
             ready = self._prepared(index, layer) if fast and single else None
             if ready and not ready.watch.has_hooks():
-                x = ready(x.to(self.kernels.dtype or dtype), call, first=first)
+                x = ready(x.to(self.kernels.dtype or dtype), call, first=first, bias=bias)
             else:
                 with OneDNNLinear() if on_cpu and self.kernels.prepack else nullcontext():
-                    x = self._plain(layer, x.to(dtype), call, first=first)
+                    x = self._plain(layer, x.to(dtype), call, first=first, bias=bias)
             states.append(x.to(dtype) if all_rows or last else x)
         return states
 
-    def _plain(self, layer: nn.Module, x: Tensor, call: RoutingCall, *, first: bool) -> Tensor:
+    def _embedded(self, packing: Packing, input_ids: Tensor, types: Tensor | None) -> Tensor:
+        """``X^0``, ``(N, D)``."""
+        given = {"input_ids": packing.pack(input_ids)[None]}
+        padding = self.embeddings.position_embeddings.padding_idx
+        positions = packing.position
+        if padding is not None:  # RoBERTa and MPNet count the tokens that are no padding's
+            real = input_ids.ne(padding).long()
+            positions = packing.pack(real.cumsum(1) * real + padding)
+        if types is not None and hasattr(self.embeddings, "token_type_embeddings"):
+            given["token_type_ids"] = packing.pack(types)[None]
+        x = self.embeddings(**given, position_ids=positions[None])
+        if hasattr(self, "embeddings_project"):  # ELECTRA, where embeddings are narrower
+            x = self.embeddings_project(x)
+        return x[0]
+
+    @property
+    def _has_bias(self) -> bool:
+        """Whether attention's scores depend on the distance of two tokens, as MPNet's do."""
+        return hasattr(self.family.stack_of(self), "compute_position_bias")
+
+    def _bias(self, packing: Packing, x: Tensor) -> Tensor | None:
+        """What is added to attention's scores in all layers, ``(H, T, T)``."""
+        if not self._has_bias:
+            return None
+        T = packing.lengths[-1]  # the longest
+        return self.family.stack_of(self).compute_position_bias(x.new_empty(1, T))[0]
+
+    def _plain(
+        self,
+        layer: nn.Module,
+        x: Tensor,
+        call: RoutingCall,
+        *,
+        first: bool,
+        bias: Tensor | None,
+    ) -> Tensor:
         """One layer through its modules, with their hooks and dropout."""
-        attend, packing = layer.attention.self, call.mask
-        moe = hasattr(layer.output, "experts")
-        first = first and not (moe and layer.output.gated)  # a gate balances over all tokens
+        family, packing = self.family, call.mask
+        where, output = family.attention, at(layer, family.replaced)
+        moe = hasattr(output, "experts")
+        first = first and not (moe and output.gated)  # a gate balances over all tokens
         rows = packing.starts[:-1].long()
-        queries = x[rows] if first else x
-        heads = (len(x), attend.num_attention_heads, attend.attention_head_size)
-        q = attend.query(queries).view(-1, *heads[1:])
-        k, v = attend.key(x).view(heads), attend.value(x).view(heads)
+        queries, attend = x[rows] if first else x, at(layer, where.module)
+        query, key, value = (at(layer, path) for path in (where.query, where.key, where.value))
+        heads = (-1, self.config.num_attention_heads, attend.attention_head_size)
+        q, k, v = query(queries).view(heads), key(x).view(heads), value(x).view(heads)
         dropout = attend.dropout.p if attend.training else 0.0
-        a = layer.attention.output(attention(q, k, v, packing, dropout=dropout), queries)[None]
-        if not moe:
-            return layer.output(layer.intermediate(a), a)[0]
-        call = call.of_tokens(call.input_ids[:, rows], packing) if first else call
-        return layer.output(a, call)[0]
+        context = attention(q, k, v, packing, dropout=dropout, bias=bias)
+        a = at(layer, where.output)(context)
+        a = at(layer, where.dropout)(a) if where.dropout else a
+        a = at(layer, where.norm)(a + queries)[None]
+        if moe:
+            call = call.of_tokens(call.input_ids[:, rows], packing) if first else call
+            return output(a, call)[0]
+        h = at(layer, family.bypassed)(a)
+        return (output(h + a) if family.normed_last else output(h, a))[0]
 
     def _prepared(self, index: int, layer: nn.Module) -> PreparedLayer:
         """The layer with prepacked weights, prepared again where it has changed."""
         prepared = self.prepared.get(index)
         if prepared is None or prepared.layer is not layer or not prepared.watch.same():
-            self.prepared[index] = prepared = PreparedLayer(layer, self.kernels)
+            self.prepared[index] = prepared = PreparedLayer(layer, self.family, self.kernels)
         return prepared
 
 
-def _replaced(bert: BertModel) -> Iterator[tuple[str, nn.Module]]:
+def _family(encoder: Any) -> Family | None:
+    """The family of an encoder without head, dense or MoEBERT; None of anything else."""
+    kind = getattr(getattr(encoder, "config", None), "model_type", "").removeprefix("moe")
+    family = FAMILIES.get(kind)
+    known = family is not None and hasattr(encoder, "embeddings") and family.layers_of(encoder)
+    return family if known else None
+
+
+def _replaced(encoder: PreTrainedModel, family: Family) -> Iterator[tuple[str, nn.Module]]:
     """Names and modules whose forward is replaced here."""
-    parts = (
-        "",
-        "attention",
-        "attention.self",
-        "attention.output",
-        "attention.output.LayerNorm",
-        "intermediate",
-        "output",
-        "output.LayerNorm",
-    )
-    yield "", bert
-    yield "encoder", bert.encoder
-    for index, layer in enumerate(bert.encoder.layer):
-        for part in parts:
-            name = f"encoder.layer.{index}" + f".{part}" * bool(part)
-            names = part.split(".") if part else []
-            yield name, functools.reduce(lambda m, child: getattr(m, child, None), names, layer)
+    yield "", encoder
+    yield family.layers.rpartition(".")[0], family.stack_of(encoder)
+    feed_forward = (family.bypassed, family.replaced, family.parts.norm)
+    for index, layer in enumerate(family.layers_of(encoder)):
+        yield f"{family.layers}.{index}", layer
+        for part in dict.fromkeys((*_inner(family), family.attention.norm, *feed_forward)):
+            yield f"{family.layers}.{index}.{part}", at(layer, part)
 
 
-def _is_berts_own(module: nn.Module) -> bool:
-    """Whether it is a class of transformers' BERT, of this library or of torch, unchanged."""
-    known = ("transformers.models.bert.", "moebert_lib.", "torch.nn.modules.")
+def _inner(family: Family) -> list[str]:
+    """The modules of a layer that contain the parts of its attention."""
+    where = family.attention
+    paths = (where.query, where.output, where.norm)
+    pieces = [path.split(".")[:-1] for path in paths]
+    names = [".".join(names[:n]) for names in pieces for n in range(1, len(names) + 1)]
+    return list(dict.fromkeys(names))
+
+
+_OWN = tuple(f"transformers.models.{name}." for name in FAMILIES)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether it is a class of transformers' encoders, of this library or of torch, unchanged."""
+    known = (*_OWN, "moebert_lib.", "torch.nn.modules.")
     return type(module).__module__.startswith(known) and "forward" not in vars(module)
 
 
-def _passed_over(encoder: nn.Module) -> Iterator[nn.Module]:
+def _passed_over(encoder: PreTrainedModel, family: Family) -> Iterator[nn.Module]:
     """Modules whose forward is never called."""
-    yield encoder
-    for layer in encoder.layer:
-        yield from (layer, layer.attention, layer.attention.self)
+    yield family.stack_of(encoder)
+    for layer in family.layers_of(encoder):
+        yield layer
+        yield from (at(layer, part) for part in _inner(family))
 
 
 def _mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:
     return torch.ones_like(input_ids) if mask is None else mask
 
 
-def _packed(bert: BertModel, kernels: Kernels, reads: str) -> BertModel:
-    twin = _twin(bert)
-    twin.__class__ = _class(type(bert))
+def _packed(encoder: PreTrainedModel, kernels: Kernels, reads: str) -> PreTrainedModel:
+    twin = _twin(encoder)
+    twin.__class__ = _class(type(encoder))
     twin.kernels, twin.reads, twin.prepared = kernels, reads, {}
-    twin._ordinary = (bert,)  # in a tuple: its parameters are registered once
+    twin._ordinary = (encoder,)  # in a tuple: its parameters are registered once
     return twin
 
 
 @functools.cache
-def _class(kind: type[BertModel]) -> type[BertModel]:
-    return type(kind.__name__, (PackedBert, kind), {"__doc__": kind.__doc__})
+def _class(kind: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(kind.__name__, (PackedEncoder, kind), {"__doc__": kind.__doc__})
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ operators that torch.compile uses for this are private, so a plain ``F.linear`` 
 they are missing, fail, or do not support a dtype.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import cached_property
 
@@ -15,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.activations import GELUActivation
 
 from moebert_lib.data.batching import attention
+from moebert_lib.method.encoder_layouts import Family, at
+from moebert_lib.method.encoder_layouts import ffn as dense_ffn
 from moebert_lib.method.routing import by_expert
 from moebert_lib.model.moe_layer import RoutingCall
 
@@ -233,71 +236,80 @@ def _prepacked(weight: Tensor, bias: Tensor, gelu: bool) -> Linear:
     return prepacked
 
 
-# One layer of a BERT or MoEBERT without gradient, with prepacked weights.
+# One layer of an encoder, dense or with experts, without gradient, with prepacked weights.
 
 
 class PreparedLayer:
-    """A ``BertLayer`` with prepacked weights; valid as long as ``watch.same()``.
+    """An encoder's layer with prepacked weights; valid as long as ``watch.same()``.
 
     Args:
         layer: With a dense feed-forward layer, or with ``MoEOutput``.
+        family: Where it has its parts.
         kernels: How to compute.
     """
 
-    def __init__(self, layer: nn.Module, kernels: Kernels):
-        self.moe = hasattr(layer.output, "experts")
-        routers = layer.output.router.modules() if self.moe else ()
+    def __init__(self, layer: nn.Module, family: Family, kernels: Kernels):
+        self.output = at(layer, family.replaced)
+        self.moe = hasattr(self.output, "experts")
+        routers = self.output.router.modules() if self.moe else ()
         self.watch, self.layer, self.kernels = Watch(layer, called=routers), layer, kernels
-        attend, output = layer.attention.self, layer.attention.output
-        self.heads = (attend.num_attention_heads, attend.attention_head_size)
-        self.projection, self.norm = kernels.layers(output.dense), self._norm(output.LayerNorm)
+        self.attend = [at(layer, path) for path in family.attention[1:4]]
+        self.head_size = at(layer, family.attention.module).attention_head_size
+        self.projection = kernels.layers(at(layer, family.attention.output))
+        self.norm = self._norm(at(layer, family.attention.norm))
         if self.moe:
-            stacks = zip(*layer.output.experts.unbound(), strict=True)
-            self.ffns = [self._expert(layer.output, e, weights) for e, weights in enumerate(stacks)]
+            stacks = zip(*self.output.experts.unbound(), strict=True)
+            self.ffns = [self._expert(self.output, e, weights) for e, weights in enumerate(stacks)]
         else:
-            act, up = layer.intermediate.intermediate_act_fn, layer.intermediate.dense
-            up = kernels.layers(up, gelu=is_gelu(act))
-            down, norm = kernels.layers(layer.output.dense), self._norm(layer.output.LayerNorm)
-            self.ffns = [FFN(up, act, down, norm)]
+            ffn = dense_ffn(layer)
+            act = getattr(ffn.act, "intermediate_act_fn", ffn.act)
+            up = kernels.layers(ffn.up, gelu=is_gelu(act))
+            self.ffns = [FFN(up, act, kernels.layers(ffn.down), self._norm(ffn.norm))]
 
     @cached_property
     def qkv(self) -> Linear:
         """Queries, keys and values side by side."""
-        attend = self.layer.attention.self
-        return self.kernels.layers(attend.query, attend.key, attend.value)
+        return self.kernels.layers(*self.attend)
 
     @cached_property
     def q_and_kv(self) -> tuple[Linear, Linear]:
         """The same in two products, for a layer with few queries."""
-        attend = self.layer.attention.self
-        query = self.kernels.layers(attend.query)
-        return query, self.kernels.layers(attend.key, attend.value)
+        query, key, value = self.attend
+        return self.kernels.layers(query), self.kernels.layers(key, value)
 
-    def __call__(self, x: Tensor, call: RoutingCall, *, first: bool = False) -> Tensor:
+    def __call__(
+        self, x: Tensor, call: RoutingCall, *, first: bool = False, bias: Tensor | None = None
+    ) -> Tensor:
         """The next state.
 
         Args:
             x: State of all tokens, ``(N, D)``.
             call: Its ids are ``(1, N)``, its mask the batch's packing.
             first: Compute the states of first tokens only.
+            bias: Of attention's scores, ``(H, T, T)``.
 
         Returns:
             Shape ``(N, D)``, or with ``first`` ``(B, D)``, shortest sentence first.
         """
         packing = call.mask
         rows = packing.starts[:-1].long() if first else None
-        gated = self.moe and self.layer.output.gated  # a gate looks at all tokens
+        gated = self.moe and self.output.gated  # a gate looks at all tokens
         if first and not gated:
             q_of, kv_of = self.q_and_kv
             queries = x.index_select(0, rows)
             call, rows = call.of_tokens(call.input_ids[:, rows], packing), None
-            q = q_of(queries).view(-1, *self.heads)
-            k, v = kv_of(x).view(-1, 2, *self.heads).unbind(1)
+            q = self._heads(q_of(queries))
+            k, v = self._heads(kv_of(x), 2).unbind(1)
         else:
             queries = x
-            q, k, v = self.qkv(x).view(-1, 3, *self.heads).unbind(1)
-        a = self.norm(self.projection(attention(q, k, v, packing), queries))
+            q, k, v = self._heads(self.qkv(x), 3).unbind(1)
+        a = self.norm(self.projection(attention(q, k, v, packing, bias=bias), queries))
         return self.feed_forward(a, call, rows)
+
+    def _heads(self, x: Tensor, *parts: int) -> Tensor:
+        """``(N, parts * H * d)`` to ``(N, parts, H, d)``."""
+        heads = x.shape[1] // math.prod(parts) // self.head_size
+        return x.view(-1, *parts, heads, self.head_size)
 
     def feed_forward(self, a: Tensor, call: RoutingCall, rows: Tensor | None = None) -> Tensor:
         """The layer's second half: gather each expert's tokens, apply it, put the rows back.
@@ -307,7 +319,7 @@ class PreparedLayer:
             call: As in :meth:`__call__`.
             rows: Tokens to serve; all where None.
         """
-        output = self.layer.output
+        output = self.output
         if not self.moe:
             return self.ffns[0](a if rows is None else a[rows])
         seen = a.to(output.router.gate.weight.dtype) if output.gated else a

@@ -47,7 +47,9 @@ from transformers import (
     RobertaModel,
 )
 from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
     ModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -55,6 +57,7 @@ from transformers.modeling_outputs import (
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.distilbert.modeling_distilbert import TransformerBlock
 from transformers.models.electra.modeling_electra import ElectraLayer
+from transformers.models.mpnet.modeling_mpnet import MPNetLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 from transformers.utils.generic import can_return_tuple
 
@@ -265,7 +268,7 @@ class MoEHead(MoEPreTrainedModel):
         """As the dense model's, with ``aux_loss``, whose weighted part is in ``loss``."""
         # Dense heads hand the mask to their encoder as it is, so the call takes its place.
         call = RoutingCall(mask=attention_mask)
-        output = super().forward(input_ids, call, *args, **kwargs)
+        output = super().forward(input_ids, call, *args, **kwargs, return_dict=True)
         aux_loss = call.take_balance()
         if aux_loss is not None and output.loss is not None:
             output.loss = output.loss + self.config.router_aux_loss_coef * aux_loss
@@ -415,10 +418,66 @@ class MoEMPNetConfig(ExpertsConfig, MPNetConfig):
     model_type = "moempnet"
 
 
-class MoEMPNetModel(MoEEncoder, MPNetModel):
+class MoEMPNetLayer(MPNetLayer):
+    """``MPNetLayer`` with experts for its feed-forward half."""
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_bias=None,
+        output_attentions=False,
+        *,
+        routing_call=None,
+    ):
+        """As the dense layer's; ``routing_call`` holds what routers need."""
+        attention_output, *maps = self.attention(
+            hidden_states,
+            attention_mask,
+            position_bias=position_bias,
+            output_attentions=output_attentions,
+        )
+        return self.output(attention_output, routing_call or RoutingCall()), *maps
+
+
+class RoutedMPNetModel(MPNetModel):
+    """``MPNetModel``, whose encoder is given the call too: the dense class drops it."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        *,
+        routing_call=None,
+        **kwargs,
+    ):
+        """As the dense model's; ``routing_call`` holds what routers need."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either input_ids or inputs_embeds")
+        usual = (self.config.output_attentions, self.config.output_hidden_states)
+        asked = (output_attentions, output_hidden_states)
+        wanted = [
+            default if value is None else value for default, value in zip(usual, asked, strict=True)
+        ]
+        embedded = self.embeddings(input_ids, position_ids, inputs_embeds)
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=embedded, attention_mask=attention_mask
+        )
+        encoded = self.encoder(embedded, mask, *wanted, return_dict=True, routing_call=routing_call)
+        last = encoded.last_hidden_state
+        pooled = None if self.pooler is None else self.pooler(last)
+        return BaseModelOutputWithPooling(last, pooled, encoded.hidden_states, encoded.attentions)
+
+
+class MoEMPNetModel(MoEEncoder, RoutedMPNetModel):
     """``MPNetModel`` with experts for feed-forward layers."""
 
-    config_class = MoEMPNetConfig
+    config_class, routed_layer = MoEMPNetConfig, MoEMPNetLayer
 
 
 class MoEMPNetForSequenceClassification(MoEClassifier, MPNetForSequenceClassification):

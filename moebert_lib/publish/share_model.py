@@ -18,7 +18,6 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
-    BertModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -335,7 +334,7 @@ def run_checks(converted: ConvertedModel, folder: Path) -> list[CheckResult]:
         _run(THIS, checks.padding_changes_nothing, model, batch),
         same("saved and loaded, the model gives the same logits", model, saved, batch, tolerance=0),
     ]
-    if isinstance(dense.base_model, BertModel) and not model.config.padding_in_balance:
+    if not model.config.padding_in_balance:
         claim, fast = "accelerated, the model gives the same logits", accelerate(model)
         results.append(same(claim, model, fast, batch, tolerance=TOLERANCE))
     if model.config.routing.startswith("hash"):

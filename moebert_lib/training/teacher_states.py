@@ -144,4 +144,8 @@ def _reserve(path: Path, n_bytes: int) -> None:
 def _logits(teacher: PreTrainedModel, packing: Packing, last: Tensor) -> Tensor:
     """The head's logits ``(B, C)`` from the last packed state ``(N, D)``."""
     first = packing.to_batch_order(last[packing.starts[:-1].long()])[:, None]  # (B, 1, D)
-    return teacher.classifier(teacher.base_model.pooler(first))
+    if pooler := getattr(teacher.base_model, "pooler", None):  # BERT
+        return teacher.classifier(pooler(first))
+    if hasattr(teacher, "pre_classifier"):  # DistilBERT
+        return teacher.classifier(teacher.pre_classifier(first[:, 0]).relu())
+    return teacher.classifier(first)  # RoBERTa, ELECTRA, MPNet
