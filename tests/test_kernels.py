@@ -145,9 +145,9 @@ def test_parameters_without_a_version_are_not_trusted():
 def test_a_layer_is_prepared_once_and_again_when_it_changed(monkeypatch):
     built, prepare = [], PreparedLayer.__init__
 
-    def counted(self, layer, kernels):
+    def counted(self, layer, *others):
         built.append(layer)
-        prepare(self, layer, kernels)
+        prepare(self, layer, *others)
 
     monkeypatch.setattr(PreparedLayer, "__init__", counted)
     model = moebert().float()

@@ -22,7 +22,7 @@ from moebert_lib.data import builtin_corpus, tasks
 from moebert_lib.experiments import dataset
 from moebert_lib.experiments import student as experiment
 from moebert_lib.experiments import teacher as teachers
-from moebert_lib.experiments.dataset import new_model
+from moebert_lib.experiments.dataset import fine_tuned_model, new_model
 from moebert_lib.method import encoder_layouts
 from moebert_lib.model.accelerate import PackedEncoder, accelerate_if_exact
 from moebert_lib.model.modeling import MoEHead
@@ -89,13 +89,14 @@ def test_it_is_shipped_with_a_receipt_whose_checks_hold(folder, tmp_path):
     assert (tmp_path / "moe" / "model.safetensors").is_file()
 
 
-def test_more_tokens_than_it_has_positions_for_are_refused(folder, capsys):
+def test_more_tokens_than_it_has_positions_for_are_refused(folder, tmp_path):
     longest = {"roberta": 22, "mpnet": 22}.get(folder.name, 24)  # of 24 embeddings
-    settings = Settings.at("smoke", model=str(folder))
-    dense = new_model(settings, tasks.TASKS["library"])
-    share_model._check_fit(dense, tasks.TASKS["library"], settings.but(max_length=longest))
+    settings = Settings.at("smoke", model=str(folder), max_length=longest)
+    new_model(settings, tasks.TASKS["library"]).save_pretrained(tmp_path / "tuned")
+    tuned = settings.but(model=str(tmp_path / "tuned"))
+    assert encoder_layouts.longest(fine_tuned_model(tuned)) == longest
     with pytest.raises(UserError, match=f"{longest + 1}: the model takes at most {longest} tok"):
-        share_model._check_fit(dense, tasks.TASKS["library"], settings.but(max_length=longest + 1))
+        fine_tuned_model(tuned.but(max_length=longest + 1))
 
 
 def test_a_student_of_another_family_is_distilled_and_read_back(folder):

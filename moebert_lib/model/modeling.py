@@ -473,6 +473,8 @@ class RoutedMPNetModel(MPNetModel):
         pooled = None if self.pooler is None else self.pooler(last)
         return BaseModelOutputWithPooling(last, pooled, encoded.hidden_states, encoded.attentions)
 
+    forward = _with_signature_of(MPNetModel, forward)
+
 
 class MoEMPNetModel(MoEEncoder, RoutedMPNetModel):
     """``MPNetModel`` with experts for feed-forward layers."""
