@@ -185,12 +185,14 @@ class PackedEncoder:
         attention_mask = call.mask
         if self._needs_ordinary(input_ids, attention_mask, others):
             routed = hasattr(self, "routed_layer")  # a dense encoder knows no call
-            types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            if token_type_ids is not None:
+                others["token_type_ids"] = token_type_ids
+            if output_hidden_states == "packed":
+                others["return_dict"] = True
             output = self.ordinary(
                 input_ids,
                 attention_mask=call if routed else attention_mask,
                 output_hidden_states=bool(output_hidden_states),
-                **types,
                 **others,
             )
             if output_hidden_states == "packed":
