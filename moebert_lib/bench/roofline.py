@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from moebert_lib.bench.harness import time_interleaved
 from moebert_lib.data.batching import Packing
+from moebert_lib.method.encoder_layouts import FAMILIES
 from moebert_lib.method.routing import HashRouter
 from moebert_lib.model.accelerate import PackedEncoder
 from moebert_lib.model.cpu_kernels import Kernels, PreparedLayer
@@ -252,7 +253,8 @@ def time_feed_forward(
 
 
 def _feed_forward(model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
-    layers = [PreparedLayer(layer, Kernels()) for layer in model.base_model.encoder.layer]
+    family, stack = FAMILIES["bert"], model.base_model.encoder.layer
+    layers = [PreparedLayer(layer, family, Kernels()) for layer in stack]
     routing = RoutingCall(ids[None], Packing.of(torch.ones(1, len(ids))))
     states = torch.rand(len(ids), model.config.hidden_size, dtype=model.dtype)
 
