@@ -5,7 +5,8 @@ import re
 import pytest
 
 from moebert_lib.config.errors import UserError, nearest
-from moebert_lib.config.presets import MINILM, RELEASE, SCALES
+from moebert_lib.config.paper_numbers import TABLE7
+from moebert_lib.config.presets import MINILM, MPNET, RELEASE, SCALES, SHAPES
 from moebert_lib.config.settings import Settings, check_sizes
 
 
@@ -26,6 +27,15 @@ def test_paper_scale_takes_table_7():
     assert (settings.weight_decay, settings.distill_weight, settings.max_length) == (0.01, 1.0, 512)
     assert Settings.at("paper", task="mnli").distill_weight == 5.0
     assert Settings.at("paper", task="rte", epochs=1).epochs == 1
+
+
+@pytest.mark.parametrize("task", TABLE7)
+def test_scale_base_is_offline_and_has_the_papers_sizes_and_lambda(task):
+    settings = Settings.at("base", task=task)
+    assert settings.model == MPNET and settings.offline and not settings.brief
+    assert settings.sizes(SHAPES[MPNET].neurons) == (768, 512)
+    assert settings.distill_weight == TABLE7[task]["distill_weight"]
+    assert settings.importance_split == "held-out" and settings.held_out > 0
 
 
 def test_an_empty_task_is_the_scales_own():

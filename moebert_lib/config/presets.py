@@ -72,9 +72,13 @@ SCALES: dict[str, dict[str, Any]] = {
         task="sst2",
         model=MPNET,
         max_length=128,
+        held_out=0.1,  # chooses the recipe, and gives the importance scores
+        importance_split="held-out",
         importance_examples=2000,
         teacher_batch_size=16,
+        teacher_warmup=0.1,
         batch_size=16,
+        warmup=0.1,
         n_seeds=3,
     ),
     "paper": dict(task="mnli", model=BASE, n_seeds=3),
