@@ -22,7 +22,7 @@ from moebert_lib.method.importance import ffn_importance
 from moebert_lib.method.other_scores import ffn_scores
 from moebert_lib.method.partition import random_ranking
 from moebert_lib.method.routing import ROUTINGS
-from moebert_lib.model.accelerate import PackedEncoder, accelerate_if_exact
+from moebert_lib.model.accelerate import PackedEncoder, accelerate, accelerate_if_exact
 from moebert_lib.model.conversion import load_dense, to_moebert
 from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import RoutingCall, moe_layers
@@ -82,6 +82,13 @@ def test_permuting_neurons_changes_nothing(kind):
 def test_scores_equal_the_slow_loop_over_weight_gradients(kind):
     dense = tiny_encoder(kind)
     checks.importance_equals_slow_loop(ffn_importance, dense, tiny_batch(dense))
+
+
+@every_head
+def test_scores_without_padding_are_the_same(kind):
+    dense = tiny_encoder(kind)
+    one, other = (ffn_importance(m, [tiny_batch(dense)]).scores for m in (dense, accelerate(dense)))
+    assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
 @every_family
