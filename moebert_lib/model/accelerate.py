@@ -28,12 +28,7 @@ from moebert_lib.model.cpu_kernels import (
     has_user_hook,
     hooks_of,
 )
-from moebert_lib.model.modeling import HEADS
 from moebert_lib.model.moe_layer import RoutingCall
-
-#: transformers' heads that read an encoder's first state only, and those that find spans.
-SENTENCES = tuple(kind for kind in HEADS if kind.__name__.endswith("SequenceClassification"))
-SPANS = tuple(kind for kind in HEADS if kind.__name__.endswith("QuestionAnswering"))
 
 
 def accelerate(
@@ -101,9 +96,7 @@ def accelerate(
             "accelerate drops padding, and padding_in_balance=True counts it; "
             "expected padding_in_balance=False"
         )
-    head = "first" if isinstance(model, SENTENCES) and _is_known(model) else ""
-    head = "padding" if isinstance(model, SPANS) else head
-    packed = _packed(encoder, Kernels(dtype=dtype, prepack=prepack), head)
+    packed = _packed(encoder, Kernels(dtype=dtype, prepack=prepack), _read_by_head(model))
     if model.base_model is model:
         return packed
     twin = _twin(model)
@@ -408,6 +401,15 @@ def _passed_over(encoder: PreTrainedModel, family: Family) -> Iterator[nn.Module
     for layer in family.layers_of(encoder):
         yield layer
         yield from (at(layer, part) for part in _inner(family))
+
+
+def _read_by_head(model: PreTrainedModel) -> str:
+    """What a head reads of the last state: see ``PackedEncoder.reads``."""
+    kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith(_OWN)]
+    if any(name.endswith("ForQuestionAnswering") for name in kinds):
+        return "padding"
+    sentences = any(name.endswith("ForSequenceClassification") for name in kinds)
+    return "first" if sentences and _is_known(model) else ""
 
 
 def _mask(input_ids: Tensor, mask: Tensor | None) -> Tensor:
