@@ -11,6 +11,7 @@ import smoke_runs
 import torch
 from checkout import NOTEBOOKS
 
+from moebert_lib.cli import main
 from moebert_lib.config.errors import UserError
 from moebert_lib.config.settings import Settings
 from moebert_lib.experiments import ablations, student, teacher
@@ -170,14 +171,69 @@ def test_code_is_read_and_never_run(moebert_home, tmp_path):
     assert points([*cells, asks], tmp_path) == ROUTERS and not mark.exists()
 
 
-def test_an_annotation_is_never_run(moebert_home, tmp_path):
-    path, mark = notebook(tmp_path, []), tmp_path / "ran"
-    known = nbformat.read(path, 4)
-    known.cells[0].source = f"seed: open({str(mark)!r}, 'w') = 0"
-    nbformat.write(known, path)
-    with pytest.raises(UserError, match="may hold only lines such as"):
-        plan.plan([path])
-    assert not mark.exists()
+CANARY = "__import__('pathlib').Path({mark!r}).touch()"
+ANNOTATIONS = ["{}", "list[{}]", "dict[str, {}]", "Literal[{}]", "int | {}", "'{}'", "list['{}']"]
+PLACES = {
+    **{f"annotation {place}": [f"n: {place} = 0"] for place in ANNOTATIONS},
+    "endless annotation": ["n: 9**9**9 = 0"],
+    "default": ["n: int = {}"],
+    "default in a list": ["n: list = [{}]"],
+    "endless default": ["n: int = 9**9**9"],
+    "statement among the parameters": ["n: int = 0\n{}"],
+    "cell": ["n: int = 0", "{}"],
+    "cell of IPython": ["n: int = 0", "%time {}\n!touch {mark}"],
+    "name of a set": ["n: int = 0", "{points}points({}, settings)"],
+    "parameter of a set": ["n: int = 0", "{points}points('routers', settings, n={})"],
+    "settings of a set": ["n: int = 0", "{points}points('routers', {})"],
+}
+
+
+@pytest.mark.parametrize("cells", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("option", ["--plan", "--why"])
+def test_a_plan_runs_nothing_that_a_notebook_holds(cells, option, moebert_home, tmp_path, capsys):
+    mark = tmp_path / "ran"
+    canary = CANARY.format(mark=str(mark))
+    asks = "from moebert_lib.experiments.ablations import points\n"
+    filled = [
+        cell.replace("'{}'", repr(canary)).replace("{}", canary).replace("{mark}", str(mark))
+        for cell in cells
+    ]
+    made = [nbformat.v4.new_code_cell(cell.replace("{points}", asks)) for cell in filled]
+    made[0].metadata["tags"] = ["parameters"]
+    path = tmp_path / "mine.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=made), path)
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(f"notebook: {path}\n")
+    commands = [["run", str(path), option]]
+    commands += [["sweep", str(grid), *more] for more in (["--dry-run"], ["--why"], ["--count"])]
+    assert {main.main(command) for command in commands} <= {0, 2}
+    assert not mark.exists() and "Traceback" not in capsys.readouterr().err
+
+
+GRIDS = [
+    "notebook: !!python/object/apply:os.system ['{}']",
+    "seeds: [!!python/name:os.system '']",
+    "seeds: ['{}']",
+    "tasks: ['{}']",
+    "data_dir: '$({})'",
+    "settings: {{model: ['{}']}}",
+    "settings: {{'{}': [1]}}",
+    "settings: {{overrides: [{{'{}': 1}}]}}",
+    "points: [{{notebook: '{}'}}]",
+    "points: [{{n_experts: '{}'}}]",
+]
+
+
+@pytest.mark.parametrize("text", GRIDS)
+def test_a_dry_run_runs_nothing_that_a_grid_holds(text, moebert_home, tmp_path, capsys):
+    mark = tmp_path / "ran"
+    canaries = (CANARY.format(mark=str(mark)).replace("'", "''"), f"touch {mark}")
+    for canary in canaries:
+        grid = tmp_path / "grid.yaml"
+        grid.write_text(f"scale: smoke\n{text.format(canary)}\n")
+        for more in (["--dry-run"], ["--why"], ["--count"]):
+            assert main.main(["sweep", str(grid), *more]) == 2
+    assert not mark.exists() and "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Grids are refused or planned whole; a sweep leaves one table, in the grid's order."""
 
+import shutil
+
 import fixture_home
 import numpy as np
 import pandas as pd
@@ -7,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moebert_lib.cli import main
 from moebert_lib.config.errors import UserError
 from moebert_lib.runs import execution, plan, status, sweep
 from moebert_lib.runs.execution import NotebookFailed
+from moebert_lib.runs.local_pool import Local
 from moebert_lib.store.store import Entry, StageKey
 
 SMOKE = {"notebook": "01", "scale": "smoke"}
@@ -194,6 +198,43 @@ def test_what_failed_is_told_remembered_and_run_again_only_when_asked(home):
     (again,) = sweep.with_failures()
     sweep.run(again, retry_failed=True, echo=lines.append)
     assert sum("running" in line for line in lines[n_lines:]) == 1
+
+
+def test_every_point_has_one_state_in_the_sweep_in_its_table_and_in_status(
+    home, tmp_path, monkeypatch, capsys
+):
+    """Seed 0 fails in a cell, 1 dies on a lost node, 2 cannot start, 3 breaks the pool's slot."""
+    make = Local.make
+    errors = {
+        1: NotebookFailed("02_fails", None, "lost: a node", "died"),
+        2: OSError(12, "Cannot allocate memory"),
+        3: ZeroDivisionError("in a slot"),
+    }
+
+    def make_or_break(self, job, **how):
+        if error := errors.get(job.parameters["seed"]):
+            raise error
+        return make(self, job, **how)
+
+    def ends_with(*words, counts):
+        assert main.main(["sweep", str(grid), *words]) == (0 if "failed" not in counts else 1)
+        assert counts in capsys.readouterr().out.splitlines()
+        assert main.main(["status"]) == 0
+        assert f": {counts}" in capsys.readouterr().out
+        (table,) = (home / "runs" / "sweeps").glob("*/table.csv")
+        assert status.count_states(pd.read_csv(table)["state"]) == counts
+
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("notebook: 02\nseeds: [0, 1, 2, 3, 4]\n")
+    monkeypatch.setattr(Local, "make", make_or_break)
+    ends_with(counts="1 of 5 done, 2 failed, 1 died, 1 not run")
+    errors.clear()
+    ends_with(counts="2 of 5 done, 2 failed, 1 died")
+    ends_with("--retry-failed", counts="4 of 5 done, 1 failed")
+    path = home / "notebooks" / "02_fails.ipynb"
+    path.write_text(path.read_text().replace("seed == 0", "seed == 9"))
+    shutil.rmtree(home / "runs" / "sweeps")
+    ends_with(counts="5 of 5 done")
 
 
 def test_a_preview_says_what_would_happen_and_why(home):

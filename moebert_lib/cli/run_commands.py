@@ -146,11 +146,8 @@ def sweep(args: argparse.Namespace) -> int:
     for grid in planned:
         results = sweeps.run(grid, only=only, engine=engine, echo=say, **how)
         states = [sweeps.state(result) for result in results]
-        n_done = states.count("done")
-        all_done &= n_done == len(states)
-        others = [f"{states.count(name)} {name}" for name in inventory.STATES if name != "done"]
-        others = [text for text in others if not text.startswith("0 ")]
-        say(", ".join([f"{n_done} of {len(states)} done", *others]))
+        all_done &= set(states) == {"done"}
+        say(inventory.count_states(states))
         if only is None:
             say(f"table     {near(grid.folder / inventory.TABLE)}")
         else:

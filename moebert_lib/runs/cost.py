@@ -9,7 +9,7 @@ import functools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
@@ -24,10 +24,10 @@ from moebert_lib.experiments.stage_keys import (
     IMPORTANCE,
     TEACHER,
     TRAINING,
-    without_later,
+    chosen,
 )
 from moebert_lib.method.encoder_layouts import parameters, shape
-from moebert_lib.runs.plan import Job, asked, describe
+from moebert_lib.runs.plan import Job, asked, describe, text_of
 from moebert_lib.store.store import Store
 
 
@@ -67,7 +67,7 @@ FP32 = 4  # bytes
 ADAM = 4 * FP32  # bytes a trained parameter: weight, gradient, two moments
 
 STAGES = ("teacher", "importance", "converted", "student")
-NOUNS = {"teacher": "teacher", "importance": "scoring", "converted": "conversion"}
+NOUNS = {"importance": "scoring", "converted": "conversion"}
 
 
 class Cost(NamedTuple):
@@ -87,57 +87,112 @@ class Run:
 
     @property
     def converts(self) -> bool:
-        """Whether it is no longer the teacher."""
+        """Whether it is made from the teacher: a MoEBERT, or a model of half the depth."""
         return self.stage in ("converted", "student")
 
     @property
     def has_experts(self) -> bool:
-        """Whether it is a MoEBERT, and not a teacher of half the depth."""
+        """Whether it is a MoEBERT."""
         return self.converts and self.settings.student == "experts"
 
     @property
     def scored(self) -> bool:
-        """Whether it needs the teacher's scores: all but a random ranking do."""
-        return self.stage == "importance" or (
-            self.has_experts and self.settings.ranking != "random"
-        )
+        """Whether it needs the teacher's scores: all experts but those of a random ranking do."""
+        ranked = self.has_experts and self.settings.ranking != "random"
+        return ranked or self.stage == "importance"
 
     @functools.cached_property
     def choices(self) -> dict[str, Any]:
-        """The settings that decide it, without seeds and without where data lies."""
-        names = ["model", *DATA, *TEACHER, *(IMPORTANCE if self.scored else ())]
-        names += [*CONVERSION, "grouping"] if self.has_experts else ["student"] * self.converts
+        """The settings that decide it, seeds too; sizes of experts in neurons."""
+        settings, sizes = self.settings, {}
+        names = ["model", "data_dir", *DATA, *TEACHER, "dense_seed"]
+        names += IMPORTANCE if self.scored else ()
+        if self.converts:
+            names += ["student", "seed"]
+        if self.has_experts:
+            names += [*CONVERSION, "grouping"]
+            both = settings.sizes(shape(settings.model).neurons)
+            sizes = dict(zip(("expert_size", "n_shared"), both, strict=True))
+            if settings.ranking == "random" or settings.grouping.startswith("kmeans"):
+                names.append("split_seed")
         names += TRAINING if self.stage == "student" else ()
-        values = {name: getattr(self.settings, name) for name in names if name != "seed"}
-        return without_later(values | (sizes(self.settings) if self.has_experts else {}))
+        return chosen(settings, names) | sizes
 
     @property
-    def seeds(self) -> tuple[int | None, ...]:
-        """Seeds of the teacher, of the conversion, and of what is drawn to build experts."""
-        settings = self.settings
-        drawn = settings.ranking == "random" or settings.grouping.startswith("kmeans")
-        if not self.converts:
-            return settings.dense_seed, None, None
-        drawn = drawn and self.has_experts
-        return settings.dense_seed, settings.seed, settings.split_seed if drawn else None
-
     def key(self) -> tuple:
         """What sets it apart from all other runs."""
-        return (self.stage, self.settings.data_dir, *self.choices.items(), self.seeds)
+        return (self.stage, *self.choices.items())
+
+    @property
+    def like(self) -> tuple:
+        """Its stage and the settings that its time depends on: the same for every seed."""
+        return _like(self.stage, self.choices)
 
     @functools.cached_property
     def cost(self) -> Cost:
-        """Its estimate."""
-        return estimate(self)
+        """Its estimate: operations and memory.
+
+        A training step passes forward once and backward twice. A teacher is evaluated at its end;
+        a student also before, and its teacher answers every step unless ``distill`` is none.
+        Scoring passes backward to the activations only.
+        """
+        settings, sizes = self.settings, shape(self.settings.model)
+        tokens = min(SIZES[settings.task].tokens, settings.max_length)
+        n_train, n_validation = examples(settings)
+        dense, dense_stored = forward_flops(sizes, tokens, sizes.neurons), parameters(sizes)[1]
+        batch, neurons, trained, fixed = SCORING_BATCH, sizes.neurons, 0, dense_stored
+        if self.has_experts:
+            expert_size = self.choices["expert_size"]
+            neurons = expert_size * settings.gate_top_k
+            converted = forward_flops(sizes, tokens, neurons)
+            experts = {"n_experts": settings.n_experts, "expert_size": expert_size}
+            converted_stored = parameters(sizes, **experts)[1]
+        elif self.converts:
+            half = sizes._replace(layers=(sizes.layers + 1) // 2)
+            converted, converted_stored = forward_flops(half, tokens, neurons), parameters(half)[1]
+        if self.stage == "teacher":
+            flops = dense * (3 * n_train * settings.teacher_epochs + n_validation)
+            batch, trained, fixed = settings.teacher_batch_size, dense_stored, 0
+        elif self.stage == "importance":
+            flops = 2 * dense * scored_examples(settings)
+        elif self.stage == "converted":
+            flops, fixed = converted * n_validation, dense_stored + converted_stored
+        else:
+            step = 3 * converted + (settings.distill != "none") * dense
+            flops = n_train * settings.epochs * step + 2 * converted * n_validation
+            batch, trained = settings.batch_size, converted_stored
+        longest = min(LONGEST * tokens, settings.max_length)
+        weights = ADAM * trained + FP32 * fixed
+        cpu, gpu = (
+            weights + activation_bytes(sizes, batch, longest, neurons, bf16=bf16)
+            for bf16 in (False, True)
+        )
+        return Cost(flops, cpu, gpu)
 
 
-def sizes(settings: Settings) -> dict[str, int]:
-    """The sizes of experts in neurons."""
-    both = settings.sizes(shape(settings.model).neurons)
-    return dict(zip(("expert_size", "n_shared"), both, strict=True))
+def runs(jobs: Sequence[Job]) -> list[list[Run]]:
+    """The runs that each job asks for first, in the order of the jobs; none comes twice.
+
+    A run is listed after the runs that it needs. A student includes its conversion; a conversion is
+    listed where a notebook asks for it alone. Scores other than Eq. 4, removal curves and
+    activations of neurons are left out.
+    """
+    seen: set[tuple] = set()
+    lists = []
+    for job in jobs:
+        new = {}
+        for stage, settings in asked(job):
+            scored = Run(stage, settings).scored
+            stages = ["teacher", "importance", stage] if scored else ["teacher", stage]
+            for run in (Run(name, settings) for name in dict.fromkeys(stages)):
+                if run.key not in seen:
+                    new[run.key] = run
+        seen |= new.keys()
+        lists.append(list(new.values()))
+    return lists
 
 
-# Operations and bytes.
+# Operations, bytes and examples.
 
 
 def forward_flops(of: Shape, tokens: int, neurons: int) -> int:
@@ -168,64 +223,27 @@ def activation_bytes(of: Shape, batch: int, tokens: int, neurons: int, *, bf16: 
 
 def examples(settings: Settings) -> tuple[int, int]:
     """Examples to train on and to validate on: counted in its files, or known; then capped."""
-    train, validation = SIZES[settings.task][:2]
+    n_train, n_validation = SIZES[settings.task][:2]
     if settings.data_dir:
         counts = loading.check_files(TASKS[settings.task], settings.data_dir)
-        train = counts.pop("train")
-        validation = sum(counts.values())
-    second_test = min(settings.second_test, train)
-    train -= second_test
-    train = min(train, settings.max_train_examples or train)
-    validation = min(validation, settings.max_eval_examples or validation) + second_test
-    held_out = round(settings.held_out * train)
-    return train - held_out, held_out if settings.evaluate_on == "held-out" else validation
-
-
-def estimate(run: Run) -> Cost:
-    """Operations and memory of a run.
-
-    A training step passes forward once and backward twice. A teacher is evaluated at its end; a
-    student also before, and its teacher answers every step unless ``distill`` is none. Scoring
-    passes backward to the activations only.
-    """
-    settings = run.settings
-    of, tokens = shape(settings.model), min(SIZES[settings.task].tokens, settings.max_length)
-    train, validation = examples(settings)
-    dense = forward_flops(of, tokens, of.neurons)
-    batch, met = SCORING_BATCH, of.neurons
-    trained, fixed = 0, parameters(of)[1]
-    if run.has_experts:
-        size = sizes(settings)["expert_size"]
-        met = size * settings.gate_top_k
-        moe = forward_flops(of, tokens, met)
-        experts = parameters(of, n_experts=settings.n_experts, expert_size=size)[1]
-    elif run.converts:
-        half = of._replace(layers=(of.layers + 1) // 2)
-        moe, experts = forward_flops(half, tokens, met), parameters(half)[1]
-    if run.stage == "teacher":
-        batch, trained, fixed = settings.teacher_batch_size, fixed, 0
-        flops = dense * (3 * train * settings.teacher_epochs + validation)
-    elif run.stage == "importance":
-        flops = 2 * dense * scored_examples(settings)
-    elif run.stage == "converted":
-        flops, fixed = moe * validation, fixed + experts
-    else:
-        batch, trained = settings.batch_size, experts
-        step = 3 * moe + (settings.distill != "none") * dense
-        flops = train * settings.epochs * step + 2 * moe * validation
-    longest = min(LONGEST * tokens, settings.max_length)
-    kept = [activation_bytes(of, batch, longest, met, bf16=bf16) for bf16 in (False, True)]
-    weights = ADAM * trained + FP32 * fixed
-    return Cost(flops, weights + kept[0], weights + kept[1])
+        n_train = counts.pop("train")
+        n_validation = sum(counts.values())
+    n_second_test = min(settings.second_test, n_train)
+    n_train -= n_second_test
+    n_train = min(n_train, settings.max_train_examples or n_train)
+    n_validation = min(n_validation, settings.max_eval_examples or n_validation) + n_second_test
+    n_held_out = round(settings.held_out * n_train)
+    on_held_out = settings.evaluate_on == "held-out"
+    return n_train - n_held_out, n_held_out if on_held_out else n_validation
 
 
 def scored_examples(settings: Settings) -> int:
     """Examples that neurons are scored on."""
-    available, validation = examples(settings)
+    available, n_validation = examples(settings)
     if settings.importance_split == "held-out":
         available = round(settings.held_out / (1 - settings.held_out) * available)
     if settings.importance_split == "validation":  # the first validation set, of MNLI the matched
-        available = validation // (1 + len(TASKS[settings.task].also))
+        available = n_validation // (1 + len(TASKS[settings.task].also))
     return min(available, settings.importance_examples or available)
 
 
@@ -234,9 +252,9 @@ def scored_examples(settings: Settings) -> int:
 
 @functools.cache
 def cpu_flops() -> float:
-    """Operations a second that training reaches here: a matrix product, times what is left of it.
+    """Operations a second in training on this machine: those of a matrix product, times 0.4.
 
-    The best of a quarter of a second of products of 512 by 512 numbers.
+    Timed is the fastest of the products of 512 by 512 numbers that fit into a quarter of a second.
     """
     import numpy as np
 
@@ -249,67 +267,32 @@ def cpu_flops() -> float:
     return CPU_EFFICIENCY * 2 * 512**3 / best
 
 
-def seconds(run: Run, stored: dict[tuple, float]) -> float:
-    """Of like runs that are stored, or by its operations on this machine's processor."""
-    known = stored.get((run.stage, *sorted(run.choices.items())))
-    return run.cost.flops / cpu_flops() if known is None else known
+def seconds(run: Run, stored: Mapping[tuple, float]) -> float:
+    """Seconds of similar stored runs, else by its operations on this machine's processor."""
+    return stored[run.like] if run.like in stored else run.cost.flops / cpu_flops()
 
 
 def stored_seconds() -> dict[tuple, float]:
-    """Median seconds of the stored runs, by what they depend on but seeds."""
-    found = defaultdict(list)
+    """Median seconds of the stored runs by :attr:`Run.like`."""
+    times = defaultdict(list)
     for entry in Store().entries():
         if entry.kind in STAGES:
-            flat = entry.key.flat(origin=False)
-            values = {_setting(name): value for name, value in flat.items()}
-            choices = {name: values[name] for name in values.keys() & Settings.model_fields.keys()}
-            plain = sorted(
-                (name, tuple(value) if isinstance(value, list) else value)
-                for name, value in choices.items()
-                if "seed" not in name
-            )
-            found[(entry.kind, *plain)].append(entry.seconds)
-    return {choices: median(several) for choices, several in found.items()}
+            leaves = entry.key.flat(origin=False).items()
+            values = {name.rpartition(".")[2]: value for name, value in leaves}
+            values |= {"grouping": values["how"]} if "how" in values else {}
+            times[_like(entry.kind, values)].append(entry.seconds)
+    return {like: median(several) for like, several in times.items()}
 
 
-def _setting(dotted_name: str) -> str:
-    """The setting that stands in a stage's key: ``teacher.task`` is ``task``."""
-    name = dotted_name.rpartition(".")[2]
-    return "grouping" if name == "how" else name
+def _like(stage: str, values: Mapping[str, Any]) -> tuple:
+    """A stage with the settings that its time depends on: neither seeds nor a folder."""
+    names = [name for name in Settings.model_fields if name in values and name != "data_dir"]
+    pairs = [(name, values[name]) for name in names if "seed" not in name]
+    hashable = [(name, tuple(v) if isinstance(v, list) else v) for name, v in pairs]
+    return (stage, *hashable)
 
 
 # The plan as text.
-
-
-def runs(jobs: Sequence[Job]) -> list[list[Run]]:
-    """The runs that each job asks for first, in the order of the jobs; none comes twice.
-
-    Left out is what trains and evaluates nothing of its own: other scores, removal curves, what
-    excites neurons. A student's conversion is part of it.
-    """
-    seen: set[tuple] = set()
-    found = []
-    for job in jobs:
-        new = {}
-        for run in _stages(job):
-            if run.key() not in seen:
-                new[run.key()] = run
-                seen.add(run.key())
-        found.append(list(new.values()))
-    return found
-
-
-def _stages(job: Job) -> Iterator[Run]:
-    """The runs of a job's experiments, what they need first; conversions of students last.
-
-    So the conversion of a student is listed only where no student makes it.
-    """
-    for stage, settings in asked(job):
-        yield Run("teacher", settings)
-        if Run(stage, settings).scored:
-            yield Run("importance", settings)
-        if stage != "importance":
-            yield Run(stage, settings)
 
 
 def lines(jobs: Sequence[Job], states: Sequence[str]) -> Iterator[str]:
@@ -320,36 +303,34 @@ def lines(jobs: Sequence[Job], states: Sequence[str]) -> Iterator[str]:
         states: What to say of each job, such as "to run"; runs of one that is stored are not
             listed and cost nothing.
     """
-    totals, stored = [], stored_seconds()
+    listed, stored = [], stored_seconds()
     for job, state, new in zip(jobs, states, runs(jobs), strict=True):
         yield f"{job.name}{describe(job)}: {state}"
         if state.startswith("stored"):
             continue
-        if not new:
-            listed = " that is not listed above" if asked(job) else ""
-            yield f"    trains nothing{listed}"
-            continue
-        yield from _table(new, stored)
-        totals += new
-        yield f"    {_total(new, stored)}"
-    if totals:
-        yield f"in all  {_total(totals, stored)}"
-        yield from _basis(totals)
+        if new:
+            yield from _table(new, stored)
+            yield f"    {_total(new, stored)}"
+        else:
+            yield f"    trains nothing{' that is not listed above' if asked(job) else ''}"
+        listed += new
+    yield from _sum(listed, stored)
 
 
 def summary(jobs: Sequence[Job]) -> Iterator[str]:
-    """What all runs of the jobs together cost, in a line or two; nothing where nothing trains."""
-    found = [run for group in runs(jobs) for run in group]
-    if found:
-        yield f"in all  {_total(found, stored_seconds())}"
-        yield from _basis(found)
+    """What all runs of the jobs together cost, in a few lines; nothing where nothing trains."""
+    yield from _sum([run for new in runs(jobs) for run in new], stored_seconds())
 
 
-def _basis(found: Sequence[Run]) -> Iterator[str]:
-    flops, memory = sum(run.cost.flops for run in found), max(run.cost.gpu_bytes for run in found)
+def _sum(planned: Sequence[Run], stored: Mapping) -> Iterator[str]:
+    if not planned:
+        return
+    gpu_seconds = sum(run.cost.flops for run in planned) / GPU_FLOPS
+    gpu_bytes = max(run.cost.gpu_bytes for run in planned)
+    yield f"in all  {_total(planned, stored)}"
     yield (
-        f"On a GPU that sustains {GPU_FLOPS / 1e12:.0f} TFLOP/s: {_time(flops / GPU_FLOPS)} at "
-        f"best, {memory / 1e9:.1f} GB."
+        f"On a GPU that sustains {GPU_FLOPS / 1e12:.0f} TFLOP/s: {_time(gpu_seconds)} at "
+        f"best, {gpu_bytes / 1e9:.1f} GB."
     )
     yield (
         "Time: of like runs that are stored, else operations at "
@@ -360,12 +341,12 @@ def _basis(found: Sequence[Run]) -> Iterator[str]:
     yield "What runs/ holds of these is reused; a plan does not look there for single runs."
 
 
-def _table(found: Sequence[Run], stored: dict) -> Iterator[str]:
+def _table(planned: Sequence[Run], stored: Mapping) -> Iterator[str]:
     """A line for runs that differ in seeds alone, and one for all conversions of a task."""
     groups = defaultdict(list)
-    for run in found:
-        choices = () if run.stage == "converted" else run.choices.items()
-        groups[(run.settings.task, run.settings.data_dir, run.stage, *choices)].append(run)
+    for run in planned:
+        like = () if run.stage == "converted" else run.like
+        groups[run.settings.task, run.settings.data_dir, run.stage, like].append(run)
     rows = [_row(group, stored) for group in groups.values()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -373,55 +354,15 @@ def _table(found: Sequence[Run], stored: dict) -> Iterator[str]:
         yield f"    {'  '.join(cells)}".rstrip()
 
 
-def _row(group: Sequence[Run], stored: dict) -> tuple[str, ...]:
+def _row(group: Sequence[Run], stored: Mapping) -> tuple[str, ...]:
+    """Task, stage, what differs from the scale's default, seeds, recipe, price."""
     first = group[0]
-    alike = all(run.choices == first.choices for run in group)
+    alike = len({run.like for run in group}) == 1
     changed = _changes(first) if alike else f"{len(group)} untrained, each of its own settings"
-    seeds = sorted({run.seeds[first.converts] for run in group})
-    return (
-        first.settings.task,
-        first.stage,
-        changed,
-        _seeds(seeds),
-        _recipe(first),
-        _price(group, stored),
-    )
-
-
-#: Settings that :func:`_recipe` names.
-_NAMED = "task model max_length importance_examples distill_weight".split()
-_TRAINED = "learning_rate batch_size epochs weight_decay".split()
-_NAMED += [prefix + name for prefix in ("", "teacher_") for name in _TRAINED]
-
-
-def _changes(run: Run) -> str:
-    """What differs from the scale's default for this task and model."""
-    settings = run.settings
-    usual = Run(run.stage, Settings.at(settings.scale, task=settings.task, model=settings.model))
-    before = {"importance": "teacher", "student": "teacher"}.get(run.stage)
-    earlier = Run(before, settings).choices if before else {}
-    changed = [
-        f"{name}={value}"
-        for name, value in run.choices.items()
-        if name not in (*_NAMED, *earlier) and value != usual.choices.get(name)
-    ]
-    return " ".join(changed) or "default"
-
-
-def _recipe(run: Run) -> str:
-    """The settings that a reader compares with Table 7."""
-    settings = run.settings
-    train, validation = examples(settings)
-    numbers = {"importance": scored_examples(settings), "converted": validation}
-    words = [settings.model.rpartition("/")[2], f"{numbers.get(run.stage, train):,} examples"]
-    words.append(f"{settings.max_length} tokens")
-    if run.stage in ("teacher", "student"):
-        prefix = "teacher_" if run.stage == "teacher" else ""
-        rate, batch, epochs, decay = (getattr(settings, prefix + name) for name in _TRAINED)
-        words += [f"lr {rate:g}", f"batch {batch}", f"epochs {epochs:g}", f"decay {decay:g}"]
-    if run.stage == "student":
-        words.append(f"lambda {settings.distill_weight:g}")
-    return ", ".join(words)
+    seed = "seed" if first.converts else "dense_seed"
+    seeds = _seeds(sorted({run.choices[seed] for run in group}))
+    task = first.settings.task
+    return task, first.stage, changed, seeds, _recipe(first), _price(group, stored)
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -432,18 +373,49 @@ def _seeds(seeds: Sequence[int]) -> str:
     return f"seeds {seeds[0]}-{seeds[-1]}" if joined else f"seeds {', '.join(map(str, seeds))}"
 
 
-def _total(found: Sequence[Run], stored: dict) -> str:
-    counts = [
-        f"{n} {NOUNS.get(stage, stage)}{'s' if n > 1 else ''}"
-        for stage in STAGES
-        if (n := sum(run.stage == stage for run in found))
-    ]
-    return f"{', '.join(counts)}: {_price(found, stored)}"
+_TRAINED = ("learning_rate", "batch_size", "epochs", "weight_decay")
+#: Settings that :func:`_recipe` names.
+_NAMED = {"task", "model", "max_length", "importance_examples", "distill_weight", *_TRAINED}
+_NAMED |= {f"teacher_{name}" for name in _TRAINED}
 
 
-def _price(found: Sequence[Run], stored: dict) -> str:
-    memory = max(run.cost.cpu_bytes for run in found)
-    return f"CPU {_time(sum(seconds(run, stored) for run in found))}, {memory / 1e9:.1f} GB"
+def _changes(run: Run) -> str:
+    """What differs from the scale's default for this task and model."""
+    settings = run.settings
+    default = Settings.at(settings.scale, task=settings.task, model=settings.model)
+    usual = Run(run.stage, default).like
+    before = Run("teacher", settings).like if run.stage in ("importance", "student") else ()
+    changes = [pair for pair in run.like if pair not in (*usual, *before)]
+    return text_of({n: value for n, value in changes if n not in _NAMED}).strip() or "default"
+
+
+def _recipe(run: Run) -> str:
+    """The settings that a reader compares with Table 7."""
+    settings = run.settings
+    n_train, n_validation = examples(settings)
+    numbers = {"importance": scored_examples(settings), "converted": n_validation}
+    words = [settings.model.rpartition("/")[2], f"{numbers.get(run.stage, n_train):,} examples"]
+    words.append(f"{settings.max_length} tokens")
+    if run.stage in ("teacher", "student"):
+        prefix = "teacher_" if run.stage == "teacher" else ""
+        rate, batch, epochs, decay = (getattr(settings, prefix + name) for name in _TRAINED)
+        words += [f"lr {rate:g}", f"batch {batch}", f"epochs {epochs:g}", f"decay {decay:g}"]
+    if run.stage == "student":
+        words.append(f"lambda {settings.distill_weight:g}")
+    return ", ".join(words)
+
+
+def _total(planned: Sequence[Run], stored: Mapping) -> str:
+    counts = []
+    for stage in STAGES:
+        n = sum(run.stage == stage for run in planned)
+        counts += [f"{n} {NOUNS.get(stage, stage)}{'s' if n > 1 else ''}"] if n else []
+    return f"{', '.join(counts)}: {_price(planned, stored)}"
+
+
+def _price(planned: Sequence[Run], stored: Mapping) -> str:
+    memory = max(run.cost.cpu_bytes for run in planned)
+    return f"CPU {_time(sum(seconds(run, stored) for run in planned))}, {memory / 1e9:.1f} GB"
 
 
 def _time(seconds: float) -> str:

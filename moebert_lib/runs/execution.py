@@ -385,7 +385,7 @@ def failure_folder(job: Job) -> Path:
     return Store().root / "failed" / f"{job.name}-{digest([job.origin, job.parameters])[:16]}"
 
 
-def remember(failure: NotebookFailed, job: Job, folder: Path) -> None:
+def remember(failure: NotebookFailed, job: Job, folder: Path | None = None) -> None:
     """Keep how a run failed, with the folder of its executed copy; sets ``failure.copy``."""
     target = failure_folder(job)
     about = {
@@ -398,7 +398,10 @@ def remember(failure: NotebookFailed, job: Job, folder: Path) -> None:
     }
     with suppress(OSError):  # no room: the run will be tried again
         with file_io.replacing(target) as temporary:
-            shutil.copytree(folder, temporary)
+            if folder is None:
+                temporary.mkdir(parents=True)
+            else:
+                shutil.copytree(folder, temporary)
             write_json(temporary / FAILED, about)
         failure.copy = target / "notebook.ipynb"
 

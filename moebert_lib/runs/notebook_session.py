@@ -48,8 +48,9 @@ def start_run(variables: dict[str, Any]) -> Settings | None:
         UserError: a name that is neither a parameter nor a setting, a value of the wrong type or
             outside its range, or data that is not there.
     """
-    shell = _shell()
-    cells = [] if shell is None else [cell.strip() for cell in shell.history_manager.input_hist_raw]
+    ipython = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    cells = [cell.strip() for cell in shell.history_manager.input_hist_raw] if shell else []
     parameters, injected = _names(cells)
     under_moebert = FIGURES in os.environ and not _started
     path = None if under_moebert else _notebook(variables, cells)
@@ -59,36 +60,34 @@ def start_run(variables: dict[str, Any]) -> Settings | None:
             _enter(_base(variables) / f"notebook-{secrets.token_hex(8)}")
             print("· papermill --inject-paths names this notebook, so that moebert export finds it")
         return settings
-    job = _job(path, variables, [*parameters, *injected])
+    known = plan.parameters_of(path)
+    given = {name: variables[name] for name in (*known, *injected) if name in variables}
+    values = {
+        name: _read_text(name, value, known[name].kind if name in known else None)
+        for name, value in given.items()
+    }
+    (job,) = plan.plan([path], scale=values.pop("scale", "quick"), parameters=values)
     variables.update(job.parameters)
     folder = _enter(_base(variables) / Store().folder(job.key()).name)
-    _Completion(shell, job, folder, cells[-1])
+    _record_at_the_end(shell, job, folder, cells[-1])
     return job.settings
-
-
-def _shell() -> Any:
-    """IPython's shell; None outside it."""
-    ipython = sys.modules.get("IPython")
-    return ipython and ipython.get_ipython()
 
 
 def _names(cells: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names in the cell of parameters, and others in the cell that papermill added."""
-    parameters: dict[str, None] = {}
-    injected: dict[str, None] = {}
+    parameters: list[str] = []
+    injected: list[str] = []
     for cell in cells[:-1]:
         try:
             body = ast.parse(cell).body
         except SyntaxError:
             continue
-        annotated = [line for line in body if isinstance(line, ast.AnnAssign)]
-        if body and len(annotated) == len(body) and not parameters:
-            parameters = dict.fromkeys(line.target.id for line in annotated)
-        elif cell.startswith(INJECTED):
-            names = [line.targets[0].id for line in body if isinstance(line, ast.Assign)]
-            injected = dict.fromkeys(names)
-    others = [name for name in injected if name not in parameters]
-    return list(parameters), [name for name in others if not name.startswith("PAPERMILL_")]
+        if cell.startswith(INJECTED):
+            injected = [line.targets[0].id for line in body if isinstance(line, ast.Assign)]
+        elif body and not parameters and all(isinstance(line, ast.AnnAssign) for line in body):
+            parameters = [line.target.id for line in body]
+    others = [name for name in injected if not name.startswith("PAPERMILL_")]
+    return parameters, [name for name in others if name not in parameters]
 
 
 def _notebook(variables: dict[str, Any], cells: Sequence[str]) -> Path | None:
@@ -131,26 +130,12 @@ def _settings(
     return Settings.at(**values, **{**variables.get("overrides", {}), **others})
 
 
-def _job(path: Path, variables: dict[str, Any], names: Sequence[str]) -> Job:
-    """The run as ``moebert run`` would plan it."""
-    known = plan.parameters_of(path)
-    values = {}
-    for name in names:
-        if name in variables:
-            kind = known[name].kind if name in known else None
-            values[name] = _read_text(name, variables[name], kind)
-    scale = values.pop("scale", "quick")
-    (job,) = plan.plan([path], scale=scale, parameters=values)
-    return job
-
-
 def _read_text(name: str, value: Any, kind: Any = None) -> Any:
-    """A value; YAML where papermill passes on as text what is no text, such as ``[rte, cola]``."""
+    """A value; papermill passes ``[rte, cola]`` as text, which is then read as YAML."""
     field = Settings.model_fields.get(name)
     kind = kind or (field.annotation if field else str)
-    is_text = isinstance(value, str) and kind is not str and str not in get_args(kind)
-    literal = any(isinstance(choice, str) for choice in get_args(kind))
-    return file_io.parse(value, name) if is_text and not literal else value
+    takes_text = kind is str or any(part is str or isinstance(part, str) for part in get_args(kind))
+    return value if takes_text or not isinstance(value, str) else file_io.parse(value, name)
 
 
 def _base(variables: dict[str, Any]) -> Path:
@@ -172,32 +157,29 @@ def _enter(folder: Path) -> Path:
     return folder
 
 
-class _Completion:
-    """Writes a run's record once all cells of its notebook have run, in order and without error."""
+def _record_at_the_end(shell: Any, job: Job, folder: Path, current: str) -> None:
+    """Write a run's record once all cells of its notebook have run, in order and without error."""
+    cells, start = _code_cells(job.notebook), time.perf_counter()
+    left = cells[cells.index(current) :] if current in cells else []
 
-    def __init__(self, shell: Any, job: Job, folder: Path, current: str):
-        self.shell, self.job, self.folder = shell, job, folder
-        cells = _code_cells(job.notebook)
-        self.left = cells[cells.index(current) :] if current in cells else []
-        self.start = time.perf_counter()
-        shell.events.register("post_run_cell", self.ended)
-
-    def ended(self, result: Any) -> None:
-        """Called by IPython after each cell."""
-        expected = self.left.pop(0) if self.left else None
+    def cell_ended(result: Any) -> None:
+        expected = left.pop(0) if left else None
         in_order = result.success and result.info.raw_cell.strip() == expected
-        if in_order and not self.left:
-            self.write()
-        if not (in_order and self.left):
-            self.shell.events.unregister("post_run_cell", self.ended)
+        if in_order and not left:
+            _write_record(job, folder, time.perf_counter() - start)
+        if not (in_order and left):
+            shell.events.unregister("post_run_cell", cell_ended)
 
-    def write(self) -> None:
-        figures = sorted(path.name for path in (self.folder / "figures").iterdir())
-        changed = {name: value for name, value in self.job.chosen.items() if name != "data_dir"}
-        row = {"notebook": self.job.name, "figures": figures, "changed": changed}
-        row["metrics"] = read_metrics(self.folder)
-        write_record(self.folder, self.job.key(), row, time.perf_counter() - self.start)
-        here = home() / "runs" / SESSIONS / self.folder.name
-        if here != self.folder:  # a copy for moebert export
-            here.mkdir(parents=True, exist_ok=True)
-            file_io.write_bytes(here / RECORD, (self.folder / RECORD).read_bytes())
+    shell.events.register("post_run_cell", cell_ended)
+
+
+def _write_record(job: Job, folder: Path, seconds: float) -> None:
+    """Write a run's record into its folder, and a copy of it where moebert export looks."""
+    figures = sorted(path.name for path in (folder / "figures").iterdir())
+    changed = {name: value for name, value in job.chosen.items() if name != "data_dir"}
+    row = {"notebook": job.name, "figures": figures, "changed": changed}
+    write_record(folder, job.key(), row | {"metrics": read_metrics(folder)}, seconds)
+    here = home() / "runs" / SESSIONS / folder.name
+    if here != folder:
+        here.mkdir(parents=True, exist_ok=True)
+        file_io.write_bytes(here / RECORD, (folder / RECORD).read_bytes())

@@ -1,9 +1,10 @@
-"""What to run: notebooks found by name, values checked, and the experiments they ask for.
+"""What to run: notebooks found by name, checked values, and the experiments they ask for.
 
 Everything that can be refused is refused here, before anything is computed or written. A notebook
 has one cell tagged ``parameters`` with lines such as ``seed: int = 0``; its ``overrides``
 dictionary takes every other setting by name. Its experiments are its calls of
-``ablations.points``. They are read from its code, and no code of a notebook is executed here.
+``ablations.points``. Notebooks are only read, as syntax trees: none of their code, annotations
+and defaults is evaluated. Nothing here imports torch, so a plan takes a second.
 """
 
 import ast
@@ -14,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Union
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -34,6 +35,7 @@ from moebert_lib.config.provenance import (
     versions,
 )
 from moebert_lib.config.settings import Settings
+from moebert_lib.data import loading, pretrained_weights
 from moebert_lib.experiments import ablations
 from moebert_lib.experiments.stage_keys import without_later
 from moebert_lib.method import encoder_layouts
@@ -43,19 +45,21 @@ from moebert_lib.store.run_outputs import FORMATS
 from moebert_lib.store.store import StageKey
 
 EXERCISE = "exercise"  # tag of a notebook's cells that are left to the reader
-MODEL = "model"  # and of those that need models or data, where results are drawn from
+MODEL = "model"  # tag of cells that need models or data, left out when drawing from results
 POINTS = "moebert_lib.experiments.ablations.points"
+#: What Python raises for text that it cannot read as code; the last two where it nests too deeply.
+UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One notebook with validated values, ready to run.
+    """One notebook with checked values, ready to run.
 
     Attributes:
         name: The file's name without ending, such as ``01_importance``.
         source: The file's text when it was planned.
         given: Values to inject.
-        parameters: Those, and the notebook's defaults for the others.
+        parameters: All parameters: the given values, and defaults for the others.
         settings: As the notebook makes them; None for a notebook that takes none.
         origin: Tells notebooks of one name in different folders apart; decides no result.
         place: A folder below ``figures/`` where it is not the usual one; decides no result.
@@ -75,20 +79,17 @@ class Job:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The values that were given, overrides among them, by name."""
+        """The given values by name, those in ``overrides`` among them."""
         direct = {name: value for name, value in self.given.items() if name != "overrides"}
         return direct | self.given.get("overrides", {})
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """The values given beside the scale, for the name of a folder.
-
-        Of a path the last part only: where data lies differs from machine to machine.
-        """
-        given = {name: value for name, value in self.values.items() if name != "scale"}
+        """The given values but the scale, to name a folder; of a path the last part only."""
         return {
             name: Path(value).name if name in self.folders else value
-            for name, value in given.items()
+            for name, value in self.values.items()
+            if name != "scale"
         }
 
     @functools.cached_property
@@ -114,17 +115,14 @@ class Job:
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        """The code cells that decide the result: no prose, and no exercise."""
+        """The code cells that decide the result: neither text nor exercises."""
         left_out = {EXERCISE, MODEL} if self.results else {EXERCISE}
-        return [
-            cell
-            for cell in self.notebook["cells"]
-            if cell["cell_type"] == "code" and not left_out & {*cell["metadata"].get("tags", [])}
-        ]
+        code = [cell for cell in self.notebook["cells"] if cell["cell_type"] == "code"]
+        return [cell for cell in code if not left_out & {*_tags(cell)}]
 
     @functools.cached_property
     def trees(self) -> list[ast.Module | None]:
-        """The syntax tree of each of :attr:`cells`; None of a cell that is not Python."""
+        """The syntax tree of each of :attr:`cells`; None for a cell that is not Python."""
         return [_parsed("".join(cell["source"])) for cell in self.cells]
 
     def runs(self) -> str:
@@ -136,14 +134,14 @@ class Job:
         return json.dumps({**self.notebook, "cells": kept})
 
     def key(self) -> StageKey:
-        """Everything that decides the result: code cells and no prose, values, data by its digest
-        and not by where it lies, each module of the library, versions."""
+        """Everything that decides the result: code cells, values, the digest of the data (not its
+        folder), the library's modules, versions."""
         settings = self.settings and without_later(self.settings.model_dump()) | {"data_dir": ""}
         parameters = {name: value for name, value in self.parameters.items() if name != "data_dir"}
         for name in self.folders & parameters.keys():
             parameters[name] = checksums(Path(folder)) if (folder := parameters[name]) else {}
-        known = None not in self.trees
-        modules = reached(*imported(_joined(self.trees))) if known else sorted(library_modules())
+        all_python = None not in self.trees
+        modules = reached(*imported(_joined(self.trees))) if all_python else library_modules()
         choices = {
             "notebook": self.name,
             "cells": [digest("".join(cell["source"])) for cell in self.cells],
@@ -153,12 +151,42 @@ class Job:
         origin = {
             "inputs": _inputs(self.settings, self.results)
             | (_benchmarks(self.results) if self.timed else {}),
-            "code": code_digests(*modules),
+            "code": code_digests(*sorted(modules)),
             "versions": versions(),
         }
         if self.formats:
             origin["formats"] = self.formats
         return StageKey("notebook", choices, origin)
+
+
+def _inputs(settings: Settings | None, results: str) -> dict[str, str]:
+    """Digests of data and weights; of results where they are drawn from."""
+    if results:
+        return committed_results(results).inputs()
+    if settings is None:
+        return {}
+    digests = {"data": loading.digest(settings)}
+    if settings.model != TINY:
+        weights = pretrained_weights.digest(settings.model, hub=not settings.offline)
+        digests["model"] = weights
+    return digests
+
+
+def _benchmarks(results: str) -> dict[str, str]:
+    """Digests of benchmark records, which figures of a notebook that measures time may show."""
+    local = [] if results else (home() / "runs").glob("bench-*.json")
+    paths = [*(home() / "figures" / "bench").glob("*.json"), *local]
+    return {path.name: input_digest(path) for path in sorted(paths)}
+
+
+def describe(job: Job) -> str:
+    """The values a job was given, for a line of text; "" where there are none."""
+    return text_of(job.values)
+
+
+def text_of(values: Mapping[str, Any]) -> str:
+    """Values by name as text, such as `` seed=1 n_experts=2``."""
+    return "".join(f" {name}={value}" for name, value in values.items())
 
 
 def plan(
@@ -194,151 +222,29 @@ def plan(
     _check_names(values, known)
     jobs = [_job(path, known[path], values) for path in paths]
     store = store or open_store()
+    if store.makes:
+        _check_inputs(jobs)
     results = "" if store.makes else str(store.source)
     formats = os.environ.get(FORMATS, "")
-    jobs = [replace(job, results=results, formats=formats) for job in jobs]
-    _check_inputs(jobs)
-    return jobs
-
-
-def describe(job: Job) -> str:
-    """The values a job was given, for a line of text; "" where there are none."""
-    return "".join(f" {name}={value}" for name, value in job.values.items())
-
-
-# The experiments of a notebook.
-
-
-def asked(job: Job) -> list[tuple[str, Settings]]:
-    """The experiments that a notebook asks for, each with the stage that it is taken to.
-
-    Raises:
-        UserError: a set that does not exist, or a call that a plan cannot read.
-    """
-    code = _joined(job.trees)
-    names, found = local_names(code), []
-    for node in ast.walk(code):
-        if isinstance(node, ast.Call) and dotted(node.func, names) == POINTS:
-            name, parameters = _arguments(node, job)
-            try:
-                grid = ablations.points(name, job.settings, **parameters)
-            except (UserError, TypeError) as error:
-                raise UserError(f"{job.name}: {error}") from None
-            stage = ablations.SETS[name].stage
-            found += [(stage, point) for points in grid.values() for point in points]
-    return found
-
-
-def _arguments(call: ast.Call, job: Job) -> tuple[str, dict[str, Any]]:
-    """The name and the parameters in a call of ``ablations.points``, as they will be."""
-    try:
-        name, settings = call.args
-        if job.settings is None or settings.id != "settings":
-            raise ValueError("not the notebook's own settings")
-        given = {word.arg: word.value for word in call.keywords}
-        values = {
-            name: job.parameters[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
-            for name, node in given.items()
-        }
-        return ast.literal_eval(name), values
-    except (ValueError, AttributeError, KeyError):
-        raise UserError(
-            f"{job.name}: a plan cannot read '{ast.unparse(call)}'; expected a name as text, "
-            "the notebook's settings, and its parameters by keyword, such as "
-            "points('ablations', settings, numbers=numbers)"
-        ) from None
-
-
-def _joined(trees: Sequence[ast.Module | None]) -> ast.Module:
-    """One syntax tree of many, those that are none left out."""
-    return ast.Module([statement for tree in trees if tree for statement in tree.body], [])
-
-
-def _parsed(source: str) -> ast.Module | None:
-    """A cell's syntax tree, IPython's commands as calls; None where it is not Python."""
-    try:
-        return parse(source)
-    except SyntaxError:
-        from IPython.core.inputtransformer2 import TransformerManager
-
-    body = re.sub(r"\A\s*%%.*", "", source)  # as of %%time
-    try:
-        return parse(TransformerManager().transform_cell(body))
-    except SyntaxError:
-        return None
-
-
-# Values: their names, types and ranges.
-
-
-_PLAIN = (str, int, float, bool)
-#: The types that a parameter may have, by their names; each also with ``| None`` behind it.
-TYPES = {kind.__name__: kind for kind in (*_PLAIN, list, dict)}
-TYPES |= {f"list[{kind.__name__}]": list[kind] for kind in _PLAIN}
-
-
-class Parameter(NamedTuple):
-    """A notebook's parameter: its type as pydantic takes it, its default, what its line says."""
-
-    kind: Any
-    default: Any
-    help: str
-
-
-def parameters_of(path: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook by name: the lines of its one cell tagged ``parameters``."""
-    from papermill.translators import PythonTranslator
-
-    cells = [cell for cell in read(path)["cells"] if _tagged(cell, "parameters")]
-    if len(cells) > 1:
-        raise UserError(f"{path.name} has {len(cells)} cells tagged 'parameters'; keep one")
-    if not cells:
-        return {}
-    source = "".join(cells[0]["source"])
-    try:
-        lines = PythonTranslator.inspect({"source": source})
-        if len(lines) != len(parse(source).body):
-            raise ValueError("another statement stands there")
-        return {line.name: _parameter(line) for line in lines}
-    except (SyntaxError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path.name}: its parameters cell may hold only lines such as "
-            f"'seed: int = 0' ({error})"
-        ) from None
-
-
-def _parameter(line: Any) -> Parameter:
-    """What a line of the cell says; its annotation is looked up and never evaluated."""
-    default = ast.literal_eval(line.default)
-    name, _, optional = line.inferred_type_name.partition(" | ")
-    if line.inferred_type_name == "None":  # papermill's word for no annotation
-        kind = Any if default is None else type(default)
-    elif name in TYPES and optional in ("", "None"):
-        kind = TYPES[name] | None if optional else TYPES[name]
-    else:
-        known = ", ".join(TYPES)
-        raise ValueError(f"no type '{line.inferred_type_name}'; expected one of {known}")
-    return Parameter(kind, default, line.help)
-
-
-def takes_settings(path: Path) -> bool:
-    """Whether a notebook takes every setting by name."""
-    return "overrides" in parameters_of(path)
+    return [replace(job, results=results, formats=formats) for job in jobs]
 
 
 def _check_names(values: dict[str, Any], known: dict[Path, dict]) -> None:
-    usable = {name for names in known.values() for name in names} - {"overrides"}
-    if any("overrides" in names for names in known.values()):
+    """Refuse a name that none of the notebooks takes."""
+    usable = {"scale"}.union(*known.values())
+    if "overrides" in usable:
         usable |= set(Settings.model_fields)
+    choices = sorted(usable - {"overrides"})
     for name in values:
-        if name not in usable and name != "scale":
-            whose = "the notebooks" if len(known) > 1 else next(iter(known)).stem
-            choices = sorted(usable)
-            hint = nearest(name, choices) if choices else "it takes none"
-            raise UserError(f"unknown parameter '{name}' of {whose}; {hint}")
+        if name not in choices:
+            notebooks = "the notebooks" if len(known) > 1 else next(iter(known)).stem
+            takes_any = any(known.values())
+            hint = nearest(name, choices) if takes_any else "it takes none"
+            raise UserError(f"unknown parameter '{name}' of {notebooks}; {hint}")
 
 
-def _job(path: Path, known: dict[str, Parameter], values: dict[str, Any]) -> Job:
+def _job(path: Path, known: "dict[str, Parameter]", values: dict[str, Any]) -> Job:
+    """A notebook with those of the values that it takes."""
     source = path.read_text("utf-8")
     folders = {"data_dir", *_metadata(json.loads(source)).get("folders", [])}
     values = {
@@ -347,42 +253,59 @@ def _job(path: Path, known: dict[str, Parameter], values: dict[str, Any]) -> Job
         else value
         for name, value in values.items()
     }
-    own = {
-        name: _validated(name, known[name].kind, value, _hint(known[name]))
-        for name, value in values.items()
-        if name in known
-    }
-    if own.get("task") == SCALES[values["scale"]]["task"]:
-        del own["task"]  # the scale's own, as when it is left empty
+    direct = {name: known[name].checked(name, values[name]) for name in values if name in known}
+    if direct.get("task") == SCALES[values["scale"]]["task"]:
+        del direct["task"]  # the scale's own, as when it is left empty
     defaults = {name: parameter.default for name, parameter in known.items()}
     settings, overrides = None, {}
     if "scale" in known:
         others = {name: value for name, value in values.items() if name not in known}
         others = others if "overrides" in known else {}  # they are for other notebooks
-        settings, overrides = _settings(defaults, own, others)
-    given = {name: value for name, value in own.items() if value != defaults[name]}
+        settings, overrides = _settings(defaults, direct, others)
+    given = {name: value for name, value in direct.items() if value != defaults[name]}
     given |= {"overrides": {**defaults["overrides"], **overrides}} if overrides else {}
     parameters = defaults | given
-    check(parameters, settings)
-    workbook = path.parent == home() / "notebooks"
-    origin = "" if workbook else digest(str(path.parent))[:8]
+    _check_layer(parameters, settings)
+    in_workbook = path.parent == home() / "notebooks"
+    origin = "" if in_workbook else digest(str(path.parent))[:8]
     return Job(path.stem, source, given, parameters, settings, origin)
 
 
-def _settings(defaults: dict, own: dict, others: dict) -> tuple[Settings, dict[str, Any]]:
+def _settings(defaults: dict, direct: dict, others: dict) -> tuple[Settings, dict[str, Any]]:
     """A notebook's settings, and those of ``others`` that change them."""
-    basic = {name: (defaults | own)[name] for name in ("scale", "task", "seed") if name in defaults}
-    named = {name: own[name] for name in own if name in Settings.model_fields}
+    basic = {
+        name: (defaults | direct)[name] for name in ("scale", "task", "seed") if name in defaults
+    }
+    named = {name: direct[name] for name in direct if name in Settings.model_fields}
     settings, usual = Settings.at(**(basic | named | others)), Settings.at(**basic)
     values, before = (each.model_dump(mode="json") for each in (settings, usual))  # as cells write
     return settings, {name: values[name] for name in others if values[name] != before[name]}
 
 
-def _hint(parameter: Parameter) -> str:
-    example = "[rte, cola]" if parameter.default == [] else repr(parameter.default)
-    return f", such as {example}" + (f" ({parameter.help})" if parameter.help else "")
+def _check_inputs(jobs: Sequence[Job]) -> None:
+    """Refuse experiments, models and data that cannot be had."""
+    for settings in dict.fromkeys(job.settings for job in jobs if job.settings):
+        loading.check(settings)
+        encoder_layouts.check(settings)
+    points = [point for job in jobs for _, point in asked(job)]
+    data = {(p.task, p.data_dir, p.max_length, p.doc_stride): p for p in points}
+    for point in data.values():
+        loading.check(point)
 
 
+# A notebook's parameters: names, types and ranges, read from its syntax tree.
+
+#: Names that an annotation may be made of, beside ``list[...]``, ``dict[...]``, ``Literal[...]``
+#: and ``... | None``. With any other annotation a parameter takes every value.
+TYPES = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "list": list,
+    "dict": dict,
+    "None": None,
+}
 TOY_WIDTH = 6  # neurons of the layer in notebook 0
 
 
@@ -416,85 +339,159 @@ RANGES = {
 }
 
 
-def check(parameters: Mapping[str, Any], settings: Settings | None) -> None:
-    """Refuse a value outside its range, before anything is run.
+class Parameter(NamedTuple):
+    """A notebook's parameter: its type as pydantic takes it, its default, the line's comment."""
 
-    Args:
-        parameters: A notebook's parameters by name.
-        settings: As the notebook makes them; None where it takes none.
+    kind: Any
+    default: Any
+    help: str
+
+    def checked(self, name: str, value: Any) -> Any:
+        """A value for this parameter, as it is.
+
+        Raises:
+            UserError: it is of another type, or outside the range of this name.
+        """
+        kind = RANGES.get(name, self.kind)
+        typed = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
+        number_as_text = isinstance(value, str) and kind in (float, float | None)  # YAML's 1e-4
+        try:
+            value = typed.validate_python(value, strict=not number_as_text)
+            json.dumps(value)
+        except (ValidationError, TypeError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            reason = reason.removeprefix("Value error, ")
+            example = "[rte, cola]" if self.default == [] else repr(self.default)
+            hint = f"such as {example}" + (f" ({self.help})" if self.help else "")
+            line = f"{name}={value!r}: {reason[0].lower()}{reason[1:]}, {hint}"
+            raise UserError(line) from None
+        return value
+
+
+def parameters_of(path: Path) -> dict[str, Parameter]:
+    """The parameters of a notebook by name: the lines of its one cell tagged ``parameters``.
 
     Raises:
-        UserError: naming the value and what was expected.
+        UserError: two such cells, or a line that gives no name a plain value.
     """
-    for name, value in parameters.items():
-        if name in RANGES:
-            _validated(name, RANGES[name], value)
-    layer, layers = parameters.get("layer", 1), shape(settings.model).layers if settings else 1
-    if layer > layers:
-        raise UserError(f"layer={layer}: expected 1 to {layers}, counted from 1")
+    cells = [cell for cell in read(path)["cells"] if "parameters" in _tags(cell)]
+    if len(cells) > 1:
+        raise UserError(f"{path.name} has {len(cells)} cells tagged 'parameters'; keep one")
+    source = "".join(cells[0]["source"]) if cells else ""
+    lines = source.splitlines()
+    try:
+        return dict(_parameter(statement, lines) for statement in parse(source).body)
+    except (*UNREADABLE, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path.name}: its parameters cell may hold only lines such as "
+            f"'seed: int = 0' ({error})"
+        ) from None
+
+
+def _parameter(statement: Any, lines: Sequence[str]) -> tuple[str, Parameter]:
+    """The name and the parameter of ``name: type = value  # comment``; nothing is evaluated."""
+    default = ast.literal_eval(statement.value)
+    json.dumps(default)  # as runs are stored
+    if isinstance(statement, ast.AnnAssign):
+        target, kind = statement.target, _type(statement.annotation)
+    else:
+        (target,) = statement.targets
+        kind = Any if default is None else type(default)
+    last_line = lines[statement.end_lineno - 1].encode()
+    comment = last_line[statement.end_col_offset :].decode().strip("# ")
+    return target.id, Parameter(kind, default, comment)
+
+
+def _type(annotation: ast.expr) -> Any:
+    """The type that an annotation names; Any for all but the few kinds of :data:`TYPES`."""
+    match annotation:
+        case ast.Name(id=name):
+            return TYPES.get(name, Any)
+        case ast.Constant(value=None):
+            return None
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            return Union[_type(left), _type(right)]  # noqa: UP007  of values
+        case ast.Subscript(value=ast.Name(id="list"), slice=item):
+            return list[_type(item)]
+        case ast.Subscript(value=ast.Name(id="dict"), slice=ast.Tuple(elts=[name, value])):
+            return dict[_type(name), _type(value)]
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=choices):
+            values = choices.elts if isinstance(choices, ast.Tuple) else [choices]
+            if all(isinstance(value, ast.Constant) for value in values):
+                return Literal[tuple(value.value for value in values)]
+    return Any
+
+
+def _check_layer(parameters: Mapping[str, Any], settings: Settings | None) -> None:
+    """Refuse a layer that the model does not have, and experts that the toy cannot fill."""
+    layer, n_layers = parameters.get("layer", 1), shape(settings.model).layers if settings else 1
+    if layer > n_layers:
+        raise UserError(f"layer={layer}: expected 1 to {n_layers}, counted from 1")
     n_experts, n_shared = parameters.get("n_experts", 0), parameters.get("n_shared", 1)
     if settings is None and n_shared == 0 and n_experts > TOY_WIDTH:
         raise UserError(f"n_experts={n_experts}: expected 1 to {TOY_WIDTH} if nothing is shared")
 
 
-def _validated(name: str, kind: Any, value: Any, hint: str = "") -> Any:
-    """A value of a type, as it is.
+# The experiments of a notebook.
+
+
+def asked(job: Job) -> list[tuple[str, Settings]]:
+    """The experiments that a notebook asks for, each with the stage that it is taken to.
 
     Raises:
-        UserError: it is of another type, or outside the type's range.
+        UserError: a set that does not exist, or a call that a plan cannot read.
     """
-    typed = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
-    strict = not isinstance(value, str)  # YAML 1.1 reads 1e-4 as text
+    code = _joined(job.trees)
+    names, experiments = local_names(code), []
+    for node in ast.walk(code):
+        if isinstance(node, ast.Call) and dotted(node.func, names) == POINTS:
+            name, parameters = _arguments(node, job)
+            try:
+                grid = ablations.points(name, job.settings, **parameters)
+            except (UserError, TypeError) as error:
+                raise UserError(f"{job.name}: {error}") from None
+            stage = ablations.SETS[name].stage
+            experiments += [(stage, point) for points in grid.values() for point in points]
+    return experiments
+
+
+def _arguments(call: ast.Call, job: Job) -> tuple[str, dict[str, Any]]:
+    """The name and the parameters in a call of ``ablations.points``, as they will be."""
     try:
-        value = typed.validate_python(value, strict=strict or kind not in (float, float | None))
-        json.dumps(value)
-    except (ValidationError, TypeError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        reason = reason.removeprefix("Value error, ")
-        raise UserError(f"{name}={value!r}: {reason[0].lower()}{reason[1:]}{hint}") from None
-    return value
+        name, settings = call.args
+        if job.settings is None or settings.id != "settings":
+            raise ValueError("not the notebook's own settings")
+        given = {word.arg: word.value for word in call.keywords}
+        values = {
+            name: job.parameters[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+            for name, node in given.items()
+        }
+        return ast.literal_eval(name), values
+    except (ValueError, AttributeError, KeyError):
+        raise UserError(
+            f"{job.name}: a plan cannot read '{ast.unparse(call)}'; expected a name as text, "
+            "the notebook's settings, and its parameters by keyword, such as "
+            "points('ablations', settings, numbers=numbers)"
+        ) from None
 
 
-# What experiments start from: models, data, and the files that results are drawn from.
+def _joined(trees: Sequence[ast.Module | None]) -> ast.Module:
+    """One syntax tree of many; None is left out."""
+    return ast.Module([statement for tree in trees if tree for statement in tree.body], [])
 
 
-def _check_inputs(jobs: Sequence[Job]) -> None:
-    """Refuse experiments, models and data that cannot be had; drawing from results needs none."""
-    jobs = [job for job in jobs if not job.results]
-    from moebert_lib.data import loading
+def _parsed(source: str) -> ast.Module | None:
+    """A cell's syntax tree, IPython's commands as calls; None where it is not Python."""
+    try:
+        return parse(source)
+    except UNREADABLE:
+        from IPython.core.inputtransformer2 import TransformerManager
 
-    for settings in dict.fromkeys(job.settings for job in jobs if job.settings):
-        loading.check(settings)
-        encoder_layouts.check(settings)
-    points = {
-        (point.task, point.data_dir, point.max_length, point.doc_stride): point
-        for job in jobs
-        for _, point in asked(job)
-    }
-    for point in points.values():
-        loading.check(point)
-
-
-def _benchmarks(results: str) -> dict[str, str]:
-    """Digests of the benchmarks' records, which a notebook that measures time may draw."""
-    local = [] if results else (home() / "runs").glob("bench-*.json")
-    paths = [*(home() / "figures" / "bench").glob("*.json"), *local]
-    return {path.name: input_digest(path) for path in sorted(paths)}
-
-
-def _inputs(settings: Settings | None, results: str) -> dict[str, str]:
-    """Digests of data and weights; of results where they are drawn from."""
-    if results:
-        return committed_results(results).inputs()
-    if settings is None:
-        return {}
-    from moebert_lib.data import loading, pretrained_weights
-
-    digests = {"data": loading.digest(settings)}
-    if settings.model != TINY:
-        weights = pretrained_weights.digest(settings.model, hub=not settings.offline)
-        digests["model"] = weights
-    return digests
+    body = re.sub(r"\A\s*%%.*", "", source)  # as of %%time
+    try:
+        return parse(TransformerManager().transform_cell(body))
+    except UNREADABLE:
+        return None
 
 
 # Notebooks as files.
@@ -542,15 +539,18 @@ def read(path: Path) -> dict[str, Any]:
     """
     try:
         notebook = json.loads(path.read_text("utf-8"))
-        if isinstance(notebook["cells"], list):
+        texts = [*_metadata(notebook).get("folders", [])]
+        for cell in notebook["cells"]:
+            texts += [cell["cell_type"], "".join(cell["source"]), *_tags(cell)]
+        if all(isinstance(text, str) for text in texts):
             return notebook
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass
     raise UserError(f"{path} is not a notebook (nbformat 4 with a list of cells)")
 
 
-def _tagged(cell: Mapping[str, Any], tag: str) -> bool:
-    return tag in cell["metadata"].get("tags", [])
+def _tags(cell: Mapping[str, Any]) -> list[str]:
+    return cell["metadata"].get("tags", [])
 
 
 def _metadata(notebook: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """What is stored, what failed, and why a planned run is not stored: lines of text."""
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import SequenceMatcher
 from typing import Any
 
 from moebert_lib.config import file_io
 from moebert_lib.config.errors import UserError, home
 from moebert_lib.config.presets import FFN_WIDTHS, MINILM, SCALES, defaults
-from moebert_lib.config.settings import Settings
+from moebert_lib.config.settings import Settings, proportions
 from moebert_lib.runs import execution
 from moebert_lib.runs.export import stage_choices
+from moebert_lib.runs.plan import text_of
 from moebert_lib.store.store import Entry, StageKey, Store
 
 SWEEP, TABLE, MEANS = "sweep.json", "table.csv", "means.csv"  # of a folder in runs/sweeps/
@@ -22,51 +23,44 @@ NEWEST = 10  # entries that a short listing shows
 def lines(*, whole: bool = False) -> Iterator[str]:
     """The store as ``moebert status`` prints it; ``whole`` lists every run and point."""
     for record in recorded():
-        yield from _sweep_lines(record, whole=whole)
+        points = states(record)
+        counts = count_states(state for _, state, _ in points)
+        yield f"sweep       {record['folder'].name}: {counts}"
+        for point, state, error in points:
+            if whole or state in ("running", "failed", "died"):
+                ending = f": {error}" if error else ""
+                yield f"  {state:9} {point['name']}{text_of(point['values'])}{ending}"
     entries, failures = Store().entries(), execution.failed_runs()
-    kinds: dict[str, list[Entry]] = defaultdict(list)
+    minutes = Counter({"notebook": 0.0})
     for entry in entries:
-        kinds[entry.kind].append(entry)
-    for kind, group in kinds.items():
-        yield f"{kind:12}{len(group):5} stored  {_minutes(group):8.1f} min"
+        minutes[entry.kind] += entry.seconds / 60
+    for kind, number in Counter(entry.kind for entry in entries).items():
+        yield f"{kind:12}{number:5} stored  {minutes[kind]:8.1f} min"
     shown = entries if whole else entries[-NEWEST:]
     if len(shown) < len(entries):
         yield f"the newest {len(shown)} (all of them: moebert status --all)"
     for entry in shown:
         created = entry.record()["created"].replace("T", " ")[:16]
-        minutes = f"{entry.seconds / 60:6.1f} min"
-        yield f"{entry.kind:12}{created}  {minutes}  {entry.digest[:8]}  {summary(entry)}"
+        took = f"{entry.seconds / 60:6.1f} min"
+        yield f"{entry.kind:12}{created}  {took}  {entry.digest[:8]}  {summary(entry)}"
     for run in failures:
-        given = _values(run["given"])
-        cell = f", cell {run['cell']}" if run["cell"] else ""
-        yield f"failed      {run['notebook']}{given}{cell}: {run['error']}; copy: {run['folder']}"
-    minutes = _minutes(kinds["notebook"])
-    yield f"{len(entries)} stored, notebooks took {minutes:.1f} min, {len(failures)} failed"
-
-
-def _sweep_lines(record: dict[str, Any], *, whole: bool) -> Iterator[str]:
-    """A sweep's counts, then its points: those that run, failed or died, or all."""
-    points = states(record)
-    counted = count_states(state for _, state, _ in points)
-    yield f"sweep       {record['folder'].name}: {len(points)} runs: {counted}"
-    for point, state, error in points:
-        if whole or state in ("running", "failed", "died"):
-            ending = f": {error}" if error else ""
-            yield f"  {state:9} {point['name']}{_values(point['values'])}{ending}"
+        about = f"{run['notebook']}{text_of(run['given'])}"
+        about += f", cell {run['cell']}" if run["cell"] else ""
+        yield f"failed      {about}: {run['error']}; copy: {run['folder']}"
+    took = f"{minutes['notebook']:.1f} min"
+    yield f"{len(entries)} stored, notebooks took {took}, {len(failures)} failed"
 
 
 def count_states(names: Iterable[str]) -> str:
-    """How many points are in each state, as text."""
+    """How many points are done, and how many are in each other state.
+
+    Example:
+        >>> count_states(["done", "failed", "done", "not run"])
+        '2 of 4 done, 1 failed, 1 not run'
+    """
     counts = Counter(names)
-    return ", ".join(f"{counts[state]} {state}" for state in STATES)
-
-
-def _values(values: Mapping[str, Any]) -> str:
-    return "".join(f" {name}={value}" for name, value in values.items())
-
-
-def _minutes(entries: Sequence[Entry]) -> float:
-    return sum(entry.seconds for entry in entries) / 60
+    others = [f", {counts[state]} {state}" for state in STATES[1:] if counts[state]]
+    return f"{counts['done']} of {counts.total()} done{''.join(others)}"
 
 
 def recorded() -> list[dict[str, Any]]:
@@ -93,8 +87,7 @@ def _state(store: Store, point: Mapping[str, Any]) -> tuple[str, str]:
     if failure is None or failure["run"] != point["key"]:
         return "not run", ""
     cell = f"cell {failure['cell']}: " if failure["cell"] else ""
-    state = "died" if failure["died"] else "failed"
-    return state, f"{cell}{failure['error']}; copy: {folder}"
+    return "died" if failure["died"] else "failed", f"{cell}{failure['error']}; copy: {folder}"
 
 
 # A stored run in a line: what sets it apart from its scale's usual run.
@@ -111,12 +104,11 @@ def summary(entry: Entry) -> str:
         changed = entry.row.get("changed") or unusual(settings)
         words = [entry.key.choices["notebook"], settings.get("scale"), settings.get("task")]
     else:
-        choices = stage_choices(entry.key.values())
-        choices = {name: value for name, value in choices.items() if not isinstance(value, list)}
-        choices = {name: value for name, value in choices.items() if not isinstance(value, list)}
-        unlike = {scale: _unlike(choices, scale) for scale in SCALES}
-        scale = min(unlike, key=lambda scale: len(unlike[scale]))
-        words, changed = [scale, choices.get("task")], unlike[scale]
+        leaves = stage_choices(entry.key.values())
+        choices = {name: value for name, value in leaves.items() if not isinstance(value, list)}
+        by_scale = {scale: _unusual_at(scale, choices) for scale in SCALES}
+        scale = min(by_scale, key=lambda scale: len(by_scale[scale]))
+        changed, words = by_scale[scale], [scale, choices.get("task")]
     words += [f"{name}={value}" for name, value in changed.items() if name not in ("task", "scale")]
     return " ".join(word for word in words if word)
 
@@ -130,19 +122,18 @@ def unusual(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if usual.get(name) != value}
 
 
-def _unlike(choices: Mapping[str, Any], scale: str) -> dict[str, Any]:
-    """The choices that a scale would not have made for this task and model."""
+def _unusual_at(scale: str, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices of a stage that a scale would not have made for this task and model."""
     usual_model = SCALES[scale].get("model", MINILM)
     model = choices.get("model") or usual_model
     usual = {name: field.default for name, field in Settings.model_fields.items()}
-    usual |= defaults(scale, choices.get("task"), model)
-    usual |= {"model": usual_model, "keep_model": False}
+    usual |= defaults(scale, choices.get("task"), model) | {"model": usual_model}
+    usual["keep_model"] = False
     if usual["teacher_seed"] is None:
         usual["teacher_seed"] = choices.get("seed", usual["seed"])
     if model in FFN_WIDTHS:
-        settings = Settings(model=model, n_shared=usual["n_shared"])
-        settings = settings.model_copy(update={"n_experts": choices.get("n_experts", 4)})
-        sizes = settings.sizes(FFN_WIDTHS[model])
+        n_experts = choices.get("n_experts", usual["n_experts"])
+        sizes = proportions(FFN_WIDTHS[model], n_experts, n_shared=usual["n_shared"])
         usual |= dict(zip(("expert_size", "n_shared"), sizes, strict=True))
     return {
         name: value
@@ -184,24 +175,23 @@ def why(
     if any(other.digest == key.digest for other in same):
         return ["stored"]
     differences = [key.difference(other) for other in reversed(same)]
-    nearest = min(differences, key=lambda pairs: (len(_by_name(pairs)), len(pairs)))
-    return _reasons(nearest, whole=whole) or ["a value of another type"]
+    nearest = min(differences, key=lambda pairs: (len(_values(pairs)), len(pairs)))
+    return list(_reasons(nearest, whole)) or ["a value of another type"]
 
 
-def _by_name(pairs: Mapping[str, tuple]) -> dict[str, tuple]:
+def _values(pairs: Mapping[str, tuple]) -> dict[str, tuple]:
     """Parameters and settings that differ, by name; a setting may be given as both."""
     parts = ("parameters.", "settings.")
     return {name.split(".")[-1]: pair for name, pair in pairs.items() if name.startswith(parts)}
 
 
-def _reasons(pairs: Mapping[str, tuple], *, whole: bool) -> list[str]:
-    """The differences of two keys in words: values, cells, code, versions, data."""
-    values = _by_name(pairs)
-    reasons = [
+def _reasons(pairs: Mapping[str, tuple], whole: bool) -> Iterator[str]:
+    """The differences of two keys in words: values, code cells, the library, versions and data."""
+    values, cells, modules, others = _values(pairs), [], [], []
+    changed = [
         f"{name}={_shown(new, whole)} (nearest run: {_shown(old, whole)})"
         for name, (new, old) in values.items()
     ]
-    cells, modules, others = [], [], []
     for name, (new, old) in pairs.items():
         part, _, rest = name.partition(".")
         if name == "cells" and isinstance(new, list) and isinstance(old, list):
@@ -210,21 +200,20 @@ def _reasons(pairs: Mapping[str, tuple], *, whole: bool) -> list[str]:
             modules.append(rest)
         elif part == "versions":
             others.append(f"{rest} {old} -> {new}")
-        elif part == "inputs" and not values:
+        elif part == "inputs" and not values:  # else the inputs follow from the values
             others.append(f"{'weights' if rest == 'model' else rest} changed")
         elif part not in ("parameters", "settings", "inputs"):
             others.append(f"{_shown(name, whole)} changed")
-    lists = [
-        ("", reasons),
-        ("code cells changed: ", cells),
-        ("library changed: ", modules),
-        ("", others),
-    ]
-    return [start + _joined(items, whole) for start, items in lists if items]
+    starts = ("", "code cells changed: ", "library changed: ", "")
+    for start, items in zip(starts, (changed, cells, modules, others), strict=True):
+        if items:
+            shown = items if whole else items[:MOST]
+            more = f" and {len(items) - MOST} more" if len(shown) < len(items) else ""
+            yield start + ", ".join(shown) + more
 
 
 def _changed_cells(new: list, old: list) -> list[str]:
-    """Numbers of the code cells that are not in the stored notebook; removed ones as "-3"."""
+    """Numbers of the code cells that the stored notebook lacks; removed ones as "3 removed"."""
     numbers = []
     for tag, start, stop, first, last in SequenceMatcher(None, old, new, False).get_opcodes():
         if tag != "equal":
@@ -237,9 +226,3 @@ def _shown(value: Any, whole: bool) -> str:
     """A value on one line; text in quotes where it could be taken for something else."""
     text = value if isinstance(value, str) and PLAIN.fullmatch(value) else repr(value)
     return text if whole or len(text) <= WIDTH else text[: WIDTH - 1] + "…"
-
-
-def _joined(items: Sequence[str], whole: bool) -> str:
-    n_more = 0 if whole else len(items) - MOST
-    shown = ", ".join(items if n_more < 1 else items[:MOST])
-    return shown + (f" and {n_more} more" if n_more > 0 else "")

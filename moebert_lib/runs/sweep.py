@@ -45,8 +45,7 @@ if TYPE_CHECKING:
 
 NAMES = ("notebook", "scale", "data_dir", "tasks", "seeds", "settings", "points")
 MOST = 10_000  # points of a grid
-SINGULAR = {"tasks": "task", "seeds": "seed"}
-PLURAL = {one: many for many, one in SINGULAR.items()}
+PLURAL = {"task": "tasks", "seed": "seeds"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,9 @@ def sweep(grid: Mapping[str, Any] | str | Path, *, name: str = "sweep", **how: A
     return table(planned.jobs, run(planned, **how))
 
 
+# From a grid to its points.
+
+
 def read(path: Path, *, data_dir: str = "", store: AnyStore | None = None) -> Sweep:
     """The sweep that a YAML file describes, named after the file; its data may lie elsewhere.
 
@@ -108,79 +110,82 @@ def plan(
     Raises:
         UserError: an unknown name, a point whose values do not fit, data not there.
     """
-    if not isinstance(grid, Mapping):
-        raise UserError(f"{where}expected names and values, such as 'seeds: [0, 1, 2]'")
-    for key in grid:
-        if key not in NAMES:
-            raise UserError(f"{where}unknown name '{key}'; {nearest(str(key), NAMES)}")
-    usual = str(grid.get("notebook") or "03_distillation")
-    common = {"scale": grid.get("scale") or "quick", "data_dir": str(grid.get("data_dir") or "")}
-    points = list(_points(grid, where))
-    several = any("notebook" in values for values in points)
-    jobs: dict[str, Job] = {}
-    for values in points:
-        paths = planning.select([str(values.pop("notebook", usual))])
-        takes_settings = planning.takes_settings(paths[0])
-        given = common
-        if several and not takes_settings:  # the grid's settings are for the other notebooks
-            settings = grid.get("settings") or {}
-            values = {name: value for name, value in values.items() if name not in settings}
-            given = {"scale": common["scale"]}
-        elif takes_settings and grid.get("seeds") is not None:
-            values = {"n_seeds": 1, **values}
-        try:
-            (job,) = planning.plan(paths, parameters=values, store=store, **given)
-        except UserError as error:
-            words = "".join(f" {name}={value}" for name, value in values.items())
-            point = f"point{words}: " if words else ""
-            raise UserError(f"{where}{point}{error}") from None
-        jobs.setdefault(digest([job.name, job.origin, job.parameters]), job)
-    return Sweep(name, dict(grid) | _places(grid), list(jobs.values()))
-
-
-def _places(grid: Mapping[str, Any]) -> dict[str, str]:
-    """A grid's paths as they are from here, to be found again from anywhere."""
-    named = {"data_dir": grid.get("data_dir"), "notebook": grid.get("notebook")}
-    return {
-        name: str(Path(value).expanduser().resolve())
-        for name, value in named.items()
-        if isinstance(value, str) and (name == "data_dir" or value.endswith(".ipynb")) and value
+    try:
+        points = list(_points(grid))
+        several = any("notebook" in values for values in points)
+        jobs: dict[str, Job] = {}
+        for values in points:
+            job = _job(grid, values, several=several, store=store)
+            jobs.setdefault(digest([job.name, job.origin, job.parameters]), job)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None
+    paths = {name: grid.get(name) for name in ("data_dir", "notebook")}
+    absolute = {  # to be found again from anywhere
+        name: str(Path(path).expanduser().resolve())
+        for name, path in paths.items()
+        if isinstance(path, str) and path and (name == "data_dir" or path.endswith(".ipynb"))
     }
+    return Sweep(name, dict(grid) | absolute, list(jobs.values()))
 
 
-def _points(grid: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
+def _job(
+    grid: Mapping[str, Any], values: dict[str, Any], *, several: bool, store: AnyStore | None
+) -> Job:
+    """The job of a point."""
+    notebook = values.pop("notebook", grid.get("notebook") or "03_distillation")
+    paths = planning.select([str(notebook)])
+    takes_settings = "overrides" in planning.parameters_of(paths[0])
+    scale, data_dir = grid.get("scale") or "quick", str(grid.get("data_dir") or "")
+    if several and not takes_settings:  # the grid's settings are for the other notebooks
+        settings, data_dir = grid.get("settings") or {}, ""
+        values = {name: value for name, value in values.items() if name not in settings}
+    elif takes_settings and grid.get("seeds") is not None:
+        values = {"n_seeds": 1, **values}
+    try:
+        (job,) = planning.plan(
+            paths, scale=scale, data_dir=data_dir, parameters=values, store=store
+        )
+    except UserError as error:
+        point = f"point{planning.text_of(values)}: " if values else ""
+        raise UserError(f"{point}{error}") from None
+    return job
+
+
+def _points(grid: Any) -> Iterator[dict[str, Any]]:
     """The values of each point, the last axis fastest."""
-    settings = grid.get("settings") or {}
+    if not isinstance(grid, Mapping):
+        raise UserError("expected names and values, such as 'seeds: [0, 1, 2]'")
+    for name in grid:
+        if name not in NAMES:
+            raise UserError(f"unknown name '{name}'; {nearest(str(name), NAMES)}")
+    settings, sets = grid.get("settings") or {}, grid.get("points") or [{}]
     if not isinstance(settings, Mapping):
         raise UserError(
-            f"{where}settings must hold names with lists of values, such as 'n_shared: [0, 256]'"
+            "settings must hold names with lists of values, such as 'n_shared: [0, 256]'"
         )
-    sets = grid.get("points") or [{}]
-    if not isinstance(sets, list) or not all(isinstance(one, Mapping) for one in sets):
+    if not isinstance(sets, list) or not all(isinstance(values, Mapping) for values in sets):
         raise UserError(
-            f"{where}points must be a list of names with values, "
-            "such as '- {n_experts: 2, n_shared: 512}'"
+            "points must be a list of names with values, such as '- {n_experts: 2, n_shared: 512}'"
         )
-    if not isinstance(grid.get("seeds") or [], list):  # three of them, or the third?
-        raise UserError(f"{where}seeds: {grid['seeds']!r}: list them, such as [0, 1, 2]")
-    axes = {SINGULAR[name]: grid[name] for name in SINGULAR if grid.get(name) is not None}
-    for name in {**settings, **{key: 0 for one in sets for key in one}}:
+    if not isinstance(grid.get("seeds") or [], list):  # seeds: 3 may mean three seeds or seed 3
+        raise UserError(f"seeds: {grid['seeds']!r}: list them, such as [0, 1, 2]")
+    axes = {name: grid[many] for name, many in PLURAL.items() if grid.get(many) is not None}
+    in_sets = dict.fromkeys(name for values in sets for name in values)
+    for name in (*settings, *in_sets):
         if name in axes or name in ("scale", "data_dir"):
-            raise UserError(f"{where}'{name}' stands in the grid's own line; leave it out here")
+            raise UserError(f"'{name}' stands in the grid's own line; leave it out here")
+        if name in settings and name in in_sets:
+            raise UserError(f"'{name}' stands in settings and in points; keep one")
     axes |= {str(name): value for name, value in settings.items()}
     axes = {name: value if isinstance(value, list) else [value] for name, value in axes.items()}
-    for name, value in axes.items():
-        if not value:
-            name = PLURAL.get(name, name)
-            raise UserError(f"{where}'{name}' has no values; give at least one")
+    for name, values in axes.items():
+        if not values:
+            raise UserError(f"'{PLURAL.get(name, name)}' has no values; give at least one")
     n_points = len(sets) * math.prod(map(len, axes.values()))
     if n_points > MOST:
-        raise UserError(f"{where}{n_points:,} points: expected at most {MOST:,}; split the grid")
-    for one in sets:
-        for twice in one.keys() & axes.keys():
-            raise UserError(f"{where}'{twice}' stands in settings and in points; keep one")
-        for values in itertools.product(*axes.values()):
-            yield dict(zip(axes, values, strict=True)) | dict(one)
+        raise UserError(f"{n_points:,} points: expected at most {MOST:,}; split the grid")
+    for values, *chosen in itertools.product(sets, *axes.values()):
+        yield dict(zip(axes, chosen, strict=True)) | dict(values)
 
 
 def chosen_points(text: str, n_points: int) -> list[int]:
@@ -189,15 +194,19 @@ def chosen_points(text: str, n_points: int) -> list[int]:
     Raises:
         UserError: it is no such list, or a number is not one of the grid's points.
     """
-    numbers: list[int] = []
+    numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"'{text}': expected numbers of points, such as 7, 0-9 or 0,3,5-7")
-        numbers += range(int(first), int(last or first) + 1)
-        if int(last or first) >= n_points or int(last or first) < int(first):
+        start, stop = int(first), int(last or first)
+        if not start <= stop < n_points:
             raise UserError(f"'{part.strip()}': this grid has the points 0 to {n_points - 1}")
-    return sorted(set(numbers))
+        numbers |= {*range(start, stop + 1)}
+    return sorted(numbers)
+
+
+# Running the points.
 
 
 def run(
@@ -229,8 +238,9 @@ def run(
     """
     jobs = planned.jobs if only is None else [planned.jobs[number] for number in only]
     planned.folder.mkdir(parents=True, exist_ok=True)
-    record = {"grid": planned.grid, "name": planned.name}
-    write_json(planned.folder / status.SWEEP, record | {"points": list(map(_point, planned.jobs))})
+    points = [_point(job) for job in planned.jobs]
+    record = {"grid": planned.grid, "name": planned.name, "points": points}
+    write_json(planned.folder / status.SWEEP, record)
     results: list[Entry | NotebookFailed | None] = [None] * len(jobs)
     ended = local_pool.completed(
         jobs,
@@ -239,15 +249,18 @@ def run(
         retry_failed=retry_failed,
         echo=echo,
     )
+    folder = planned.folder if only is None else None
     try:
         for index, result in ended:
             results[index] = result
+            if state(result) in ("failed", "died") and not result.copy:
+                execution.remember(result, jobs[index])  # as of a lost node, for status
     except BaseException:  # Ctrl-C too
         ended.close()
         with suppress(OSError):
-            write_tables(jobs, results, planned.folder if only is None else None)
+            write_tables(jobs, results, folder)
         raise
-    write_tables(jobs, results, planned.folder if only is None else None)
+    write_tables(jobs, results, folder)
     return results
 
 
@@ -274,8 +287,7 @@ def preview(
     entries = store.entries("notebook")
     for job in jobs:
         key = job.key()
-        entry = store.find(key)
-        failure = execution.failed_before(job)
+        entry, failure = store.find(key), execution.failed_before(job)
         if entry and not force:
             yield job, "reuse", f"stored, {entry.seconds / 60:.1f} min"
         elif failure and not (retry_failed or force):
@@ -295,34 +307,20 @@ def with_failures() -> list[Sweep]:
     Raises:
         UserError: there is none.
     """
-    records = [
-        record
-        for record in status.recorded()
-        if any(state in ("failed", "died") for _, state, _ in status.states(record))
-    ]
-    if not records:
+    planned, n_failed = [], 0
+    for record in status.recorded():
+        if {"failed", "died"} & {state for _, state, _ in status.states(record)}:
+            n_failed += 1
+            try:
+                planned.append(plan(record["grid"], name=record["name"]))
+            except UserError as error:  # the others can be run all the same
+                print(f"moebert: {record['folder'].name} is left out: {error}", file=sys.stderr)
+    if not n_failed:
         raise UserError("no sweep here has failed runs (see moebert status)")
-    planned = []
-    for record in records:
-        try:
-            planned.append(plan(record["grid"], name=record["name"]))
-        except UserError as error:  # the others can be run all the same
-            print(f"moebert: {record['folder'].name} is left out: {error}", file=sys.stderr)
     return planned
 
 
 # The tables of a sweep: one row a point, and the means over seeds.
-
-
-def write_tables(
-    jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed | None], folder: Path | None
-) -> None:
-    """Write ``table.csv``, and ``means.csv`` where numbers were recorded; None: write nothing."""
-    points = table(jobs, results)
-    for frame, name in ((points, status.TABLE), (means(points), status.MEANS)):
-        if folder and len(frame):
-            content = frame.to_csv(index=False, lineterminator="\n")
-            write_bytes(folder / name, content.encode())
 
 
 def state(result: Entry | NotebookFailed | None) -> str:
@@ -342,19 +340,20 @@ def table(jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed | None])
     """
     from pandas import DataFrame
 
+    first = ("scale", "task", "seed")
     varied = dict.fromkeys(name for job in jobs for name in job.values)
-    named = [name for name in varied if name not in ("scale", "task", "seed", "data_dir")]
+    varied = [name for name in varied if name not in (*first, "data_dir")]
     several = len({job.name for job in jobs}) > 1
     rows: list[dict[export.Key, Any]] = []
     for job, result in zip(jobs, results, strict=True):
-        known = {**job.parameters, **(job.settings.model_dump() if job.settings else {})}
-        first = [name for name in ("scale", "task", "seed") if name in known]
-        row = {("first", "notebook"): job.name} if several else {}
-        row |= {("first", name): known.get(name) for name in [*first, *named]}
+        known = job.parameters | (job.settings.model_dump() if job.settings else {})
+        values = {"notebook": job.name} if several else {}
+        values |= {name: known[name] for name in first if name in known}
+        values |= {name: known.get(name) for name in varied}
         done = isinstance(result, Entry)
-        row["first", "state"] = state(result)
-        row["first", "run"] = result.folder.name if done else ""
+        values |= {"state": state(result), "run": result.folder.name if done else ""}
         recorded = result.row.get("metrics", {}) if done else {}
+        row = {("first", name): value for name, value in values.items()}
         rows.append(row | {("metric", name): value for name, value in recorded.items()})
     keys = dict.fromkeys(key for row in rows for key in row)
     names = export.column_names(sorted(keys, key=lambda key: key[0]))
@@ -398,3 +397,14 @@ def means(frame: "DataFrame") -> "DataFrame":
 def _is_number(value: Any) -> bool:
     plain = isinstance(value, int | float) and not isinstance(value, bool)
     return plain and not math.isnan(value)
+
+
+def write_tables(
+    jobs: Sequence[Job], results: Sequence[Entry | NotebookFailed | None], folder: Path | None
+) -> None:
+    """Write ``table.csv``, and ``means.csv`` where numbers were recorded; None: write nothing."""
+    points = table(jobs, results)
+    for frame, name in ((points, status.TABLE), (means(points), status.MEANS)):
+        if folder and len(frame):
+            content = frame.to_csv(index=False, lineterminator="\n")
+            write_bytes(folder / name, content.encode())
