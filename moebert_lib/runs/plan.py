@@ -284,8 +284,10 @@ def _settings(defaults: dict, direct: dict, others: dict) -> tuple[Settings, dic
 
 def _check_inputs(jobs: Sequence[Job]) -> None:
     """Refuse experiments, models and data that cannot be had."""
+    reading = [job for job in jobs if job.parameters.keys() & {"task", "data_dir"}]
+    for settings in dict.fromkeys(job.settings for job in reading if job.settings):
+        loading.check(settings)  # others read no data
     for settings in dict.fromkeys(job.settings for job in jobs if job.settings):
-        loading.check(settings)
         encoder_layouts.check(settings)
     points = [point for job in jobs for _, point in asked(job)]
     data = {(p.task, p.data_dir, p.max_length, p.doc_stride): p for p in points}
