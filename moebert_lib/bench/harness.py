@@ -245,6 +245,28 @@ def speed_ratio(rounds: pd.DataFrame, variant: str, other: str | None) -> tuple[
     return tuple((rounds[other] / rounds[variant]).quantile(QUARTILES))
 
 
+#: Names of the variants that :func:`speedups` compares with.
+COMPARED = {
+    "dense BERT": "dense",
+    "dense BERT, accelerated": "dense, accelerated",
+    "equal-FLOP limit, accelerated": "equal FLOPs, accelerated",
+}
+
+
+def speedups(record: Mapping[str, Any], variant: str) -> pd.DataFrame:
+    """How many times as fast a variant is as others, as text: a column for each setting.
+
+    Each cell has the median over rounds with its quartiles, such as "1.72 (1.71 to 1.75)".
+    """
+    columns = {}
+    for setting, timed in pd.DataFrame(record["timings"]).groupby("setting", sort=False):
+        rounds = timed.pivot(index="repeat", columns="variant", values="seconds")
+        ratios = [speed_ratio(rounds, variant, other) for other in COMPARED.values()]
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*ratio) for ratio in ratios]
+        columns[setting.replace(" x ", " × ")] = cells
+    return pd.DataFrame(columns, index=pd.Index(COMPARED, name="how many times as fast as"))
+
+
 def show(table: pd.DataFrame) -> None:
     """Print a summary of one setting within 120 columns, quartiles in brackets."""
     text = pd.DataFrame({"variant": table["variant"]})
