@@ -182,8 +182,8 @@ def test_a_whole_model_goes_through_that_kernel(gpu_kernel, monkeypatch, routing
     expected = model(**inputs, output_hidden_states=True)
     through = batching.attention
 
-    def as_on_gpu(q, *others, dropout):
-        found = through(q.as_subclass(OnGpu), *others, dropout=dropout)
+    def as_on_gpu(q, *others, **options):
+        found = through(q.as_subclass(OnGpu), *others, **options)
         return found.as_subclass(torch.Tensor)
 
     monkeypatch.setattr("moebert_lib.model.accelerate.attention", as_on_gpu)

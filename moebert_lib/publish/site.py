@@ -124,7 +124,8 @@ def build(target: Path | None = None, *, figures: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory() as scratch, replacing(target) as pages:
         source = Path(scratch, "source")
         write_source(source, Path(scratch, "files"), runs)
-        _run_sphinx(source, pages)
+        _run_sphinx(source, Path(scratch, "pages"))  # myst-nb writes beside the pages too
+        shutil.move(Path(scratch, "pages"), pages)
     return target / "index.html"
 
 

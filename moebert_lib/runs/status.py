@@ -119,7 +119,12 @@ def unusual(settings: Mapping[str, Any]) -> dict[str, Any]:
         usual = Settings.at(settings["scale"], task=settings["task"]).model_dump()
     except (UserError, KeyError):  # none, or written by another version of the library
         return {}
-    return {name: value for name, value in settings.items() if usual.get(name) != value}
+    usual |= {name: [*value] for name, value in usual.items() if isinstance(value, tuple)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if usual.get(name) != ([*value] if isinstance(value, tuple) else value)
+    }
 
 
 def _unusual_at(scale: str, choices: Mapping[str, Any]) -> dict[str, Any]:
