@@ -123,7 +123,7 @@ def accelerate_if_exact(model: PreTrainedModel) -> PreTrainedModel:
     return model if padding_counts else accelerate(model)
 
 
-@functools.wraps(importance.ffn_importance)
+@functools.wraps(importance.ffn_importance, assigned=["__doc__"])
 def ffn_importance(
     model: nn.Module, batches: Iterable[dict[str, Tensor]], **options: Any
 ) -> importance.Importance:

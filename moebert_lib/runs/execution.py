@@ -217,6 +217,9 @@ def load_papermill() -> None:
     logger = logging.getLogger("papermill")
     logger.addHandler(logging.NullHandler())  # errors are reported by the run itself
     logger.propagate = False
+    # nbclient leaves its watch over the kernel behind where a run ends by an error of ours
+    left = "Task was destroyed"
+    logging.getLogger("asyncio").addFilter(lambda record: left not in record.getMessage())
     papermill_engines.register("moebert", KernelEngine)
 
 
