@@ -142,5 +142,9 @@ def test_controls_are_experiments_of_scale_base():
     assert (trained_on.n_experts, trained_on.expert_size, trained_on.distill) == (1, 3072, "none")
     half = claims.point("half depth", base, 3072)
     assert half.student == "half-depth" and half.distill == base.distill
+    made = ablations.controls(base)
+    assert trained_on == made["dense trained on"][0]
+    assert half == ablations.with_sizes(made["half depth"][0])
+    assert np.isnan(Comparison("MoEBERT", "half depth").printed)
     with pytest.raises(KeyError):
         claims.point("no such arm", base, 3072)

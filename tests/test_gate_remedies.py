@@ -254,6 +254,8 @@ def test_a_hash_has_no_remedies(changes):
         ({"gate_assignment": "balanced", "gate_top_k": 2}, "one expert a token"),
         ({"gate_capacity": 0.5}, "gate_capacity=0.5"),
         ({"gate_noise": -1.0}, "gate_noise=-1"),
+        ({"gate_start": "nearest", "gate_top_k": 2}, "fitted to one expert"),
+        ({"gate_start": "experts", "n_shared": 16, "expert_size": 16}, "only one expert has"),
     ],
 )
 def test_what_cannot_be_done_is_refused(changes, said):

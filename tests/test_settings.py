@@ -117,12 +117,13 @@ def test_nearest_prefers_the_close_one():
     assert nearest("SST2", ["sst2", "rte"]) == "did you mean 'sst2'?"
 
 
-def test_the_preset_sets_every_switch_that_was_not_given():
-    released = Settings.at("quick", preset="release")
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_preset_sets_every_switch_that_was_not_given(scale):
+    released = Settings.at(scale, preset="release")
     assert {name: getattr(released, name) for name in RELEASE} == RELEASE
-    assert Settings.at("quick", preset="release", gate_scaling="inside").gate_scaling == "inside"
-    assert Settings.at("quick").but(preset="release") == released
-    assert released.but(preset="paper") == Settings.at("quick")
+    assert Settings.at(scale, preset="release", gate_scaling="inside").gate_scaling == "inside"
+    assert Settings.at(scale).but(preset="release") == released
+    assert released.but(preset="paper") == Settings.at(scale)
 
 
 def test_bert_large_at_paper_scale_shares_what_the_paper_shares():

@@ -151,6 +151,8 @@ class Settings(BaseModel):
                 raise UserError(f"unknown setting '{name}'; {nearest(name, cls.model_fields)}")
         task = changes.get("task") or SCALES[scale]["task"]
         values = defaults(scale, task, changes.get("model") or SCALES[scale].get("model", MINILM))
+        if changes.get("preset") == "release":
+            values |= RELEASE
         try:
             return cls(**{**values, **changes, "scale": scale, "task": task})
         except ValidationError as error:
@@ -163,8 +165,9 @@ class Settings(BaseModel):
         """
         values = self.model_dump()
         if "preset" in changes:
-            own = {name: type(self).model_fields[name].default for name in RELEASE}
-            values |= RELEASE if changes["preset"] == "release" else own
+            usual = type(self).at(self.scale, task=self.task, model=self.model)
+            of_scale = {name: getattr(usual, name) for name in RELEASE}
+            values |= RELEASE if changes["preset"] == "release" else of_scale
         if str(changes.get("routing", "")).startswith("hash-"):
             values |= GATES_ONLY
         for name in changes:
@@ -258,6 +261,12 @@ class Settings(BaseModel):
         """
         sizes = (self.n_experts, self.expert_size, self.n_shared)
         check_sizes(width, *sizes, whose=self.model)
+        size, shared = self.sizes(width)
+        if self.gate_start == "experts" and size == shared:
+            raise ValueError(
+                "gate_start='experts' needs neurons that only one expert has; expected n_shared "
+                f"below expert_size={size}"
+            )
 
 
 def _one_line(error: ValidationError) -> str:
@@ -385,6 +394,11 @@ def check_remedies(of: Any, *, top_k: int) -> None:
         raise ValueError(
             f"{name}={getattr(of, name)} gives a token one expert, and {top_k} are asked for; "
             f"expected {name}={GATES_ONLY[name]} or one expert a token"
+        )
+    if top_k > 1 and getattr(of, "gate_start", "random") == "nearest":
+        raise ValueError(
+            f"gate_start='nearest' is fitted to one expert a token, and {top_k} are asked for; "
+            "expected gate_start=random or experts, or one expert a token"
         )
     if of.gate_noise < 0 or (limits[0] and of.gate_capacity < 1):
         raise ValueError(

@@ -58,8 +58,9 @@ def draw(examples: "Dataset", n: int, salt: str, task: Task) -> "tuple[Dataset, 
 
     Returns:
         The drawn examples in the order of their hashes, and the rest in the order of ``examples``,
-        without those whose text was drawn: near-duplicates are never on both sides. Examples of
-        the same text are ordered by label, then by their exact text.
+        without those whose letters and digits are the same as a drawn one's. A phrase and the
+        sentence that contains it (SST-2) can be on both sides. Examples of the same text are
+        ordered by label, then by their exact text.
     """
     hashes = text_hashes(examples, task, salt)
     columns = [examples[name][:] for name in reversed(task.columns)]

@@ -94,7 +94,9 @@ ARMS: dict[str, Arm] = {**_figure_arms(), **_table_arms()}
 #: Controls that the paper lacks: its BERT trained for as many further steps as the student, and
 #: every other layer of it, distilled in the same way at the same cost.
 CONTROLS: dict[str, Arm] = {
-    "dense trained on": Arm({"n_experts": 1, "fraction": 1, "distill": "none"}, float("nan")),
+    "dense trained on": Arm(
+        {"n_experts": 1, "fraction": 1, "thirds": 0, "distill": "none"}, float("nan")
+    ),
     "half depth": Arm({"student": "half-depth"}, float("nan")),
 }
 
@@ -111,8 +113,9 @@ class Comparison(NamedTuple):
 
     @property
     def printed(self) -> float:
-        """The paper's difference, in points."""
-        return ARMS[self.first].printed - ARMS[self.second].printed
+        """The paper's difference, in points; NaN for a control, which the paper lacks."""
+        arms = ARMS | CONTROLS
+        return arms[self.first].printed - arms[self.second].printed
 
 
 class Claim(NamedTuple):
@@ -265,7 +268,7 @@ def collect(
     results = (row for _, row in runs.iterrows())
     known = {_sized(run, width): row for run, row in zip(points, results, strict=True)}
     rows = []
-    for name, arm in ARMS.items():
+    for name, arm in (ARMS | CONTROLS).items():
         for task in tasks:
             base = ablations.on_task(settings.but(distill="all"), task)
             arm_settings = point(name, base, width) if _applies(arm, base) else None
