@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from moebert_lib.evidence import decision_rule as rule
+from moebert_lib.evidence.statistics import holm
 from moebert_lib.training.evaluation import score
 
 METRICS = ["accuracy", "f1", "matthews", "pearson", "spearman"]
@@ -133,7 +134,7 @@ def test_a_larger_effect_on_one_task_takes_no_verdict_away():
 def test_correction_decides_and_never_brings_a_verdict():
     estimate = rule.Estimate(1.0, 0.16, 40.0, 0.0, 500.0, 5, 872)
     assert rule.judge(estimate, "better", 0.9) == rule.REPRODUCED
-    corrected = rule.holm([rule.tested_p(estimate, "better")] * 9)[0]
+    corrected = holm([rule.tested_p(estimate, "better")] * 9)[0]
     assert rule.judge(estimate, "better", 0.9, corrected) == rule.NOT_ENOUGH
 
 

@@ -88,9 +88,7 @@ def _report(error: Exception, words: list[str]) -> int:
         pass
     innermost = traceback.extract_tb(error.__traceback__)[-1].filename
     if isinstance(error, ValueError) and Path(innermost).is_relative_to(LIBRARY):
-        return fail(
-            error, 2
-        )  # raised on purpose: this library's functions refuse bad values with it
+        return fail(error, 2)  # raised on purpose: this library refuses bad values with it
 
     from moebert_lib.runs.execution import NotebookFailed
 

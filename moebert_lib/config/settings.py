@@ -261,12 +261,7 @@ class Settings(BaseModel):
         """
         sizes = (self.n_experts, self.expert_size, self.n_shared)
         check_sizes(width, *sizes, whose=self.model)
-        size, shared = self.sizes(width)
-        if self.gate_start == "experts" and size == shared:
-            raise ValueError(
-                "gate_start='experts' needs neurons that only one expert has; expected n_shared "
-                f"below expert_size={size}"
-            )
+        check_gate_start(self.gate_start, *self.sizes(width))
 
 
 def _one_line(error: ValidationError) -> str:
@@ -363,6 +358,19 @@ def check_top_k(name: str, k: int, of: Any) -> None:
         raise ValueError(
             f"{name}={k}: gate_scaling='outside' scales one expert's state; "
             f"expected {name}=1 or gate_scaling='inside'"
+        )
+
+
+def check_gate_start(gate_start: str, expert_size: int, n_shared: int) -> None:
+    """Refuse a gate that starts from its experts' own neurons where they have none.
+
+    Raises:
+        ValueError: in one line.
+    """
+    if gate_start == "experts" and n_shared == expert_size:
+        raise ValueError(
+            "gate_start='experts' needs neurons that only one expert has; expected n_shared "
+            f"below expert_size={expert_size}"
         )
 
 

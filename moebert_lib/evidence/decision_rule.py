@@ -11,11 +11,11 @@ their own variance, so comparisons of one task share what they know (:func:`mode
 Over tasks the mean of the tasks' differences is taken (:func:`over_tasks`).
 
 What is said: one of six verdicts (:func:`judge`). The p-values of the comparisons that were named
-before the runs are corrected together (:func:`holm`); all other comparisons are exploratory.
+before the runs are corrected together (``statistics.holm``); all other comparisons are exploratory.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -175,24 +175,6 @@ def over_tasks(estimates: Sequence[Estimate]) -> Estimate:
 def _joint_df(parts: Sequence[float], dfs: Sequence[float]) -> float:
     below = sum(part**2 / df for part, df in zip(parts, dfs, strict=True) if part and df)
     return sum(parts) ** 2 / below if below else max(dfs)
-
-
-def holm(p_values: Iterable[float]) -> np.ndarray:
-    """Holm's step-down correction: adjusted p-values that can each be compared with 0.05.
-
-    The smallest of ``m`` is multiplied by ``m``, the next by ``m - 1`` and so on. Adjusted values
-    keep their order and do not exceed 1. NaN stays NaN and is not counted.
-
-    Example:
-        >>> holm([0.01, 0.04, 0.03]).round(2).tolist()
-        [0.03, 0.06, 0.06]
-    """
-    p = np.asarray(list(p_values), dtype=float)
-    adjusted = np.full(len(p), np.nan)
-    order = np.argsort(p)[: int(np.isfinite(p).sum())]  # NaN is sorted last
-    multiplied = p[order] * np.arange(len(order), 0, -1)
-    adjusted[order] = np.minimum(np.maximum.accumulate(multiplied), 1.0)
-    return adjusted
 
 
 def tested_p(estimate: Estimate, kind: str) -> float:

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.utils import logging as transformers_logging
 
 from moebert_lib.config.errors import nearest
-from moebert_lib.config.settings import check_sizes, proportions
+from moebert_lib.config.settings import check_gate_start, check_sizes, proportions
 from moebert_lib.method import encoder_layouts
 from moebert_lib.method.importance import Importance, ffn_digest
 from moebert_lib.method.partition import deal_layers
@@ -116,7 +116,8 @@ def to_moebert(
     allow_identical = bool(config.pop("allow_identical", False)) or n_experts == 1
     sizes = dict(n_experts=n_experts, expert_size=expert_size, n_shared=n_shared)
     gate_start = str(config.pop("gate_start", "random"))
-    _check_gate_start(gate_start, routing=routing, n_own=expert_size - n_shared)
+    _check_gate_start(gate_start, routing)
+    check_gate_start(gate_start, expert_size, n_shared)
     if given.dim() == 3:
         neurons = _assigned(given, model, **sizes)
     else:
@@ -276,7 +277,7 @@ def _config(model: PreTrainedModel, **changes: object) -> PreTrainedConfig:
     return HEADS[type(model)].config_class(**kept, **changes)
 
 
-def _check_gate_start(gate_start: str, *, routing: str, n_own: int) -> None:
+def _check_gate_start(gate_start: str, routing: str) -> None:
     if gate_start not in ("random", "experts"):
         hint = "a gate fitted to the nearest experts needs data: fit_gates of routing_analysis"
         raise ValueError(f"gate_start={gate_start!r}: expected 'random' or 'experts'; {hint}")
@@ -284,11 +285,6 @@ def _check_gate_start(gate_start: str, *, routing: str, n_own: int) -> None:
         raise ValueError(
             f"gate_start='experts' needs a gate, and routing='{routing}' has none; "
             "expected gate-token or gate-sentence"
-        )
-    if gate_start == "experts" and not n_own:
-        raise ValueError(
-            "gate_start='experts' needs neurons that only one expert has; expected n_shared "
-            "below expert_size"
         )
 
 
