@@ -357,13 +357,7 @@ def make(
             raise
         if since and _library_changed(key, since):
             raise ChangedLibrary("the library has changed since this was planned; run it again")
-        changed = {name: value for name, value in job.chosen.items() if name != "data_dir"}
-        return {
-            "notebook": job.name,
-            "figures": sorted(path.name for path in figures.iterdir()),
-            "changed": changed,
-            "metrics": run_outputs.read_metrics(folder),
-        }
+        return run_outputs.row_of_run(job.name, job.chosen, folder)
 
     entry = store.make(key, build, force=force)
     shutil.rmtree(failure_folder(job), ignore_errors=True)

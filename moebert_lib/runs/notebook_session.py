@@ -18,7 +18,7 @@ from moebert_lib.config.errors import CHECKOUT, UserError, home, nearest
 from moebert_lib.config.settings import Settings
 from moebert_lib.runs import plan
 from moebert_lib.runs.plan import Job
-from moebert_lib.store.run_outputs import METRICS, read_metrics
+from moebert_lib.store.run_outputs import METRICS, row_of_run
 from moebert_lib.store.store import RECORD, Store, write_record
 
 SESSIONS = "sessions"  # the folder in runs/ of what is executed without the moebert command
@@ -175,10 +175,7 @@ def _record_at_the_end(shell: Any, job: Job, folder: Path, current: str) -> None
 
 def _write_record(job: Job, folder: Path, seconds: float) -> None:
     """Write a run's record into its folder, and a copy of it where moebert export looks."""
-    figures = sorted(path.name for path in (folder / "figures").iterdir())
-    changed = {name: value for name, value in job.chosen.items() if name != "data_dir"}
-    row = {"notebook": job.name, "figures": figures, "changed": changed}
-    write_record(folder, job.key(), row | {"metrics": read_metrics(folder)}, seconds)
+    write_record(folder, job.key(), row_of_run(job.name, job.chosen, folder), seconds)
     here = home() / "runs" / SESSIONS / folder.name
     if here != folder:
         here.mkdir(parents=True, exist_ok=True)

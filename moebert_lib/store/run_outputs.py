@@ -340,6 +340,22 @@ def _plain(name: str, value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def row_of_run(notebook: str, chosen: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The row of a notebook's run: its figures, changed values and recorded numbers.
+
+    Args:
+        notebook: Its name.
+        chosen: Values that differ from the notebook's defaults, by name.
+        folder: Of the run.
+    """
+    return {
+        "notebook": notebook,
+        "figures": sorted(path.name for path in (folder / "figures").iterdir()),
+        "changed": {name: value for name, value in chosen.items() if name != "data_dir"},
+        "metrics": read_metrics(folder),
+    }
+
+
 # What a kernel that writes figures and tables needs to know.
 
 
